@@ -1,0 +1,1 @@
+"""Mixed-precision helpers with the interface of apex.fp16_utils."""

@@ -1,0 +1,3 @@
+"""Training a language model under several kinds of precision management."""
+
+__version__ = "0.1.0"
