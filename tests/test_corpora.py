@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import pooch
 import pytest
 from tqdm import tqdm
 
@@ -158,6 +159,9 @@ def test_the_default_folder_is_fetched_when_missing(
 ) -> None:
     (tmp_path / "x").mkdir()
     fetch_from(monkeypatch, f"{server}/good/")
+    pooch.get_logger().setLevel("NOTSET")
+    for handler in pooch.get_logger().handlers:  # made at import, before stderr was captured
+        monkeypatch.setattr(handler, "stream", sys.stderr)
     texts = corpora.read(data or tmp_path / "data/wikitext-2")
     folder = tmp_path / "data/wikitext-2"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
