@@ -134,8 +134,10 @@ def fetch_wikitext2(folder: str | Path, base_url: str = WIKITEXT2_URL) -> None:
 
 def _fetch(url: str, name: str, sha256: str, folder: Path) -> None:
     # A length of 1 until pooch learns the true one from the server: it asks for the bar's truth value before
-    # that, and a bar without a length has none. disable=None: no bar unless stderr is a terminal.
-    with tqdm(total=1, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+    # that, and a bar without a length has none. No rate in the format: pooch empties and refills the bar at
+    # the end, which makes it gigabytes a second. disable=None: no bar unless stderr is a terminal.
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B"
+    with tqdm(total=1, desc=name, unit="B", unit_scale=True, bar_format=bar_format, disable=None) as bar:
         # Uncompressed: the server announces compressed bytes, and the bar would count uncompressed ones.
         downloader = pooch.HTTPDownloader(
             progressbar=bar, chunk_size=1 << 16, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"}
