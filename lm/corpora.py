@@ -137,7 +137,7 @@ def _fetch(url: str, name: str, sha256: str, folder: Path) -> None:
     # that, and a bar without a length has none. No rate in the format: pooch empties and refills the bar at
     # the end, which makes it gigabytes a second. disable=None: no bar unless stderr is a terminal.
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B"
-    with tqdm(total=1, desc=name, unit="B", unit_scale=True, bar_format=bar_format, disable=None) as bar:
+    with tqdm(total=1, desc=name, unit_scale=True, bar_format=bar_format, disable=None) as bar:
         # Uncompressed: the server announces compressed bytes, and the bar would count uncompressed ones.
         downloader = pooch.HTTPDownloader(
             progressbar=bar, chunk_size=1 << 16, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"}
