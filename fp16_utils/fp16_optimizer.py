@@ -1,0 +1,369 @@
+"""`FP16_Optimizer`: fp32 master weights and a loss scale around any torch optimizer."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fp16_utils import fused, gradients, optimizer_state
+from fp16_utils.checks import check_dtypes, checked_loss, checked_positive, checked_scale
+from fp16_utils.closures import ScaledClosure, SkippedStep
+from fp16_utils.masters import Masters
+from fp16_utils.policy import dynamic_policy, static_policy
+
+
+class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils gave it
+    """Train float16, bfloat16 and float32 parameters with fp32 master weights and a loss scale.
+
+    Each half-precision parameter in the wrapped optimizer's groups is replaced by a master: a detached fp32
+    copy that the optimizer updates. An fp32 parameter is its own master. One step is
+
+        optimizer.zero_grad()
+        loss = model(input)
+        optimizer.backward(loss)                  # instead of loss.backward()
+        optimizer.clip_master_grads(max_norm)     # optional
+        optimizer.step()
+
+    which runs this algorithm:
+
+    1. `backward`: multiply the loss by the loss scale, in fp32, and backpropagate.
+    2. `update_master_grads` (called by `backward` unless deferred): copy the half gradients to the masters,
+       multiply all by 1 / scale, look for inf and nan, and let the loss scale react (see
+       `fp16_utils.policy`). `loss_scale` is from here on the scale of the next `backward`.
+    3. `clip_master_grads`: scale the true gradients down to `max_norm`.
+    4. `step`: unless there was an inf or nan, update the masters and copy them to the model. A skipped step
+       changes no weight and no optimizer state, and returns None.
+
+    Nothing here waits for the device but `step`, which reads one value to know whether to skip; and with a
+    fused optimizer (`fused=True`), which can skip on the device, not even that.
+
+    Args:
+        init_optimizer: a torch optimizer over float16, bfloat16 or float32 parameters. Its per-parameter
+            state, if any, moves to the masters in fp32. Schedulers and hooks may be attached to it or to this
+            object.
+        static_loss_scale: from 2**-100 to 2**127. A power of two scales without rounding.
+        dynamic_loss_scale: let the scale follow the overflows; `static_loss_scale` is then ignored.
+        dynamic_loss_args: a dict of `init_scale` (2**16), `scale_factor` (2), `scale_window` (2000 updates),
+            `min_loss_scale` (None: 2**-100), `max_loss_scale` (2**24).
+        verbose: print a line for each skipped step: at once, or with a fused optimizer when `overflow` is
+            read.
+        check_overflow: False applies every step unchecked under a static scale, inf and nan included, as
+            apex.fp16_utils did.
+
+    Attributes:
+        optimizer: the wrapped optimizer, whose groups hold the masters.
+        dynamic_loss_scale: bool.
+        first_closure_call_this_step: bool; the masters are copied to the model before every closure call but
+            this.
+
+    Raises:
+        TypeError: an argument has the wrong type, or a parameter is not float16, bfloat16 or float32.
+        ValueError: an argument is out of range, or the optimizer has no parameters.
+    """
+
+    def __init__(
+        self,
+        init_optimizer: Optimizer,
+        static_loss_scale: float = 1.0,
+        dynamic_loss_scale: bool = False,
+        dynamic_loss_args: dict[str, Any] | None = None,
+        verbose: bool = True,
+        check_overflow: bool = True,
+    ) -> None:
+        device = _checked_optimizer(init_optimizer)
+        if dynamic_loss_scale and not check_overflow:
+            raise ValueError("check_overflow is False; a dynamic loss scale needs it to be True")
+        self._policy = (
+            dynamic_policy(dynamic_loss_args, device)
+            if dynamic_loss_scale
+            else static_policy(static_loss_scale, device)
+        )
+        self.optimizer = init_optimizer
+        self.verbose = verbose
+        self.check_overflow = check_overflow
+        self.first_closure_call_this_step = True
+        self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self._overflow: bool | None = False  # what the host knows of found_inf; None: not fetched yet
+        self._unreported = False
+        self._ready = False
+        # The base class's __init__ would make groups and state of its own. This gives it its hook registries
+        # only.
+        self.__setstate__({})
+        self._masters = Masters(init_optimizer, device)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's groups; "params" holds the masters."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's per-parameter state, with the masters as keys."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults for new groups."""
+        return self.optimizer.defaults
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale follows the overflows."""
+        return self._policy.dynamic
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the next `backward`. Reading it waits for the device, unlike `loss_scale_tensor`."""
+        return float(self._policy.scale.item())
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self._policy.set(checked_scale("loss_scale", value))
+
+    @property
+    def loss_scale_tensor(self) -> Tensor:
+        """The factor of the next `backward`: float32, shape (), on the device.
+
+        An update replaces this tensor; one that was read before keeps its value.
+        """
+        return self._policy.scale
+
+    @property
+    def found_inf(self) -> Tensor:
+        """Whether the last `update_master_grads` met an inf or nan, 0. or 1.: float32, shape (), on the
+        device.
+
+        An update replaces this tensor; one that was read before keeps its value.
+        """
+        return self._found_inf
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last `update_master_grads` met an inf or nan. Reading it may wait for the device."""
+        if self._overflow is None:
+            self._overflow = bool(self._found_inf.item())
+        if self._unreported:
+            self._unreported = False
+            if self._overflow:
+                self._report_skip()
+        return self._overflow
+
+    def zero_grad(  # type: ignore[override]  # torch's first argument has another name
+        self,
+        set_grads_to_None: bool = False,  # noqa: N803  apex's name
+        set_to_none: bool | None = None,
+    ) -> None:
+        """Zero the gradients of model and masters, or drop them.
+
+        Args:
+            set_grads_to_None: drop them, which saves a pass and their memory.
+            set_to_none: the name torch gives the same argument; it wins when given.
+        """
+        drop = set_grads_to_None if set_to_none is None else set_to_none
+        self.optimizer.zero_grad(set_to_none=drop)
+        self._masters.zero_model_grads(drop)
+        self._ready = False
+
+    def backward(self, loss: Tensor, update_master_grads: bool = True, retain_graph: bool = False) -> None:
+        """Backpropagate `loss` times the loss scale; gradients add up in the model as with `loss.backward()`.
+
+        Args:
+            loss: floating point, one element, requires grad. It is cast to float32 before it is scaled.
+            update_master_grads: False defers the call of `update_master_grads`, so that several losses can be
+                backpropagated first at the cost of one update.
+            retain_graph: as in torch.Tensor.backward.
+        """
+        checked_loss(loss)
+        self._masters.bring_grads_to(self._policy.scale)
+        self._ready = False
+        # In float32: the product of a float16 loss and the scale would overflow.
+        scaled = loss.float() * self._policy.scale.to(loss.device, non_blocking=True)
+        torch.autograd.backward(scaled, retain_graph=retain_graph)
+        if update_master_grads:
+            self.update_master_grads()
+
+    @torch.no_grad()
+    def update_master_grads(self) -> None:
+        """Make the masters' gradients from the model's, unscaled; look for overflow; update the loss scale.
+
+        A parameter without a gradient leaves its master without one.
+        """
+        self._found_inf = self._masters.update_grads(self._policy.scale, self.check_overflow)
+        self._overflow = None if self.check_overflow else False
+        self._unreported = False
+        self._attempted_scale = self._policy.scale
+        self._policy.update(self._found_inf)
+        self._ready = True
+
+    @torch.no_grad()
+    def clip_master_grads(self, max_norm: float, norm_type: float = 2) -> Tensor:
+        """Scale the masters' gradients down to a total norm of `max_norm`, as torch.nn.utils.clip_grad_norm_
+        does.
+
+        Returns:
+            The norm before clipping, or -1 after an overflow: float32, shape (), on the device.
+        """
+        self.require_updated("clip_master_grads()")
+        max_norm, norm_type = (
+            checked_positive("max_norm", max_norm),
+            checked_positive("norm_type", norm_type),
+        )
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        grads = [gradients.dense(p.grad) for p in params if p.grad is not None]
+        norm = gradients.clip_(grads, max_norm, norm_type).to(self._found_inf.device, non_blocking=True)
+        return torch.where(self._found_inf.bool(), torch.full_like(norm, -1.0), norm)
+
+    def inspect_master_grad_data(self) -> list[list[Tensor | None]] | None:
+        """Return the masters' gradients, group by group (None for a parameter without one); None after an
+        overflow.
+
+        They are the tensors themselves, unscaled: to change them is to change the next step.
+        """
+        self.require_updated("inspect_master_grad_data()")
+        if self.overflow:
+            return None
+        return [[None if p.grad is None else p.grad.detach() for p in g["params"]] for g in self.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the masters and copy them to the model, unless the last `update_master_grads` met an inf or
+        nan.
+
+        Args:
+            closure: for optimizers such as LBFGS; it calls `zero_grad()`, computes the loss, calls
+                `backward(loss)` of this object and returns the loss. A call that overflows under a dynamic
+                scale is repeated with the reduced one.
+
+        Returns:
+            What the wrapped optimizer's step returns, or None for a skipped step.
+
+        Raises:
+            RuntimeError: there has been no `backward` and `update_master_grads` since the last step; or the
+                closure still overflows after 128 repeats, or overflows under a static scale after its first
+                call.
+        """
+        if closure is not None:
+            return self._step_with_closure(closure)
+        self.require_updated("step()")
+        self._ready = False
+        if fused.skips_on_device(self.optimizer):
+            result = fused.step(self.optimizer, self._found_inf)
+            self._unreported = self._overflow is None
+        elif self.overflow:
+            self._report_skip()
+            return None
+        else:
+            result = self.optimizer.step()
+        self._masters.copy_to_model()
+        return result
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as to any torch optimizer; its half-precision parameters get masters.
+
+        Raises:
+            ValueError: a parameter is in another group already.
+        """
+        group = dict(param_group)
+        params = group.get("params", [])
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        self._masters.check_new([p[1] if isinstance(p, tuple) else p for p in group["params"]])
+        self.optimizer.add_param_group(group)
+        self._masters.adopt(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a bit-exact resume needs, in tensors and plain values.
+
+        Keys: "loss_scaler" (dict of numbers), "dynamic_loss_scale", "overflow",
+        "first_closure_call_this_step", "optimizer_state_dict", "fp32_from_fp16" (a list of fp32 tensors per
+        group; they are the masters themselves).
+        """
+        return {
+            "loss_scaler": self._policy.state_dict(),
+            "dynamic_loss_scale": self.dynamic_loss_scale,
+            "overflow": self.overflow,
+            "first_closure_call_this_step": self.first_closure_call_this_step,
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "fp32_from_fp16": self._masters.by_group(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; call it after the model's `load_state_dict`.
+
+        The masters win: they are restored, and the model's half-precision weights are made from them.
+
+        Raises:
+            TypeError, ValueError: a key is missing or unknown, or groups or shapes differ; nothing has
+                changed then.
+        """
+        policy = optimizer_state.checked(
+            state_dict, self.optimizer, self._masters.by_group(), self._found_inf.device
+        )
+        if policy.dynamic and not self.check_overflow:
+            raise ValueError(
+                "state has a dynamic loss scale, which needs check_overflow=True; it is False here"
+            )
+        self.optimizer.load_state_dict(state_dict["optimizer_state_dict"])
+        self._policy = policy
+        self._overflow = bool(state_dict["overflow"])
+        self._found_inf = torch.full_like(self._found_inf, float(self._overflow))
+        self._unreported = self._ready = False
+        self.first_closure_call_this_step = state_dict["first_closure_call_this_step"]
+        self._masters.load(state_dict["fp32_from_fp16"])
+
+    def __getstate__(self) -> NoReturn:
+        raise RuntimeError(
+            "FP16_Optimizer cannot be pickled or copied; save and load its state_dict() instead"
+        )
+
+    def require_updated(self, method: str) -> None:
+        """Raise RuntimeError, naming `method`, unless the gradients of a `backward` wait to be applied."""
+        if not self._ready:
+            raise RuntimeError(
+                f"{method} was called before backward(): call backward(loss) first, and "
+                "update_master_grads() as well if backward had update_master_grads=False"
+            )
+
+    def _report_skip(self) -> None:
+        # A scheduler attached to the wrapped optimizer looks for this; without it, it takes the skip for
+        # wrong order.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if self.verbose:
+            before, after = self._attempted_scale.item(), self.loss_scale
+            change = f"reduced from {before:g} to {after:g}" if after < before else f"stays at {before:g}"
+            print(f"Gradient overflow: step skipped, loss scale {change}")
+
+    def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
+        self.first_closure_call_this_step = True
+        try:
+            result = self.optimizer.step(ScaledClosure(self, closure, self._masters.copy_to_model))
+        except SkippedStep:
+            self._report_skip()
+            return None
+        finally:
+            self.first_closure_call_this_step = True
+            self._ready = False
+        self._masters.copy_to_model()
+        return result
+
+
+def _checked_optimizer(optimizer: Any) -> torch.device:
+    """Raise what the class documents; return the device of the first parameter."""
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, FP16_Optimizer):
+        raise TypeError(
+            f"init_optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer to wrap"
+        )
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not params:
+        raise ValueError("init_optimizer has no parameters; it must have at least one")
+    check_dtypes("init_optimizer", params)
+    return torch.device(params[0].device)

@@ -1,0 +1,55 @@
+"""Steps of fused optimizers, which take the found-inf tensor and skip on the device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Say whether `optimizer.step` can be told by a tensor to change nothing.
+
+    A fused SGD with momentum and dampening is the exception: its first step sets the momentum to the
+    undampened gradient, and only the host could tell it that a skipped step was not the first.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return not (
+        isinstance(optimizer, SGD) and any(g["momentum"] and g["dampening"] for g in optimizer.param_groups)
+    )
+
+
+def step(optimizer: Optimizer, found_inf: Tensor) -> Any:
+    """Call `optimizer.step()` so that nothing changes if `found_inf` (float32, shape (), 0. or 1.) is 1.
+
+    It is passed by the attributes that torch.amp.GradScaler uses. The gradients are unscaled already.
+    """
+    without_momentum = _params_without_momentum(optimizer)
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    try:
+        result = optimizer.step()
+    finally:
+        del optimizer.grad_scale  # type: ignore[attr-defined]
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for param in without_momentum:
+            # A skipped first step of fused SGD leaves this buffer as it was allocated, with whatever was
+            # there.
+            buffer = optimizer.state[param]["momentum_buffer"]
+            buffer.masked_fill_(found_inf.to(buffer.device, non_blocking=True).bool(), 0.0)
+    return result
+
+
+def _params_without_momentum(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters to which the next step of an SGD optimizer will give a momentum buffer."""
+    if not isinstance(optimizer, SGD):
+        return []
+    return [
+        param
+        for group in optimizer.param_groups
+        if group["momentum"]
+        for param in group["params"]
+        if param.grad is not None and optimizer.state[param].get("momentum_buffer") is None
+    ]

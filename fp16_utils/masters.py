@@ -1,0 +1,146 @@
+"""Master weights: which parameters have one, and how gradients and weights pass between master and model."""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fp16_utils import gradients
+from fp16_utils.checks import HALF_DTYPES, check_dtypes
+
+
+class Masters:
+    """The master weights of an optimizer's half-precision parameters.
+
+    In the optimizer's groups each float16 or bfloat16 parameter is replaced by its master, a leaf tensor in
+    fp32. It is so for frozen parameters (requires_grad=False) too: they have no gradient, hence no update,
+    until they are unfrozen. An fp32 parameter stays where it is and is its own master.
+
+    The gradients in the model stand at some loss scale, and those of fp32 parameters at 1 once they were
+    unscaled in place. This class keeps account of it, so that a further backward pass adds like to like.
+
+    Args:
+        optimizer: its groups and state are changed as described.
+        device: where the loss scale is.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._half_groups: list[list[Tensor]] = []
+        self._master_groups: list[list[Tensor]] = []
+        self._half: list[Tensor] = []
+        self._masters: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self._all_float16 = True
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        # None: no gradient has been made since the last zero_grad.
+        self._half_grads_scale: Tensor | None = None
+        self._own_grads_scale: Tensor | None = None
+        for group in optimizer.param_groups:
+            self.adopt(group)
+
+    def check_new(self, params: list[Any]) -> None:
+        """Raise unless `params` can be added: TypeError for a dtype, ValueError for one that is here."""
+        check_dtypes("param_group", params)
+        known = {id(p) for p in self._half}
+        if any(id(p) in known for p in params):
+            raise ValueError(
+                "param_group has a parameter that is in another group; each may be in one group only"
+            )
+
+    def adopt(self, group: dict[str, Any]) -> None:
+        """Replace the half-precision parameters in `group` (the optimizer's) and move their state in fp32."""
+        masters: dict[Tensor, Tensor] = {}
+        state_moved = False
+        # In place: LBFGS keeps a reference to this list.
+        params = group["params"]
+        for i, param in enumerate(params):
+            if param.dtype not in HALF_DTYPES:
+                continue
+            if param not in masters:
+                masters[param] = param.detach().float().requires_grad_()
+            params[i] = masters[param]
+            if param in self._optimizer.state:
+                self._optimizer.state[params[i]] = self._optimizer.state.pop(param)
+                state_moved = True
+        if state_moved:
+            # Loading casts state to its parameter's dtype by the optimizer's own rules.
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
+        self._half_groups.append(list(masters))
+        self._master_groups.append(list(masters.values()))
+        self._half = list(chain.from_iterable(self._half_groups))
+        self._masters = list(chain.from_iterable(self._master_groups))
+        self._all_float16 = all(p.dtype == torch.float16 for p in self._half)
+        known = {id(m) for m in self._masters}
+        self._own = [p for g in self._optimizer.param_groups for p in g["params"] if id(p) not in known]
+
+    def by_group(self) -> list[list[Tensor]]:
+        """Return the masters, detached, group by group."""
+        return [[master.detach() for master in group] for group in self._master_groups]
+
+    @torch.no_grad()
+    def load(self, groups: list[list[Tensor]]) -> None:
+        """Copy saved masters (as of `by_group`) into the masters and the model."""
+        gradients.copy_values(self._masters, list(chain.from_iterable(groups)))
+        self.copy_to_model()
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Round the masters to the model's half-precision parameters."""
+        gradients.copy_values(self._half, self._masters)
+
+    @torch.no_grad()
+    def zero_model_grads(self, drop: bool) -> None:
+        """Zero the gradients of the model's half-precision parameters, or set them to None."""
+        grads = [gradients.dense(p.grad) for p in self._half if p.grad is not None]
+        if drop:
+            for param in self._half:
+                param.grad = None
+        elif grads:
+            torch._foreach_zero_(grads)
+        self._half_grads_scale = self._own_grads_scale = None
+
+    @torch.no_grad()
+    def bring_grads_to(self, scale: Tensor) -> None:
+        """Make what earlier backward passes left in the model's gradients stand at `scale`.
+
+        Nothing is touched in the usual course of things, when the gradients were dropped or zeroed after the
+        last step. Without this, a second `backward` would add gradients times the scale to unscaled ones.
+        """
+        for params, old_scale in ((self._half, self._half_grads_scale), (self._own, self._own_grads_scale)):
+            if old_scale is not None and old_scale is not scale:
+                grads = (gradients.dense(p.grad) for p in params if p.grad is not None)
+                gradients.rescale_(grads, old_scale, scale)
+        self._half_grads_scale = self._own_grads_scale = scale
+
+    @torch.no_grad()
+    def update_grads(self, scale: Tensor, check: bool) -> Tensor:
+        """Copy the half gradients to the masters and unscale all gradients.
+
+        Args:
+            scale: float32, shape (): what gradients of unknown origin stand at.
+            check: look for inf and nan.
+
+        Returns:
+            1. if there was one, before or after unscaling, else 0.: float32, shape (), on the device of
+               `scale`.
+        """
+        gradients.copy_to_masters(self._half, self._masters)
+        gradients.coalesce(self._own)
+        self._half_grads_scale = scale if self._half_grads_scale is None else self._half_grads_scale
+        own_grads_scale = scale if self._own_grads_scale is None else self._own_grads_scale
+        found_inf = torch.zeros_like(scale)
+        for params, stand_at, narrow in (
+            (self._masters, self._half_grads_scale, self._all_float16),
+            (self._own, own_grads_scale, False),
+        ):
+            grads = [gradients.dense(p.grad) for p in params if p.grad is not None]
+            inv_scale = gradients.reciprocal(stand_at)
+            if check:
+                found_inf = gradients.unscale_(grads, inv_scale, found_inf, narrow)
+            else:
+                gradients.multiply_(grads, inv_scale)
+        self._own_grads_scale = self._one
+        return found_inf
