@@ -1,5 +1,6 @@
 """Mixed-precision training helpers with the interface of apex.fp16_utils. See README.md in this folder."""
 
+from fp16_utils.apex_checkpoint import load_apex_checkpoint
 from fp16_utils.fp16_optimizer import FP16_Optimizer
 from fp16_utils.fp16util import (
     BN_convert_float,
@@ -25,6 +26,7 @@ __all__ = [
     "clip_grad_norm",
     "convert_module",
     "convert_network",
+    "load_apex_checkpoint",
     "master_params_to_model_params",
     "model_grads_to_master_grads",
     "network_to_half",

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from fp16_utils.wrapper import OptimizerWrapper
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -47,11 +50,19 @@ def checked_factor(name: str, value: Any) -> float:
     return float(value)
 
 
-def checked_positive(name: str, value: Any) -> float:
+def checked_max_norm(value: Any) -> float:
+    """Return `value` as a float, if it is at least 0 (inf is); raise TypeError or ValueError otherwise."""
+    allowed = "a number of at least 0"
+    if not _number("max_norm", value, allowed) >= 0:
+        raise ValueError(f"max_norm is {value!r}; it must be {allowed}")
+    return float(value)
+
+
+def checked_norm_type(value: Any) -> float:
     """Return `value` as a float, if it is above 0 (inf is); raise TypeError or ValueError otherwise."""
-    allowed = "a number greater than 0"
-    if not _number(name, value, allowed) > 0:
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+    allowed = "a number greater than 0, such as 2 or inf"
+    if not _number("norm_type", value, allowed) > 0:
+        raise ValueError(f"norm_type is {value!r}; it must be {allowed}")
     return float(value)
 
 
@@ -65,6 +76,23 @@ def checked_loss(loss: Any) -> Tensor:
             "it must be one floating point number that requires grad"
         )
     return loss
+
+
+def checked_optimizer(optimizer: Any) -> torch.device:
+    """Return the device of the optimizer's first parameter.
+
+    Raises:
+        TypeError: it is not a torch optimizer, or wrapped already, or a parameter has the wrong dtype.
+        ValueError: it has no parameters.
+    """
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
+        kind = type(optimizer).__name__
+        raise TypeError(f"init_optimizer is a {kind}; it must be a torch optimizer, not yet wrapped")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not params:
+        raise ValueError("init_optimizer has no parameters; it must have at least one")
+    check_dtypes("init_optimizer", params)
+    return torch.device(params[0].device)
 
 
 def check_dtypes(name: str, params: Iterable[Any]) -> None:

@@ -2,20 +2,27 @@
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fp16_utils import fused, gradients, optimizer_state
-from fp16_utils.checks import check_dtypes, checked_loss, checked_positive, checked_scale
+from fp16_utils.checks import (
+    checked_loss,
+    checked_max_norm,
+    checked_norm_type,
+    checked_optimizer,
+    checked_scale,
+)
 from fp16_utils.closures import ScaledClosure, SkippedStep
 from fp16_utils.masters import Masters
 from fp16_utils.policy import dynamic_policy, static_policy
+from fp16_utils.wrapper import OptimizerWrapper
 
 
-class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils gave it
+class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_utils gave it
     """Train float16, bfloat16 and float32 parameters with fp32 master weights and a loss scale.
 
     Each half-precision parameter in the wrapped optimizer's groups is replaced by a master: a detached fp32
@@ -48,16 +55,13 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
         dynamic_loss_scale: let the scale follow the overflows; `static_loss_scale` is then ignored.
         dynamic_loss_args: a dict of `init_scale` (2**16), `scale_factor` (2), `scale_window` (2000 updates),
             `min_loss_scale` (None: 2**-100), `max_loss_scale` (2**24).
-        verbose: print a line for each skipped step: at once, or with a fused optimizer when `overflow` is
-            read.
+        verbose: print a line for each skipped step: at once, or with a fused one when `overflow` is read.
         check_overflow: False applies every step unchecked under a static scale, inf and nan included, as
             apex.fp16_utils did.
 
     Attributes:
         optimizer: the wrapped optimizer, whose groups hold the masters.
-        dynamic_loss_scale: bool.
-        first_closure_call_this_step: bool; the masters are copied to the model before every closure call but
-            this.
+        first_closure_call_this_step: bool; before all other calls the masters are copied to the model.
 
     Raises:
         TypeError: an argument has the wrong type, or a parameter is not float16, bfloat16 or float32.
@@ -73,7 +77,7 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
         verbose: bool = True,
         check_overflow: bool = True,
     ) -> None:
-        device = _checked_optimizer(init_optimizer)
+        device = checked_optimizer(init_optimizer)
         if dynamic_loss_scale and not check_overflow:
             raise ValueError("check_overflow is False; a dynamic loss scale needs it to be True")
         self._policy = (
@@ -81,7 +85,7 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
             if dynamic_loss_scale
             else static_policy(static_loss_scale, device)
         )
-        self.optimizer = init_optimizer
+        super().__init__(init_optimizer)
         self.verbose = verbose
         self.check_overflow = check_overflow
         self.first_closure_call_this_step = True
@@ -89,33 +93,7 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
         self._overflow: bool | None = False  # what the host knows of found_inf; None: not fetched yet
         self._unreported = False
         self._ready = False
-        # The base class's __init__ would make groups and state of its own. This gives it its hook registries
-        # only.
-        self.__setstate__({})
         self._masters = Masters(init_optimizer, device)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups; "params" holds the masters."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's per-parameter state, with the masters as keys."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's defaults for new groups."""
-        return self.optimizer.defaults
 
     @property
     def dynamic_loss_scale(self) -> bool:
@@ -208,27 +186,22 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
 
     @torch.no_grad()
     def clip_master_grads(self, max_norm: float, norm_type: float = 2) -> Tensor:
-        """Scale the masters' gradients down to a total norm of `max_norm`, as torch.nn.utils.clip_grad_norm_
-        does.
+        """Scale the masters' gradients down to a total norm of `max_norm`, as torch's clip_grad_norm_ does.
 
         Returns:
             The norm before clipping, or -1 after an overflow: float32, shape (), on the device.
         """
         self.require_updated("clip_master_grads()")
-        max_norm, norm_type = (
-            checked_positive("max_norm", max_norm),
-            checked_positive("norm_type", norm_type),
-        )
+        max_norm, norm_type = checked_max_norm(max_norm), checked_norm_type(norm_type)
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         grads = [gradients.dense(p.grad) for p in params if p.grad is not None]
         norm = gradients.clip_(grads, max_norm, norm_type).to(self._found_inf.device, non_blocking=True)
         return torch.where(self._found_inf.bool(), torch.full_like(norm, -1.0), norm)
 
     def inspect_master_grad_data(self) -> list[list[Tensor | None]] | None:
-        """Return the masters' gradients, group by group (None for a parameter without one); None after an
-        overflow.
+        """Return the masters' gradients, group by group, or None after an overflow.
 
-        They are the tensors themselves, unscaled: to change them is to change the next step.
+        They are unscaled, and None for a parameter without one. To change them is to change the next step.
         """
         self.require_updated("inspect_master_grad_data()")
         if self.overflow:
@@ -236,8 +209,7 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
         return [[None if p.grad is None else p.grad.detach() for p in g["params"]] for g in self.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the masters and copy them to the model, unless the last `update_master_grads` met an inf or
-        nan.
+        """Update the masters and copy them to the model, unless there was an inf or nan in a gradient.
 
         Args:
             closure: for optimizers such as LBFGS; it calls `zero_grad()`, computes the loss, calls
@@ -249,8 +221,7 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
 
         Raises:
             RuntimeError: there has been no `backward` and `update_master_grads` since the last step; or the
-                closure still overflows after 128 repeats, or overflows under a static scale after its first
-                call.
+                closure still overflows after 128 repeats, or after its first call under a static scale.
         """
         if closure is not None:
             return self._step_with_closure(closure)
@@ -280,13 +251,7 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
         self.optimizer.add_param_group(group)
         self._masters.adopt(group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that a bit-exact resume needs, in tensors and plain values.
-
-        Keys: "loss_scaler" (dict of numbers), "dynamic_loss_scale", "overflow",
-        "first_closure_call_this_step", "optimizer_state_dict", "fp32_from_fp16" (a list of fp32 tensors per
-        group; they are the masters themselves).
-        """
+    def _get_state(self) -> dict[str, Any]:
         return {
             "loss_scaler": self._policy.state_dict(),
             "dynamic_loss_scale": self.dynamic_loss_scale,
@@ -296,34 +261,18 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
             "fp32_from_fp16": self._masters.by_group(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; call it after the model's `load_state_dict`.
-
-        The masters win: they are restored, and the model's half-precision weights are made from them.
-
-        Raises:
-            TypeError, ValueError: a key is missing or unknown, or groups or shapes differ; nothing has
-                changed then.
-        """
-        policy = optimizer_state.checked(
-            state_dict, self.optimizer, self._masters.by_group(), self._found_inf.device
-        )
+    def _set_state(self, state: dict[str, Any]) -> None:
+        device = self._found_inf.device
+        policy = optimizer_state.checked(state, self.optimizer, self._masters.by_group(), device)
         if policy.dynamic and not self.check_overflow:
-            raise ValueError(
-                "state has a dynamic loss scale, which needs check_overflow=True; it is False here"
-            )
-        self.optimizer.load_state_dict(state_dict["optimizer_state_dict"])
+            raise ValueError("state_dict has a dynamic loss scale; check_overflow is False and must be True")
+        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        self._masters.load(state["fp32_from_fp16"])
         self._policy = policy
-        self._overflow = bool(state_dict["overflow"])
-        self._found_inf = torch.full_like(self._found_inf, float(self._overflow))
+        self._overflow = state["overflow"]
+        self._found_inf = torch.full_like(self._found_inf, float(state["overflow"]))
         self._unreported = self._ready = False
-        self.first_closure_call_this_step = state_dict["first_closure_call_this_step"]
-        self._masters.load(state_dict["fp32_from_fp16"])
-
-    def __getstate__(self) -> NoReturn:
-        raise RuntimeError(
-            "FP16_Optimizer cannot be pickled or copied; save and load its state_dict() instead"
-        )
+        self.first_closure_call_this_step = state["first_closure_call_this_step"]
 
     def require_updated(self, method: str) -> None:
         """Raise RuntimeError, naming `method`, unless the gradients of a `backward` wait to be applied."""
@@ -334,8 +283,7 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
             )
 
     def _report_skip(self) -> None:
-        # A scheduler attached to the wrapped optimizer looks for this; without it, it takes the skip for
-        # wrong order.
+        # Without this a scheduler of the wrapped optimizer takes the skip for calls in the wrong order.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self.verbose:
             before, after = self._attempted_scale.item(), self.loss_scale
@@ -354,16 +302,3 @@ class FP16_Optimizer(Optimizer):  # noqa: N801  the name that apex.fp16_utils ga
             self._ready = False
         self._masters.copy_to_model()
         return result
-
-
-def _checked_optimizer(optimizer: Any) -> torch.device:
-    """Raise what the class documents; return the device of the first parameter."""
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, FP16_Optimizer):
-        raise TypeError(
-            f"init_optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer to wrap"
-        )
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not params:
-        raise ValueError("init_optimizer has no parameters; it must have at least one")
-    check_dtypes("init_optimizer", params)
-    return torch.device(params[0].device)

@@ -136,7 +136,7 @@ def _master_parts(
         if len(master_params) != 1 or master_params[0].shape != (sum(sizes),):
             shapes = [tuple(master.shape) for master in master_params]
             raise ValueError(f"master_params has the shapes {shapes}; a flat master has [({sum(sizes)},)]")
-        pieces = master_params[0].detach().split(sizes)
+        pieces = torch.split(master_params[0].detach(), sizes)
         return [piece.view(param.shape) for piece, param in zip(pieces, model_params, strict=True)]
     got, expected = ([tuple(p.shape) for p in params] for params in (master_params, model_params))
     if got != expected:
