@@ -16,6 +16,7 @@ from fp16_utils.fp16util import (
     tofp16,
 )
 from fp16_utils.loss_scaler import DynamicLossScaler, LossScaler
+from fp16_utils.provide import provide_apex
 
 __all__ = [
     "BN_convert_float",
@@ -31,6 +32,7 @@ __all__ = [
     "model_grads_to_master_grads",
     "network_to_half",
     "prep_param_lists",
+    "provide_apex",
     "to_python_float",
     "tofp16",
 ]
