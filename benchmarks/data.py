@@ -70,9 +70,7 @@ def peak_mib(reader: Callable[[str], list[Tensor]], folder: str) -> float:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--data", default=corpora.DEFAULT, help="a folder with train.txt, valid.txt, test.txt"
-    )
+    parser.add_argument("--data", default=corpora.DEFAULT, help="a folder with train.txt, valid.txt, test.txt")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
 

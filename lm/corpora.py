@@ -74,9 +74,7 @@ def read(data: str | Path) -> Texts:
 
 
 def _check_folder(folder: Path, is_default: bool) -> None:
-    wanted = (
-        f"give a folder with train.txt, valid.txt and test.txt, or --data {BUILT_IN} for the built-in text"
-    )
+    wanted = f"give a folder with train.txt, valid.txt and test.txt, or --data {BUILT_IN} for the built-in text"
     if not folder.exists():
         raise UsageError(f"--data {folder}: there is no such folder; {wanted}")
     if not folder.is_dir():
@@ -84,9 +82,7 @@ def _check_folder(folder: Path, is_default: bool) -> None:
     missing = [f"{split}.txt" for split in SPLITS if not (folder / f"{split}.txt").exists()]
     if missing:
         # Nothing is fetched over what is there: it may be a user's own text.
-        remedy = (
-            "add what is missing, or remove the folder to have WikiText-2 fetched" if is_default else wanted
-        )
+        remedy = "add what is missing, or remove the folder to have WikiText-2 fetched" if is_default else wanted
         raise UsageError(f"--data {folder}: the folder has no {' and no '.join(missing)}; {remedy}")
 
 

@@ -1,0 +1,104 @@
+"""Files that hold tensors: written whole or not at all, loaded without running anything from them."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from lm.errors import UsageError
+from lm.model import RNNModel
+
+FORMAT = "lm-precision model 1"
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in place in one step.
+
+    Whoever reads `path`, also after a crash, finds the old content or the new, never a part.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)  # as open() would have made it; mkstemp's are private
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError unless a file `path` can be written; leaves nothing behind."""
+    if path.is_dir():
+        raise UsageError(f"--save {path} is a directory; give the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--save {path}: cannot write in {path.parent} ({error.strerror}); give a place that you can write to"
+        ) from None
+
+
+def save_model(path: Path, model: RNNModel, vocabulary: list[str]) -> None:
+    """Write weights (in the model's dtype), model options and vocabulary: all that `generate.py` needs."""
+    content = {
+        "format": FORMAT,
+        "options": model.options,
+        "vocabulary": vocabulary,
+        "weights": model.state_dict(),
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_model(path: Path) -> tuple[RNNModel, list[str]]:
+    """The fp32 model on the CPU and its vocabulary, from a file that `save_model` wrote in any mode.
+
+    Nothing in the file is executed: it is read with `weights_only=True`.
+
+    Raises:
+        UsageError: the file is missing, or not such a file, or contradicts itself.
+    """
+    if not path.is_file():
+        raise UsageError(f"--checkpoint {path}: there is no such file; train a model first, or give another")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader of a hostile or torn file can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--checkpoint {path} cannot be read as a model file ({reason[:120]})") from None
+    return _build_model(path, content)
+
+
+def _build_model(path: Path, content: Any) -> tuple[RNNModel, list[str]]:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"--checkpoint {path} is no model file of this project; give one that --save wrote")
+    try:
+        vocabulary, options = content["vocabulary"], content["options"]
+        with torch.device("meta"):  # shapes are checked before memory is taken for them
+            model = RNNModel(**options)
+        if not (isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)):
+            raise TypeError("the vocabulary is not a list of words")
+        if not 0 < len(vocabulary) <= options["ntokens"]:
+            raise ValueError(f"{len(vocabulary)} words for {options['ntokens']} scores")
+        weights = {name: weight.float() for name, weight in content["weights"].items()}
+        model.load_state_dict(weights, assign=True)
+    except Exception as error:
+        reason = str(error).replace("\n", " ").replace("\t", "")
+        raise UsageError(f"--checkpoint {path} contradicts itself ({reason[:160]}); train it again") from None
+    if options["tied"]:
+        model.decoder.weight = model.encoder.weight
+    return model, vocabulary
+
+
+def load_weights(path: Path, model: RNNModel) -> None:
+    """Put the weights that `save_model` wrote back into the same model."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(content["weights"])

@@ -1,0 +1,66 @@
+"""Which device a run uses, and what it is."""
+
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from lm.errors import UsageError
+
+
+def find_device(name: str | None, *, cuda: bool = False) -> str:
+    """The device that --device `name` and --cuda ask for, as torch spells it; "cpu" where neither is given.
+
+    Raises:
+        UsageError: the two contradict each other, torch does not know `name`, or this machine has no such device.
+    """
+    if cuda and name is not None and not name.startswith("cuda"):
+        raise UsageError(f"--cuda and --device {name} contradict each other: give one of them")
+    name = name or ("cuda" if cuda else "cpu")
+    asked = f"--device {name}" if not cuda else "--cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is no device of torch; give cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name} is not supported; give cpu, cuda or cuda:N")
+    present = torch.cuda.device_count() if device.type == "cuda" else 1
+    if present == 0:
+        raise UsageError(f"{asked}: torch finds no CUDA GPU here; to run on the CPU, leave the flag out")
+    if (device.index or 0) >= present:
+        raise UsageError(f"{asked}: this machine has {present}; the last one is {device.type}:{present - 1}")
+    return name
+
+
+def set_tf32(allowed: bool) -> None:
+    """Let CUDA products and cuDNN layers round fp32 operands to TF32, or forbid it (cuDNN allows it by default)."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        precision = "tf32" if allowed else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
+    else:  # torch before 2.9
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def device_name(device: str) -> str:
+    """The processor's own name, such as "NVIDIA H100 80GB HBM3"."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return f"{names[0].partition(':')[2].strip()} x {len(names)}"
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory that this process has held: allocated by torch on a GPU, resident on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

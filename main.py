@@ -1,0 +1,37 @@
+"""Train a language model in fp32, or in fp16 with fp32 master weights kept by hand."""
+
+import sys
+
+import torch
+
+from fp16_utils import prep_param_lists
+from lm.config import parse_args, set_up
+from lm.data import Corpus
+from lm.errors import exit_code
+from lm.model import RNNModel
+from lm.precision import MasterWeights
+from lm.train import fit
+
+
+def main() -> int:
+    """Build corpus, model and precision management, and train."""
+    args = parse_args(__file__, __doc__)
+    set_up(args)
+    corpus = Corpus(args.data)
+    model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied).to(
+        args.device
+    )
+
+    # --- precision -----------------------------------------------------------
+    params = masters = list(model.parameters())
+    if args.fp16:
+        params, masters = prep_param_lists(model.half())
+    optimizer = torch.optim.SGD(masters, lr=args.lr, fused=True)
+    precision = MasterWeights(params, optimizer, args.static_loss_scale)
+    # -------------------------------------------------------------------------
+
+    return fit(args, corpus, model, precision)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

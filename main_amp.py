@@ -1,0 +1,35 @@
+"""Train a language model with torch.autocast and torch.amp.GradScaler."""
+
+import sys
+
+import torch
+
+from lm.config import parse_args, set_up
+from lm.data import Corpus
+from lm.errors import exit_code
+from lm.model import RNNModel
+from lm.precision import Autocast
+from lm.train import fit
+
+
+def main() -> int:
+    """Build corpus, model and precision management, and train."""
+    args = parse_args(__file__, __doc__)
+    set_up(args)
+    corpus = Corpus(args.data)
+    model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied).to(
+        args.device
+    )
+
+    # --- precision -----------------------------------------------------------
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, fused=True)
+    init_scale = args.static_loss_scale or args.init_scale
+    scaler = torch.amp.GradScaler(args.device, init_scale=init_scale, growth_interval=args.scale_window)
+    precision = Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)
+    # -------------------------------------------------------------------------
+
+    return fit(args, corpus, model, precision)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

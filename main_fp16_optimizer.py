@@ -1,0 +1,42 @@
+"""Train a language model in fp16 with the precision management of FP16_Optimizer."""
+
+import sys
+
+import torch
+
+from lm.apex import import_fp16_utils
+from lm.config import parse_args, set_up
+from lm.data import Corpus
+from lm.errors import exit_code
+from lm.model import RNNModel
+from lm.precision import WrappedOptimizer
+from lm.train import fit
+
+
+def main() -> int:
+    """Build corpus, model and precision management, and train."""
+    args = parse_args(__file__, __doc__)
+    set_up(args)
+    corpus = Corpus(args.data)
+    model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied).to(
+        args.device
+    )
+
+    # --- precision -----------------------------------------------------------
+    if args.fp16:
+        model.half()
+    optimizer = import_fp16_utils(args.fp16_utils).FP16_Optimizer(
+        torch.optim.SGD(model.parameters(), lr=args.lr, fused=True),
+        static_loss_scale=args.static_loss_scale or 1.0,
+        dynamic_loss_scale=args.dynamic_loss_scale,
+        dynamic_loss_args={"init_scale": args.init_scale, "scale_window": args.scale_window},
+        verbose=False,
+    )
+    precision = WrappedOptimizer(optimizer)
+    # -------------------------------------------------------------------------
+
+    return fit(args, corpus, model, precision)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

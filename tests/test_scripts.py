@@ -1,0 +1,63 @@
+"""The three trainers differ in their precision block and in nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["main.py", "main_fp16_optimizer.py", "main_amp.py"]
+FENCE = re.compile(r"\n    # --- precision -+\n.*\n    # -{20,}\n", re.DOTALL)
+
+
+def skeleton(source: str) -> str:
+    """The source without its title line, its imports and its precision block."""
+    title, _, rest = source.partition("\n")
+    assert title.startswith('"""')
+    rest, fences = FENCE.subn("", rest)
+    assert fences == 1
+    return "\n".join(line for line in rest.splitlines() if not re.match(r"(import|from) ", line))
+
+
+def test_the_scripts_are_one_program_outside_the_fence() -> None:
+    skeletons = {skeleton((ROOT / name).read_text()) for name in SCRIPTS}
+    assert len(skeletons) == 1
+    assert "return fit(args, corpus, model, precision)" in skeletons.pop()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_under_50_lines(name) -> None:
+    assert len((ROOT / name).read_text().splitlines()) < 50
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("lm/*.py")) + sorted(ROOT.glob("fp16_utils/*.py")), ids=str)
+def test_a_file_is_under_300_lines(path) -> None:
+    assert len(path.read_text().splitlines()) < 300
+
+
+# What each layer of the house may import; arrows point downwards only.
+FORBIDDEN = {
+    "fp16_utils": r"^\s*(from|import) (lm|main|generate|tests)\b",
+    "lm": r"^\s*(from|import) (main|main_amp|main_fp16_optimizer|generate|tests)\b",
+}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_arrows_point_downwards(package) -> None:
+    for path in sorted((ROOT / package).glob("*.py")):
+        assert not re.findall(FORBIDDEN[package], path.read_text(), re.MULTILINE), path
+
+
+def test_fp16_utils_imports_torch_alone() -> None:
+    import sys
+
+    allowed = set(sys.stdlib_module_names) | {"torch", "fp16_utils"}
+    for path in sorted((ROOT / "fp16_utils").glob("*.py")):
+        imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        assert set(imported) <= allowed, path
+
+
+@pytest.mark.parametrize(("path", "unaware"), [("lm/train.py", "fp16"), ("lm/model.py", "autocast(")])
+def test_loop_and_model_know_no_precision_mode(path, unaware) -> None:
+    code = re.sub(r'""".*?"""|#.*', "", (ROOT / path).read_text(), flags=re.DOTALL)
+    assert unaware not in code
