@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lm.checkpoint import load_model, write_atomically
-from lm.config import OneLineParser, number, whole
+from lm.config import HelpFormatter, OneLineParser, number, whole
 from lm.console import say
 from lm.device import find_device
 from lm.errors import UsageError, exit_code
@@ -18,9 +18,7 @@ WORDS_A_LINE = 20
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = OneLineParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("model.pt"), metavar="FILE", help="what --save wrote")
     parser.add_argument("--outf", type=Path, default=Path("generated.txt"), metavar="FILE", help="the text goes here")
     parser.add_argument("--words", type=whole, default=1000, metavar="N", help="how many to write")

@@ -26,6 +26,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def number(
     kind: Callable[[str], float],
     low: float,
@@ -56,6 +63,7 @@ def number(
 
 whole = number(int, 1)
 finite_above_0 = number(float, 0, 1e38, above=True)
+loss_scale = number(float, 2.0**-100, 2.0**127)  # and its reciprocal, as normal fp32 numbers
 
 
 def make_parser(script: str, description: str | None) -> argparse.ArgumentParser:
@@ -64,7 +72,7 @@ def make_parser(script: str, description: str | None) -> argparse.ArgumentParser
         prog=f"{script}.py",
         description=description,
         allow_abbrev=False,  # an abbreviation of today is ambiguous with the next new flag
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     _add_data_and_model(parser)
     _add_training(parser)
@@ -145,14 +153,14 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
     static_default = "dynamic in float16, else 1" if amp else f"{FP16_STATIC_LOSS_SCALE:g} with --fp16, else 1"
     group.add_argument(
         "--static-loss-scale",
-        type=finite_above_0,
+        type=loss_scale,
         metavar="S",
         default=argparse.SUPPRESS,
         help=f"factor that the loss is multiplied by; powers of two are exact (default: {static_default})",
     )
     group.add_argument(
         "--init-scale",
-        type=finite_above_0,
+        type=loss_scale,
         default=2.0**16,
         metavar="S",
         help="a dynamic loss scale starts here",

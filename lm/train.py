@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import threading
 import time
 from typing import Any
@@ -73,7 +74,7 @@ class Training:
         self.records = RunDirectory(args.run_dir, f"{args.script}-{args.mode}")
         self.records.write_config(self.config())
         self.eval_batches = 1 if args.dry_run else None
-        self.max_steps = 1 if args.dry_run else args.max_steps or math.inf
+        self.max_steps: int = 1 if args.dry_run else args.max_steps or sys.maxsize
         self.lr = args.lr
         self.best: float | None = None
         self.skipped_in_a_row = 0
@@ -144,7 +145,7 @@ class Training:
     def train_epoch(self, epoch: int, interrupted: threading.Event) -> None:
         """One pass over the training text."""
         args, records = self.args, self.records
-        starts = range(0, len(self.train_data) - 1, args.bptt)
+        starts = range(0, len(self.train_data) - 1, args.bptt)[: self.max_steps - records.steps]
         log = Log(epoch, len(self.train_data) // args.bptt)
         flush_interval = min(args.log_interval, args.max_skipped)
         self.model.train()
@@ -157,7 +158,7 @@ class Training:
                     log.add(self.check(records.flush()))
                 if batch % args.log_interval == 0:
                     log.line(batch, self.lr)
-                if interrupted.is_set() or records.steps >= self.max_steps:
+                if interrupted.is_set():
                     break
         self.check(records.flush())
 

@@ -58,7 +58,7 @@ def build(monkeypatch: pytest.MonkeyPatch, corpus: Path, script: str, *flags: st
     return Training(*captured.value.args)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, corpus: Path, run_dir: Path, script: str, *flags: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, corpus: Path | str, run_dir: Path, script: str, *flags: str) -> int:
     """Run `script` from its first line to its exit code, recording into `run_dir`."""
     module = importlib.import_module(script)
     flags = ("--data", str(corpus), *SIZE, "--run-dir", str(run_dir), "--save", f"{run_dir}.pt", *flags)

@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import torch
 
+import jobs
 from lm.model import next_word_loss
 from lm.train import Training
 
@@ -23,12 +23,15 @@ def make(monkeypatch, tmp_path, corpus, device):
     def build(mode: str, *flags: str, optimizer: Any = None) -> Training:
         count = len(list(tmp_path.glob("run-*")))
         where = ("--run-dir", str(tmp_path / f"run-{count}"), "--save", str(tmp_path / "model.pt"))
+        if device == "cuda":
+            flags += ("--deterministic",)
         with monkeypatch.context() as patch:
             if optimizer is not None:
                 patch.setattr(torch.optim, "SGD", optimizer)
             return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], "--device", device, *where, *flags)
 
-    return build
+    yield build
+    torch.use_deterministic_algorithms(False)
 
 
 def adamw(params: Any, lr: float, fused: bool) -> torch.optim.Optimizer:
