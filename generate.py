@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lm.checkpoint import load_model, write_atomically
+from lm.checkpoint import check_writable, load_model, write_atomically
 from lm.config import HelpFormatter, OneLineParser, number, whole
 from lm.console import say
 from lm.device import find_device
-from lm.errors import UsageError, exit_code
+from lm.errors import exit_code
 from lm.model import RNNModel
 
 WORDS_A_LINE = 20
@@ -64,15 +64,13 @@ def main() -> int:
     """Load, draw, write."""
     args = parse_args()
     device = find_device(None, cuda=args.cuda)
+    check_writable("--outf", args.outf)
     model, vocabulary = load_model(args.checkpoint)
     torch.manual_seed(args.seed)
     model.eval().to(device)
     ids = generate(model, args.words, args.temperature, args.log_interval, len(vocabulary))
     text = as_text([vocabulary[i] for i in ids])
-    try:
-        write_atomically(args.outf, lambda file: file.write(text.encode()))
-    except OSError as error:
-        raise UsageError(f"--outf {args.outf}: cannot write there ({error.strerror}); give another file") from None
+    write_atomically(args.outf, lambda file: file.write(text.encode()))
     return 0
 
 

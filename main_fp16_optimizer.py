@@ -29,7 +29,11 @@ def main() -> int:
         torch.optim.SGD(model.parameters(), lr=args.lr, fused=True),
         static_loss_scale=args.static_loss_scale or 1.0,
         dynamic_loss_scale=args.dynamic_loss_scale,
-        dynamic_loss_args={"init_scale": args.init_scale, "scale_window": args.scale_window},
+        dynamic_loss_args={
+            "init_scale": args.init_scale,
+            "scale_window": args.scale_window,
+            "max_loss_scale": max(args.init_scale, 2.0**24),
+        },
         verbose=False,
     )
     precision = WrappedOptimizer(optimizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from lm.errors import UsageError
 from lm.model import RNNModel
@@ -17,8 +18,9 @@ FORMAT = "lm-precision model 1"
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place in one step.
 
-    Whoever reads `path`, also after a crash, finds the old content or the new, never a part.
+    Whoever reads `path`, also after a crash, finds the old content or the new, never a part. A link stays a link.
     """
+    path = path.resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     beside = Path(name)
     try:
@@ -35,16 +37,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
-def check_writable(path: Path) -> None:
-    """Raise UsageError unless a file `path` can be written; leaves nothing behind."""
-    if path.is_dir():
-        raise UsageError(f"--save {path} is a directory; give the name of a file")
+def check_writable(flag: str, path: Path) -> None:
+    """Raise UsageError, naming `flag`, unless a file `path` can be written; leaves nothing behind."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a device or pipe, which writing would replace"
+        raise UsageError(f"{flag} {path.name} is {kind}; give the name of a file")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise UsageError(
-            f"--save {path}: cannot write in {path.parent} ({error.strerror}); give a place that you can write to"
+            f"{flag} {path}: cannot write in {path.parent} ({error.strerror}); give a place that you can write to"
         ) from None
 
 
@@ -68,7 +72,8 @@ def load_model(path: Path) -> tuple[RNNModel, list[str]]:
         UsageError: the file is missing, or not such a file, or contradicts itself.
     """
     if not path.is_file():
-        raise UsageError(f"--checkpoint {path}: there is no such file; train a model first, or give another")
+        what = "this is no file" if path.exists() else "there is no such file"
+        raise UsageError(f"--checkpoint {path}: {what}; train a model first, or give another")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader of a hostile or torn file can fail in any way
@@ -81,21 +86,35 @@ def _build_model(path: Path, content: Any) -> tuple[RNNModel, list[str]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"--checkpoint {path} is no model file of this project; give one that --save wrote")
     try:
-        vocabulary, options = content["vocabulary"], content["options"]
+        options, vocabulary = content["options"], content["vocabulary"]
+        weights = {name: _checked_weight(name, weight) for name, weight in content["weights"].items()}
+        _check_options(options, vocabulary, len(weights))
         with torch.device("meta"):  # shapes are checked before memory is taken for them
             model = RNNModel(**options)
-        if not (isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)):
-            raise TypeError("the vocabulary is not a list of words")
-        if not 0 < len(vocabulary) <= options["ntokens"]:
-            raise ValueError(f"{len(vocabulary)} words for {options['ntokens']} scores")
-        weights = {name: weight.float() for name, weight in content["weights"].items()}
         model.load_state_dict(weights, assign=True)
-    except Exception as error:
+    except Exception as error:  # as above
         reason = str(error).replace("\n", " ").replace("\t", "")
         raise UsageError(f"--checkpoint {path} contradicts itself ({reason[:160]}); train it again") from None
     if options["tied"]:
         model.decoder.weight = model.encoder.weight
     return model, vocabulary
+
+
+def _checked_weight(name: str, weight: Tensor) -> Tensor:
+    if weight.layout != torch.strided or not weight.is_floating_point() or not weight.isfinite().all():
+        raise ValueError(f"{name} is not a dense tensor of finite numbers")
+    return weight.float()
+
+
+def _check_options(options: dict[str, Any], vocabulary: Any, weights: int) -> None:
+    if not (isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)):
+        raise TypeError("the vocabulary is not a list of words")
+    if not 0 <= options["ntokens"] - len(vocabulary) < 8:  # the decoder is padded to a multiple of 8
+        raise ValueError(f"{len(vocabulary)} words for {options['ntokens']} scores")
+    if not isinstance(options["tied"], bool):
+        raise TypeError(f"tied is {options['tied']!r}")
+    if options["nlayers"] > weights:  # checked here, since even an empty layer takes time to build
+        raise ValueError(f"{weights} weights for {options['nlayers']} layers")
 
 
 def load_weights(path: Path, model: RNNModel) -> None:

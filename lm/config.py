@@ -40,12 +40,16 @@ def number(
     *,
     above: bool = False,
     below: bool = False,
+    what: str | None = None,
 ) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out."""
-    name = "a whole number" if kind is int else "a number"
-    bounds = f"{'above' if above else 'of at least'} {low:g}"
-    if high < math.inf:
-        bounds += f" and {'below' if below else 'at most'} {high:g}"
+    """An argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out.
+
+    `what` describes it in the error where the bounds would only be digits to the reader.
+    """
+    if what is None:
+        what = f"a{' whole' if kind is int else ''} number {'above' if above else 'of at least'} {low:g}"
+        if high < math.inf:
+            what += f" and {'below' if below else 'at most'} {high:g}"
 
     def parse(text: str) -> float:
         try:
@@ -55,7 +59,7 @@ def number(
         too_low = value <= low if above else value < low
         too_high = value >= high if below else value > high
         if math.isnan(value) or too_low or too_high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
     return parse
@@ -63,7 +67,8 @@ def number(
 
 whole = number(int, 1)
 finite_above_0 = number(float, 0, 1e38, above=True)
-loss_scale = number(float, 2.0**-100, 2.0**127)  # and its reciprocal, as normal fp32 numbers
+# Bounded so that fp32 holds its reciprocal too.
+loss_scale = number(float, 2.0**-100, 2.0**127, what="a number above 0, from 2**-100 to 2**127")
 
 
 def make_parser(script: str, description: str | None) -> argparse.ArgumentParser:

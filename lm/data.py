@@ -81,11 +81,11 @@ def _token_ids(text: str, numbers: defaultdict[str, int]) -> Tensor:
     return torch.frombuffer(ids, dtype=torch.int64)
 
 
-def batchify(data: Tensor, batch_size: int, device: str | torch.device, split: str = "text") -> Tensor:
+def batchify(data: Tensor, batch_size: int, device: str | torch.device, split: str = "train") -> Tensor:
     """Cut a text into `batch_size` columns of equal length, which a model reads side by side.
 
     data   int64, shape (tokens,)
-    split  what to call the text in the error
+    split  "train", "valid" or "test", for the error
     Returns int64 on `device`, shape (tokens // batch_size, batch_size): column j is the j-th part of the
     text, read downwards; up to batch_size - 1 tokens at the end are left out.
 
@@ -93,9 +93,9 @@ def batchify(data: Tensor, batch_size: int, device: str | torch.device, split: s
     """
     rows = len(data) // batch_size
     if rows < 2:
+        remedy = "more text or a smaller --batch_size" if split == "train" else "more text"
         raise UsageError(
-            f"{split}: {len(data)} tokens are too few for a batch size of {batch_size}, which needs at least "
-            f"{2 * batch_size}; give more text or a smaller batch size"
+            f"{split}.txt: {len(data)} tokens are too few for {batch_size} columns of at least 2; give {remedy}"
         )
     return data[: rows * batch_size].view(batch_size, rows).t().contiguous().to(device)
 

@@ -1,5 +1,6 @@
 """What goes wrong for a user, as one line and an exit code instead of a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,9 +18,10 @@ class RunError(Exception):
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run `main`; print a UsageError or RunError on stderr as one line and return its exit code.
+    """Run `main`; print what went wrong on stderr as one line and return the exit code.
 
-    Ctrl-C outside training, where nothing is left to finish, gives 130 as in a shell.
+    That is the code of a UsageError or RunError, and 1 when the disk or the memory is full. Ctrl-C outside
+    training, where nothing is left to finish, gives 130, and a closed pipe 141, as in a shell.
     """
     try:
         return main()
@@ -28,3 +30,11 @@ def exit_code(main: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's allocators raise these
+            raise
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return RunError.exit_code

@@ -23,6 +23,9 @@ from lm.errors import UsageError
 from lm.precision import StepResult
 
 
+FILES = ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")
+
+
 class RunDirectory:
     """Creates the directory of one run and writes its records.
 
@@ -40,14 +43,13 @@ class RunDirectory:
         try:
             self.path = _new_directory(name) if path is None else path
             self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / "config.json").exists():
+            if any((self.path / file).exists() for file in FILES):
                 raise UsageError(f"--run-dir {self.path} holds a run already; give a new directory")
-            for name in ("steps.jsonl", "epochs.jsonl"):
-                (self.path / name).touch()
+            for file in ("steps.jsonl", "epochs.jsonl"):
+                (self.path / file).touch()
         except OSError as error:
-            raise UsageError(
-                f"--run-dir {path or name}: cannot write there ({error.strerror}); give another directory"
-            ) from None
+            where = "runs" if path is None else f"--run-dir {path}"
+            raise UsageError(f"{where}: cannot write there ({error.strerror}); give another directory") from None
         self._pending: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
         self.steps = 0
         self.skipped = 0
@@ -155,7 +157,9 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():  # installed; a repository further up is not this project's
+        return None
     try:
         done = subprocess.run(  # noqa: S603
             ["git", "-C", str(here), "rev-parse", "HEAD"],  # noqa: S607

@@ -66,11 +66,12 @@ class Training:
         self.corpus = corpus
         self.model = model
         self.precision = precision
-        self.train_data = batchify(corpus.train, args.batch_size, args.device)
-        self.valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE, args.device)
-        self.test_data = batchify(corpus.test, EVAL_BATCH_SIZE, args.device)
+        self.train_data = batchify(corpus.train, args.batch_size, args.device, "train")
+        self.valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE, args.device, "valid")
+        self.test_data = batchify(corpus.test, EVAL_BATCH_SIZE, args.device, "test")
         self.dtypes = try_once(model, precision, args)
-        check_writable(args.save)
+        if args.run_dir is None or args.run_dir != args.save.parent:  # which is made, and tried, next
+            check_writable("--save", args.save)
         self.records = RunDirectory(args.run_dir, f"{args.script}-{args.mode}")
         self.records.write_config(self.config())
         self.eval_batches = 1 if args.dry_run else None
@@ -125,8 +126,10 @@ class Training:
         """All epochs, until the last one, --max-steps or an interrupt."""
         for epoch in range(1, self.args.epochs + 1):
             start = time.monotonic()
-            self.train_epoch(epoch, interrupted)
-            self.training_seconds += time.monotonic() - start
+            try:
+                self.train_epoch(epoch, interrupted)
+            finally:
+                self.training_seconds += time.monotonic() - start
             if interrupted.is_set():
                 break
             valid_loss = evaluate(self.model, self.precision, self.valid_data, self.args.bptt, self.eval_batches)
@@ -154,7 +157,8 @@ class Training:
         with tqdm(starts, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None) as bar:
             for batch, i in enumerate(bar, 1):
                 hidden = self.train_step(epoch, i, hidden)
-                if batch % flush_interval == 0 or batch % args.log_interval == 0:
+                # Once steps are skipped, each one is looked at: the run must end while the bad gradients are there.
+                if self.skipped_in_a_row or batch % flush_interval == 0 or batch % args.log_interval == 0:
                     log.add(self.check(records.flush()))
                 if batch % args.log_interval == 0:
                     log.line(batch, self.lr)
@@ -190,7 +194,10 @@ class Training:
         advice = "a smaller --lr"
         if args.dtype == "float16":
             if args.static_loss_scale is not None:
-                advice += ", a smaller --static-loss-scale or a dynamic one (main_amp.py)"
+                dynamic = (
+                    "--dynamic-loss-scale" if args.script == "main_fp16_optimizer" else "main_amp.py's dynamic one"
+                )
+                advice += f", a smaller --static-loss-scale, {dynamic}"
             advice += ", or main_amp.py --dtype bfloat16"
         return (
             f"{args.script}.py in mode {args.mode} has diverged: the loss or a gradient was not finite in "
@@ -200,7 +207,7 @@ class Training:
 
     def keep_or_anneal(self, valid_loss: float) -> None:
         """Save the model where it is the best so far; divide the learning rate where it is not."""
-        if self.best is None or valid_loss < self.best:
+        if self.best is None or valid_loss < self.best or not math.isfinite(self.best):
             save_model(self.args.save, self.model, self.corpus.dictionary.idx2word)
             self.best = valid_loss
             return

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import jobs
 import pytest
 import torch
+
+import jobs
 
 # The suite runs one process a core; more threads than cores only get in each other's way.
 torch.set_num_threads(1)

@@ -49,9 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(train=TEXTS, valid=TEXTS, test=TEXTS, piece=st.sampled_from([1, 2, 7, lm_data.PIECE]))
 @example(train="a", valid="a", test="a", piece=1)
 @example(train="\n\na\n\n", valid="b\r\n\r\n<eos>", test=" c \u2028 d\re", piece=1)
-def test_corpus_equals_the_tutorials_line_by_line(
-    folder: Path, train: str, valid: str, test: str, piece: int
-) -> None:
+def test_corpus_equals_the_tutorials_line_by_line(folder: Path, train: str, valid: str, test: str, piece: int) -> None:
     for split, text in {"train": train, "valid": valid, "test": test}.items():
         (folder / f"{split}.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
@@ -88,9 +86,7 @@ def test_corpus_passes_on_where_it_comes_from(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "padded"), [(7, 8), (8, 8), (9, 16), (33_278, 33_280)])
-def test_vocabulary_is_padded_to_a_multiple_of_8(
-    words: int, padded: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vocabulary_is_padded_to_a_multiple_of_8(words: int, padded: int, monkeypatch: pytest.MonkeyPatch) -> None:
     train = " ".join(f"w{i}" for i in range(words - 1)) + "\n"
     monkeypatch.setattr(corpora, "read", lambda data: corpora.Texts("x", train, "w0\n", "w0\n", {}))
     corpus = Corpus("x")
@@ -149,9 +145,7 @@ def test_batchify_cuts_a_text_into_columns(tokens: int, batch_size: int) -> None
 
 @given(rows=st.integers(2, 40), batch_size=st.integers(1, 7), bptt=st.integers(1, 45))
 @settings(deadline=None)
-def test_batches_hold_every_token_once_and_predict_its_successor(
-    rows: int, batch_size: int, bptt: int
-) -> None:
+def test_batches_hold_every_token_once_and_predict_its_successor(rows: int, batch_size: int, bptt: int) -> None:
     source = batchify(torch.arange(rows * batch_size), batch_size, "cpu")
     inputs, targets = [], []
     for i in range(0, rows - 1, bptt):

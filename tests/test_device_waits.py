@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jobs
 import pytest
 import torch
 
+import jobs
 from lm.train import Training
 
 REAL_AUTOCAST = torch.autocast

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import jobs
 from lm.data import Corpus, batchify, get_batch
 from lm.precision import MasterWeights, StepResult
 

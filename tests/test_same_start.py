@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jobs
 import pytest
 import torch
 
+import jobs
 from lm.data import get_batch
 from lm.train import Training
 
