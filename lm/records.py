@@ -22,7 +22,6 @@ from lm.checkpoint import write_atomically
 from lm.errors import UsageError
 from lm.precision import StepResult
 
-
 FILES = ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")
 
 
