@@ -1,6 +1,7 @@
 """Reading checkpoints that apex.fp16_utils wrote, without apex and without running code out of the file."""
 
 import pickle
+import re
 from os import PathLike
 from typing import IO, Any
 
@@ -48,10 +49,11 @@ def load_apex_checkpoint(path: str | PathLike[str] | IO[bytes], map_location: An
         with torch.serialization.safe_globals(stand_ins):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        # Out of torch's advice, which includes turning the protection off, the part that says what was found.
+        reason = re.search(r"Unsupported [^\n]*", str(error))
         raise pickle.UnpicklingError(
             f"{path} holds more than tensors, plain values and apex's loss scalers, which is all that is "
-            f"loaded: {reason}"
+            f"loaded: {reason[0] if reason else 'it is not a checkpoint'}"
         ) from None
     return _without_records(checkpoint)
 

@@ -32,7 +32,7 @@ def cuda_on_cpu() -> Iterator[None]:
     torch.cuda, and `torch.cuda.synchronize`, `set_device` and `current_device`. `torch.cuda.is_available()`
     still says False, and streams, events and NCCL are not replaced.
     """
-    # Optimizers import it, and it looks at the functions of torch.cuda by identity: it must see the real ones.
+    # Optimizers import it, and it looks torch.cuda's functions up by identity: it must see the real ones.
     importlib.import_module("torch._dynamo")
     replaced: dict[str, Any] = {name: getattr(torch, name) for name in TENSOR_TYPES}
     replaced["synchronize"] = _do_nothing
