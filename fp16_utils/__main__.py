@@ -55,12 +55,16 @@ def _as_main(script: str, args: list[str]) -> Iterator[ModuleType]:
     """Set up `__main__`, sys.argv and sys.path as `python SCRIPT ARGS...` would; put them back at the end."""
     module = ModuleType("__main__")
     module.__file__ = script
-    with (
-        mock.patch.dict(sys.modules, {"__main__": module}),
-        mock.patch.object(sys, "argv", [script, *args]),
-        mock.patch.object(sys, "path", [str(Path(script).resolve().parent), *sys.path[1:]]),
-    ):
-        yield module
+    main_before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        with (
+            mock.patch.object(sys, "argv", [script, *args]),
+            mock.patch.object(sys, "path", [str(Path(script).resolve().parent), *sys.path[1:]]),
+        ):
+            yield module
+    finally:
+        sys.modules["__main__"] = main_before
 
 
 def _run(source: bytes, script: str, module: ModuleType) -> int:

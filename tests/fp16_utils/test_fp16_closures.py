@@ -11,7 +11,7 @@ def lbfgs(params, **kwargs):
 
 
 def closure_for(network, optimizer, i=0, factors=()):
-    """Return a closure over `problem(i)`; call number n multiplies its loss by factors[n], if there is one."""
+    """Return a closure over `problem(i)` whose call number n multiplies its loss by factors[n], if any."""
     calls = []
 
     def closure():
