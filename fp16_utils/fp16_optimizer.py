@@ -1,7 +1,7 @@
 """`FP16_Optimizer`: fp32 master weights and a loss scale around any torch optimizer."""
 
 from collections.abc import Callable
-from itertools import chain
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -18,8 +18,14 @@ from fp16_utils.checks import (
 )
 from fp16_utils.closures import ScaledClosure, SkippedStep
 from fp16_utils.masters import Masters
-from fp16_utils.policy import dynamic_policy, static_policy
+from fp16_utils.policy import new_policy
 from fp16_utils.wrapper import OptimizerWrapper
+
+
+class _Stage(Enum):
+    IDLE = auto()  # no gradients to apply
+    DEFERRED = auto()  # the model has gradients that the masters have not
+    UPDATED = auto()
 
 
 class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_utils gave it
@@ -80,11 +86,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         device = checked_optimizer(init_optimizer)
         if dynamic_loss_scale and not check_overflow:
             raise ValueError("check_overflow is False; a dynamic loss scale needs it to be True")
-        self._policy = (
-            dynamic_policy(dynamic_loss_args, device)
-            if dynamic_loss_scale
-            else static_policy(static_loss_scale, device)
-        )
+        self._policy = new_policy(dynamic_loss_scale, static_loss_scale, dynamic_loss_args, device)
         super().__init__(init_optimizer)
         self.verbose = verbose
         self.check_overflow = check_overflow
@@ -92,7 +94,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._overflow: bool | None = False  # what the host knows of found_inf; None: not fetched yet
         self._unreported = False
-        self._ready = False
+        self._stage = _Stage.IDLE
         self._masters = Masters(init_optimizer, device)
 
     @property
@@ -111,19 +113,12 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     @property
     def loss_scale_tensor(self) -> Tensor:
-        """The factor of the next `backward`: float32, shape (), on the device.
-
-        An update replaces this tensor; one that was read before keeps its value.
-        """
+        """The factor of the next `backward`: float32, shape (), on the device; replaced by an update."""
         return self._policy.scale
 
     @property
     def found_inf(self) -> Tensor:
-        """Whether the last `update_master_grads` met an inf or nan, 0. or 1.: float32, shape (), on the
-        device.
-
-        An update replaces this tensor; one that was read before keeps its value.
-        """
+        """`overflow` as 0. or 1. without waiting: float32, shape (), on the device; replaced by an update."""
         return self._found_inf
 
     @property
@@ -151,7 +146,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         drop = set_grads_to_None if set_to_none is None else set_to_none
         self.optimizer.zero_grad(set_to_none=drop)
         self._masters.zero_model_grads(drop)
-        self._ready = False
+        self._stage = _Stage.IDLE
 
     def backward(self, loss: Tensor, update_master_grads: bool = True, retain_graph: bool = False) -> None:
         """Backpropagate `loss` times the loss scale; gradients add up in the model as with `loss.backward()`.
@@ -164,7 +159,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         """
         checked_loss(loss)
         self._masters.bring_grads_to(self._policy.scale)
-        self._ready = False
+        self._stage = _Stage.DEFERRED
         # In float32: the product of a float16 loss and the scale would overflow.
         scaled = loss.float() * self._policy.scale.to(loss.device, non_blocking=True)
         torch.autograd.backward(scaled, retain_graph=retain_graph)
@@ -182,7 +177,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         self._unreported = False
         self._attempted_scale = self._policy.scale
         self._policy.update(self._found_inf)
-        self._ready = True
+        self._stage = _Stage.UPDATED
 
     @torch.no_grad()
     def clip_master_grads(self, max_norm: float, norm_type: float = 2) -> Tensor:
@@ -193,8 +188,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         """
         self.require_updated("clip_master_grads()")
         max_norm, norm_type = checked_max_norm(max_norm), checked_norm_type(norm_type)
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        grads = [gradients.dense(p.grad) for p in params if p.grad is not None]
+        grads = self._masters.all_grads()
         norm = gradients.clip_(grads, max_norm, norm_type).to(self._found_inf.device, non_blocking=True)
         return torch.where(self._found_inf.bool(), torch.full_like(norm, -1.0), norm)
 
@@ -203,7 +197,8 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
         They are unscaled, and None for a parameter without one. To change them is to change the next step.
         """
-        self.require_updated("inspect_master_grad_data()")
+        if self._stage is _Stage.DEFERRED:
+            self.require_updated("inspect_master_grad_data()")
         if self.overflow:
             return None
         return [[None if p.grad is None else p.grad.detach() for p in g["params"]] for g in self.param_groups]
@@ -226,10 +221,10 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         if closure is not None:
             return self._step_with_closure(closure)
         self.require_updated("step()")
-        self._ready = False
-        if fused.skips_on_device(self.optimizer):
+        self._stage = _Stage.IDLE
+        if self._overflow is None and fused.skips_on_device(self.optimizer):
             result = fused.step(self.optimizer, self._found_inf)
-            self._unreported = self._overflow is None
+            self._unreported = True
         elif self.overflow:
             self._report_skip()
             return None
@@ -242,12 +237,9 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         """Add a group, as to any torch optimizer; its half-precision parameters get masters.
 
         Raises:
-            ValueError: a parameter is in another group already.
+            TypeError, ValueError: a parameter is of another dtype, or in another group already.
         """
-        group = dict(param_group)
-        params = group.get("params", [])
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        self._masters.check_new([p[1] if isinstance(p, tuple) else p for p in group["params"]])
+        group = self._masters.checked_group(param_group)
         self.optimizer.add_param_group(group)
         self._masters.adopt(group)
 
@@ -271,12 +263,12 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         self._policy = policy
         self._overflow = state["overflow"]
         self._found_inf = torch.full_like(self._found_inf, float(state["overflow"]))
-        self._unreported = self._ready = False
+        self._unreported, self._stage = False, _Stage.IDLE
         self.first_closure_call_this_step = state["first_closure_call_this_step"]
 
     def require_updated(self, method: str) -> None:
         """Raise RuntimeError, naming `method`, unless the gradients of a `backward` wait to be applied."""
-        if not self._ready:
+        if self._stage is not _Stage.UPDATED:
             raise RuntimeError(
                 f"{method} was called before backward(): call backward(loss) first, and "
                 "update_master_grads() as well if backward had update_master_grads=False"
@@ -299,6 +291,6 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
             return None
         finally:
             self.first_closure_call_this_step = True
-            self._ready = False
+            self._stage = _Stage.IDLE
         self._masters.copy_to_model()
         return result

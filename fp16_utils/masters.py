@@ -41,14 +41,21 @@ class Masters:
         for group in optimizer.param_groups:
             self.adopt(group)
 
-    def check_new(self, params: list[Any]) -> None:
-        """Raise unless `params` can be added: TypeError for a dtype, ValueError for one that is here."""
+    def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of `group`, to be added to the optimizer, with a list of parameters.
+
+        Raises:
+            TypeError: a parameter is not float16, bfloat16 or float32.
+            ValueError: a parameter has a master already.
+        """
+        given = group["params"]
+        listed = [given] if isinstance(given, Tensor) else list(given)
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]  # they may be named
         check_dtypes("param_group", params)
         known = {id(p) for p in self._half}
         if any(id(p) in known for p in params):
-            raise ValueError(
-                "param_group has a parameter that is in another group; each may be in one group only"
-            )
+            raise ValueError("param_group has a parameter of another group; each may be in one group only")
+        return {**group, "params": listed}
 
     def adopt(self, group: dict[str, Any]) -> None:
         """Replace the half-precision parameters in `group` (the optimizer's) and move their state in fp32."""
@@ -74,7 +81,15 @@ class Masters:
         self._masters = list(chain.from_iterable(self._master_groups))
         self._all_float16 = all(p.dtype == torch.float16 for p in self._half)
         known = {id(m) for m in self._masters}
-        self._own = [p for g in self._optimizer.param_groups for p in g["params"] if id(p) not in known]
+        self._own = [p for p in self._all_params() if id(p) not in known]
+
+    def _all_params(self) -> list[Tensor]:
+        """Return what the optimizer updates, in its order, a repeated parameter (torch warns of it) once."""
+        return list(dict.fromkeys(p for group in self._optimizer.param_groups for p in group["params"]))
+
+    def all_grads(self) -> list[Tensor]:
+        """Return the gradients that the optimizer will see, in its order; of sparse ones the values."""
+        return [gradients.dense(p.grad) for p in self._all_params() if p.grad is not None]
 
     def by_group(self) -> list[list[Tensor]]:
         """Return the masters, detached, group by group."""

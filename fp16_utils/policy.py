@@ -117,16 +117,20 @@ class DynamicScale:
         self.scale = torch.full_like(self.scale, value)
 
 
-def static_policy(scale: Any, device: torch.device) -> StaticScale:
-    """Build a StaticScale from the value a caller gave as `static_loss_scale`."""
-    return StaticScale(checked_scale("static_loss_scale", scale), device)
-
-
 DYNAMIC_ARGS = ("init_scale", "scale_factor", "scale_window", "min_loss_scale", "max_loss_scale")
 
 
-def dynamic_policy(args: Any, device: torch.device) -> DynamicScale:
-    """Build a DynamicScale from the value a caller gave as `dynamic_loss_args`: None or a dict."""
+def new_policy(
+    dynamic: bool, static_scale: Any, args: Any, device: torch.device
+) -> StaticScale | DynamicScale:
+    """Build the policy that a caller described by the arguments of `FP16_Optimizer`.
+
+    Raises:
+        TypeError, ValueError: `static_loss_scale`, or else `dynamic_loss_args` or one of them, is not
+            allowed.
+    """
+    if not dynamic:
+        return StaticScale(checked_scale("static_loss_scale", static_scale), device)
     if args is not None and not isinstance(args, dict):
         raise TypeError(
             f"dynamic_loss_args is {args!r}; it must be None or a dict with keys of {DYNAMIC_ARGS}"

@@ -123,6 +123,17 @@ def test_check_overflow_false_applies_what_comes():
     assert parameter.tolist() == [float("-inf"), 0.0]
 
 
+def test_a_fused_step_reports_at_once_what_is_known_already(capsys):
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = wrap(torch.optim.SGD([parameter], lr=1.0, fused=True), static_loss_scale=8.0, verbose=True)
+    optimizer.backward(parameter.sum() * float("nan"))
+    assert optimizer.overflow
+    assert capsys.readouterr().out == ""
+    assert optimizer.step() is None
+    assert capsys.readouterr().out == "Gradient overflow: step skipped, loss scale stays at 8\n"
+    assert parameter.item() == 0.0
+
+
 @pytest.mark.parametrize("fused", [None, True])
 def test_messages(capsys, fused):
     parameter = nn.Parameter(torch.zeros(1))

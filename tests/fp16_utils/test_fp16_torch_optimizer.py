@@ -167,7 +167,7 @@ def test_add_param_group():
     optimizer.step()
     assert not same(before, snapshot(layers[1]))
     assert extra.tolist() == pytest.approx([1 - 0.19] * 2, abs=0.01)
-    with pytest.raises(ValueError, match="another group"):
+    with pytest.raises(ValueError, match="of another group"):
         optimizer.add_param_group({"params": [network[0].weight]})
     with pytest.raises(TypeError, match="float64"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1, dtype=torch.float64))]})

@@ -158,6 +158,22 @@ def test_every_way_to_zero_gradients_starts_a_fresh_sum(zero):
     assert same(seen[0], seen[1])
 
 
+def test_a_backward_by_hand_after_zero_grad():
+    networks = [mixed(), mixed()]
+    optimizers = [wrap(sgd(network.parameters()), static_loss_scale=1024.0) for network in networks]
+    for i in range(3):
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = loss_of(network, *problem(i))
+            if optimizer is optimizers[0]:
+                optimizer.backward(loss)
+            else:
+                (loss * optimizer.loss_scale).backward()
+                optimizer.update_master_grads()
+            optimizer.step()
+    assert same(snapshot(networks[0], optimizers[0]), snapshot(networks[1], optimizers[1]))
+
+
 def test_zero_grad_zeroes_by_default_and_drops_on_request():
     network = mixed()
     optimizer = wrap(sgd(network.parameters()))
@@ -176,7 +192,7 @@ def test_a_parameter_without_gradient_is_left_alone(dtype):
     optimizer.backward(used.float().sum() + unused.float().sum())
     optimizer.step()
     after_first = unused.detach().clone()
-    optimizer.zero_grad(set_grads_to_None=True)
+    used.grad = unused.grad = None  # as the model's zero_grad does, which does not know the masters
     optimizer.backward(used.float().sum())
     # A gradient kept from the first step, or the momentum, would move it.
     assert optimizer.inspect_master_grad_data()[0][1] is None
@@ -198,6 +214,17 @@ def test_a_tied_parameter_has_one_master():
     assert decoder.weight is embedding.weight
     assert not torch.equal(before, embedding.weight)
     assert torch.equal(embedding.weight, optimizer.param_groups[0]["params"][0].half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_parameter_given_twice_is_unscaled_once(dtype):
+    weight = nn.Parameter(torch.ones(1, dtype=dtype))
+    with pytest.warns(UserWarning, match="duplicate"):
+        inner = torch.optim.SGD([weight, weight], lr=1.0)
+    optimizer = wrap(inner, static_loss_scale=64.0)
+    optimizer.backward(weight.float().sum() * 4)
+    assert optimizer.clip_master_grads(2.0) == 4.0
+    assert optimizer.inspect_master_grad_data()[0][1].item() == pytest.approx(2.0)
 
 
 def test_a_parameter_can_be_frozen_and_unfrozen():
