@@ -135,3 +135,12 @@ def test_a_closure_without_backward_is_refused():
     optimizer = wrap(lbfgs(mlp().parameters()))
     with pytest.raises(RuntimeError, match="backward"):
         optimizer.step(lambda: torch.tensor(1.0))
+
+
+def test_a_state_saved_within_a_closure_resumes_with_a_first_call():
+    network = mixed()
+    optimizer = wrap(lbfgs(network.parameters()), static_loss_scale=64.0)
+    optimizer.load_state_dict(optimizer.state_dict() | {"first_closure_call_this_step": False})
+    assert not optimizer.first_closure_call_this_step
+    # Only a first call is skipped under a static scale; at a later one this is an error.
+    assert optimizer.step(closure_for(network, optimizer, factors=(float("inf"),))) is None
