@@ -42,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         stack.enter_context(provide_apex())
         if options.device == "cpu":
-            print(
-                "fp16_utils: running on the CPU what the script does on CUDA (--device cpu)", file=sys.stderr
-            )
+            print("fp16_utils: running on the CPU what the script does on CUDA (--device cpu)", file=sys.stderr)
             stack.enter_context(cuda_on_cpu())
         module = stack.enter_context(_as_main(options.script, options.args))
         return _run(source, options.script, module)

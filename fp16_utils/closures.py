@@ -30,9 +30,7 @@ class ScaledClosure:
         copy_to_model: copies the masters to the model.
     """
 
-    def __init__(
-        self, owner: "FP16_Optimizer", closure: Callable[[], Any], copy_to_model: Callable[[], None]
-    ) -> None:
+    def __init__(self, owner: "FP16_Optimizer", closure: Callable[[], Any], copy_to_model: Callable[[], None]) -> None:
         self._owner = owner
         self._closure = closure
         self._copy_to_model = copy_to_model

@@ -184,13 +184,14 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         """Scale the masters' gradients down to a total norm of `max_norm`, as torch's clip_grad_norm_ does.
 
         Returns:
-            The norm before clipping, or -1 after an overflow: float32, shape (), on the device.
+            The norm before clipping: float32, shape (), on the device. After an overflow it is -1, and the
+            gradients stay as they are.
         """
         self.require_updated("clip_master_grads()")
         max_norm, norm_type = checked_max_norm(max_norm), checked_norm_type(norm_type)
         grads = self._masters.all_grads()
-        norm = gradients.clip_(grads, max_norm, norm_type).to(self._found_inf.device, non_blocking=True)
-        return torch.where(self._found_inf.bool(), torch.full_like(norm, -1.0), norm)
+        norm = gradients.clip_(grads, max_norm, norm_type, self._found_inf)
+        return norm.masked_fill(self._found_inf.bool(), -1.0)
 
     def inspect_master_grad_data(self) -> list[list[Tensor | None]] | None:
         """Return the masters' gradients, group by group, or None after an overflow.

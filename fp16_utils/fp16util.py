@@ -25,9 +25,7 @@ __all__ = [
 ]
 
 
-def prep_param_lists(
-    model: nn.Module, flat_master: bool = False
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def prep_param_lists(model: nn.Module, flat_master: bool = False) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the model's trainable parameters and fp32 masters for them, to give to an optimizer.
 
         model_params, master_params = prep_param_lists(model)
@@ -92,9 +90,7 @@ def model_grads_to_master_grads(
     flat = master_params[0]
     grads = [param.grad for param in model_params]
     if any(grad is not None and grad.layout != torch.strided for grad in grads):
-        raise TypeError(
-            "model_params has a sparse gradient; a flat master takes dense ones only (flat_master=False)"
-        )
+        raise TypeError("model_params has a sparse gradient; a flat master takes dense ones only (flat_master=False)")
     if all(grad is None for grad in grads):
         flat.grad = None
         return
@@ -127,9 +123,7 @@ def master_params_to_model_params(
     gradients.copy_values(model_params, _master_parts(model_params, master_params, flat_master))
 
 
-def _master_parts(
-    model_params: Sequence[Tensor], master_params: Sequence[Tensor], flat_master: bool
-) -> list[Tensor]:
+def _master_parts(model_params: Sequence[Tensor], master_params: Sequence[Tensor], flat_master: bool) -> list[Tensor]:
     """Return for each of `model_params` the master, or part of the flat master, of its shape."""
     if flat_master:
         sizes = [param.numel() for param in model_params]
@@ -140,9 +134,7 @@ def _master_parts(
         return [piece.view(param.shape) for piece, param in zip(pieces, model_params, strict=True)]
     got, expected = ([tuple(p.shape) for p in params] for params in (master_params, model_params))
     if got != expected:
-        raise ValueError(
-            f"master_params has the shapes {got}; they must be those of model_params, {expected}"
-        )
+        raise ValueError(f"master_params has the shapes {got}; they must be those of model_params, {expected}")
     return list(master_params)
 
 

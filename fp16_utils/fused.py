@@ -15,9 +15,7 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
-    return not (
-        isinstance(optimizer, SGD) and any(g["momentum"] and g["dampening"] for g in optimizer.param_groups)
-    )
+    return not (isinstance(optimizer, SGD) and any(g["momentum"] and g["dampening"] for g in optimizer.param_groups))
 
 
 def step(optimizer: Optimizer, found_inf: Tensor) -> Any:

@@ -102,14 +102,16 @@ def reciprocal(scale: Tensor) -> Tensor:
     return scale.reciprocal() if scale.device.type == "mps" else scale.double().reciprocal().float()
 
 
-def clip_(grads: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor:
+def clip_(grads: Sequence[Tensor], max_norm: float, norm_type: float, found_inf: Tensor) -> Tensor:
     """Clip as torch.nn.utils.clip_grad_norm_ does, to the last bit, and return the norm before clipping.
 
-    The norm (float32, shape ()) is over all `grads` in their order. Sparse gradients are given by their
-    values.
+    The norm (float32, shape ()) is over all `grads` in their order. Sparse gradients are given by their values.
+    Where `found_inf` (float32, shape ()) is 1 they stay as they are: a norm of nan would make nan of all of them,
+    and hide which one overflowed.
     """
-    norm = torch.nn.utils.get_total_norm(grads, norm_type)
-    multiply_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    norm = torch.nn.utils.get_total_norm(grads, norm_type).to(found_inf.device, non_blocking=True)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    multiply_(grads, factor.masked_fill(found_inf.bool(), 1.0))
     return norm
 
 
@@ -117,10 +119,6 @@ def any_nonfinite(grads: Sequence[Tensor]) -> bool:
     """Return whether strided `grads` of any dtype hold an inf or nan. Waits once for each device."""
     return any(
         # The largest magnitude is exact in every dtype, and nan if there is one; a sum could overflow.
-        not bool(
-            torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float("inf"))])
-            .isfinite()
-            .all()
-        )
+        not bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float("inf"))]).isfinite().all())
         for tensors in by_device(grads).values()
     )

@@ -72,9 +72,7 @@ class DynamicLossScaler(LossScaler):
         last_overflow_iter: the number of the last update with an overflow; -1: there was none.
     """
 
-    def __init__(
-        self, init_scale: float = 2**32, scale_factor: float = 2.0, scale_window: int = 1000
-    ) -> None:
+    def __init__(self, init_scale: float = 2**32, scale_factor: float = 2.0, scale_window: int = 1000) -> None:
         self.cur_scale = checked_scale("init_scale", init_scale)
         self.scale_factor = checked_factor("scale_factor", scale_factor)
         self.scale_window = checked_count("scale_window", scale_window, smallest=1)

@@ -50,9 +50,7 @@ def checked(
 
 def _check_masters(saved: Any, masters: list[list[Tensor]]) -> None:
     if not isinstance(saved, list) or not all(isinstance(group, list | tuple) for group in saved):
-        raise TypeError(
-            "state_dict['fp32_from_fp16'] must be a list of lists of tensors, one list for each group"
-        )
+        raise TypeError("state_dict['fp32_from_fp16'] must be a list of lists of tensors, one list for each group")
     if not all(isinstance(tensor, Tensor) for group in saved for tensor in group):
         raise TypeError("state_dict['fp32_from_fp16'] must hold tensors only")
     got = [[tuple(t.shape) for t in group] for group in saved]

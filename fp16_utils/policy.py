@@ -80,8 +80,7 @@ class DynamicScale:
             self.min_loss_scale = checked_scale("min_loss_scale", min_loss_scale)
             if self.min_loss_scale > self.max_loss_scale:
                 raise ValueError(
-                    f"min_loss_scale is {min_loss_scale!r}; it must not exceed max_loss_scale, "
-                    f"{max_loss_scale!r}"
+                    f"min_loss_scale is {min_loss_scale!r}; it must not exceed max_loss_scale, {max_loss_scale!r}"
                 )
         start = min(max(checked_scale("init_scale", init_scale), self._floor), self.max_loss_scale)
         self.scale = torch.full((), start, dtype=torch.float32, device=device)
@@ -120,9 +119,7 @@ class DynamicScale:
 DYNAMIC_ARGS = ("init_scale", "scale_factor", "scale_window", "min_loss_scale", "max_loss_scale")
 
 
-def new_policy(
-    dynamic: bool, static_scale: Any, args: Any, device: torch.device
-) -> StaticScale | DynamicScale:
+def new_policy(dynamic: bool, static_scale: Any, args: Any, device: torch.device) -> StaticScale | DynamicScale:
     """Build the policy that a caller described by the arguments of `FP16_Optimizer`.
 
     Raises:
@@ -132,9 +129,7 @@ def new_policy(
     if not dynamic:
         return StaticScale(checked_scale("static_loss_scale", static_scale), device)
     if args is not None and not isinstance(args, dict):
-        raise TypeError(
-            f"dynamic_loss_args is {args!r}; it must be None or a dict with keys of {DYNAMIC_ARGS}"
-        )
+        raise TypeError(f"dynamic_loss_args is {args!r}; it must be None or a dict with keys of {DYNAMIC_ARGS}")
     for key in args or {}:
         if key not in DYNAMIC_ARGS:
             raise ValueError(f"dynamic_loss_args has the key {key!r}; the keys allowed are {DYNAMIC_ARGS}")

@@ -74,9 +74,7 @@ def _installed_apex() -> ModuleType | None:
     try:
         return importlib.import_module("apex")
     except Exception as error:  # whatever an extension module raises when it does not fit this machine
-        warnings.warn(
-            f"the installed apex cannot be imported ({error}); fp16_utils stands in for it", stacklevel=4
-        )
+        warnings.warn(f"the installed apex cannot be imported ({error}); fp16_utils stands in for it", stacklevel=4)
         return None
 
 

@@ -39,12 +39,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def check_writable(flag: str, path: Path) -> None:
     """Raise UsageError, naming `flag`, unless a file `path` can be written; leaves nothing behind."""
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        kind = "a directory" if path.is_dir() else "a device or pipe, which writing would replace"
-        raise UsageError(f"{flag} {path.name} is {kind}; give the name of a file")
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        kind = "a directory" if target.is_dir() else "a device or pipe, which writing would replace"
+        raise UsageError(f"{flag} {path} is {kind}; give the name of a file")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
         raise UsageError(

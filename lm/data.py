@@ -95,7 +95,8 @@ def batchify(data: Tensor, batch_size: int, device: str | torch.device, split: s
     if rows < 2:
         remedy = "more text or a smaller --batch_size" if split == "train" else "more text"
         raise UsageError(
-            f"{split}.txt: {len(data)} tokens are too few for {batch_size} columns of at least 2; give {remedy}"
+            f"{split}: {len(data)} tokens are too few for a batch size of {batch_size}, which needs at least "
+            f"{2 * batch_size}; give {remedy}"
         )
     return data[: rows * batch_size].view(batch_size, rows).t().contiguous().to(device)
 

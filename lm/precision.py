@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from fp16_utils import FP16_Optimizer, master_params_to_model_params, model_grads_to_master_grads
+from fp16_utils import FP16_Optimizer, fused, master_params_to_model_params, model_grads_to_master_grads
 
 
 class StepResult(NamedTuple):
@@ -283,12 +283,9 @@ def _clip_if_finite(params: list[nn.Parameter], max_norm: float) -> tuple[Tensor
 def _step_unless(found_inf: Tensor, optimizer: Optimizer) -> None:
     """Let `optimizer` step unless `found_inf` (bool, shape ()).
 
-    A fused optimizer takes the tensor and decides on the device, through the attributes that GradScaler uses.
-    Any other costs one wait for the device.
+    A fused optimizer takes the tensor and decides on the device. Any other costs one wait for the device.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, found_inf.float()  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    if fused.skips_on_device(optimizer):
+        fused.step(optimizer, found_inf.float())
     elif not found_inf.item():
         optimizer.step()

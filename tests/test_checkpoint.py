@@ -107,8 +107,8 @@ def test_a_link_keeps_pointing_to_the_file(tmp_path):
 
 def test_check_writable_leaves_nothing_behind(tmp_path):
     (tmp_path / "old").write_bytes(b"old")
-    check_writable(tmp_path / "old")
-    check_writable(tmp_path / "new")
+    check_writable("--save", tmp_path / "old")
+    check_writable("--save", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_bytes() == b"old"
 
@@ -117,7 +117,7 @@ def test_check_writable_leaves_nothing_behind(tmp_path):
 def test_check_writable_refuses(tmp_path, place):
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(UsageError, match=r"^--save [^\n]+$"):
-        check_writable(tmp_path / place)
+        check_writable("--save", tmp_path / place)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -86,9 +86,7 @@ def same(first, second):
     if len(first) != len(second):
         return False
     return all(
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.nan_to_num(nan=7e77), b.nan_to_num(nan=7e77))
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(nan=7e77), b.nan_to_num(nan=7e77))
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
         else a == b
         for a, b in zip(first, second, strict=True)

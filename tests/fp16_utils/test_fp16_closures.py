@@ -80,9 +80,7 @@ def test_the_masters_reach_the_model_before_every_call_but_the_first():
 
 def test_an_overflowing_call_is_repeated_with_a_smaller_scale():
     control, disturbed = mixed(torch.bfloat16), mixed(torch.bfloat16)
-    optimizers = [
-        wrap(lbfgs(network.parameters()), dynamic_loss_scale=True) for network in (control, disturbed)
-    ]
+    optimizers = [wrap(lbfgs(network.parameters()), dynamic_loss_scale=True) for network in (control, disturbed)]
     inf = float("inf")
     closures = [
         closure_for(control, optimizers[0]),

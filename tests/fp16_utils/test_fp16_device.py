@@ -52,9 +52,7 @@ def step_operations(optimizer, network):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("verbose", [False, True])
-@pytest.mark.parametrize(
-    ("inner", "expected"), [("plain", 1), ("fused", 0), ("fused momentum", 0), ("fused adam", 0)]
-)
+@pytest.mark.parametrize(("inner", "expected"), [("plain", 1), ("fused", 0), ("fused momentum", 0), ("fused adam", 0)])
 def test_a_step_reads_one_value_and_none_with_a_fused_optimizer(inner, expected, dynamic, verbose):
     network = mixed()
     make = {
@@ -63,9 +61,7 @@ def test_a_step_reads_one_value_and_none_with_a_fused_optimizer(inner, expected,
         "fused momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
         "fused adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
     }[inner]
-    optimizer = wrap(
-        make(network.parameters()), static_loss_scale=64.0, dynamic_loss_scale=dynamic, verbose=verbose
-    )
+    optimizer = wrap(make(network.parameters()), static_loss_scale=64.0, dynamic_loss_scale=dynamic, verbose=verbose)
     for _ in range(3):
         network.zero_grad()
         assert step_operations(optimizer, network).reads == expected
@@ -81,9 +77,7 @@ def test_the_scaling_passes_do_not_grow_with_the_number_of_parameters():
     counts = []
     for layers in (2, 12):
         torch.manual_seed(0)
-        network = nn.Sequential(
-            nn.Linear(4, 4), *(nn.Linear(4, 4) for _ in range(layers)), nn.Linear(4, 3)
-        ).half()
+        network = nn.Sequential(nn.Linear(4, 4), *(nn.Linear(4, 4) for _ in range(layers)), nn.Linear(4, 3)).half()
         optimizer = wrap(torch.optim.SGD(network.parameters(), lr=0.1, fused=True), dynamic_loss_scale=True)
         train(network, optimizer, steps=1)
         network.zero_grad()

@@ -148,9 +148,7 @@ def test_provide_apex_in_a_with_statement():
         assert importlib.import_module("apex.fp16_utils") is fp16_utils
         assert apex.fp16_utils is fp16_utils
         for name in ("fp16_optimizer", "fp16util", "loss_scaler"):
-            assert importlib.import_module(f"apex.fp16_utils.{name}") is importlib.import_module(
-                f"fp16_utils.{name}"
-            )
+            assert importlib.import_module(f"apex.fp16_utils.{name}") is importlib.import_module(f"fp16_utils.{name}")
         assert importlib.util.find_spec("apex").name == "apex"
         with pytest.raises(ModuleNotFoundError, match=r"apex\.amp"):
             importlib.import_module("apex.amp")

@@ -192,9 +192,7 @@ def test_hooks_run():
     assert seen == [("pre", optimizer), ("inner", optimizer.optimizer), ("post", optimizer)]
     optimizer.register_state_dict_pre_hook(lambda opt: seen.append("saving"))
     optimizer.register_state_dict_post_hook(lambda opt, state: {**state, "extra": 1})
-    optimizer.register_load_state_dict_pre_hook(
-        lambda opt, state: {k: v for k, v in state.items() if k != "extra"}
-    )
+    optimizer.register_load_state_dict_pre_hook(lambda opt, state: {k: v for k, v in state.items() if k != "extra"})
     optimizer.register_load_state_dict_post_hook(lambda opt: seen.append("loaded"))
     state = optimizer.state_dict()
     assert state["extra"] == 1

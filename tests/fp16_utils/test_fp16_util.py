@@ -217,9 +217,7 @@ def test_scalers_scale(scaler):
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 1.0])
 def test_has_overflow(bad, dtype):
     params = [nn.Parameter(torch.zeros(4, dtype=dtype)) for _ in range(3)]
-    params[2].grad = torch.full(
-        (4,), torch.finfo(dtype).max, dtype=dtype
-    )  # a sum of these overflows, they do not
+    params[2].grad = torch.full((4,), torch.finfo(dtype).max, dtype=dtype)  # a sum of these overflows, they do not
     params[1].grad = torch.ones(4, dtype=dtype)
     params[1].grad[3] = bad
     assert DynamicLossScaler().has_overflow(params) == (bad != 1.0)
