@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 # The main job on text that every Python ships, under three kinds of precision management.
-DEMO := --data python-docs --epochs 2 --log-interval 50 --nhid 128 --emsize 128
+DEMO := --data python-docs --epochs 2 --log-interval 50 --emsize 100 --nhid 100
 demo: .venv/.installed
 	$(BIN)/python main.py $(DEMO)
 	$(BIN)/python main_fp16_optimizer.py $(DEMO) --fp16 --dynamic-loss-scale
