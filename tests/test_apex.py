@@ -1,0 +1,53 @@
+"""`--fp16-utils apex`: NVIDIA's own FP16_Optimizer gives Python numbers where this project's gives tensors."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import jobs
+from fp16_utils import FP16_Optimizer
+
+
+class ApexLike:
+    """The surface of the original that the trainers use, with its Python numbers, over this project's optimizer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._own = FP16_Optimizer(*args, **kwargs)
+        self.param_groups = self._own.param_groups
+        self.backward = self._own.backward
+        self.update_master_grads = self._own.update_master_grads
+        self.step = self._own.step
+
+    @property
+    def loss_scale(self) -> float:
+        return self._own.loss_scale
+
+    def clip_master_grads(self, max_norm: float) -> float:
+        return float(self._own.clip_master_grads(max_norm))
+
+
+@pytest.mark.parametrize("flags", [["--static-loss-scale", "256"], ["--dynamic-loss-scale", "--init-scale", "1e6"]])
+def test_an_installed_apex_is_used_and_records_the_same(monkeypatch, tmp_path, corpus, flags) -> None:
+    apex, apex_fp16_utils = ModuleType("apex"), ModuleType("apex.fp16_utils")
+    apex_fp16_utils.FP16_Optimizer = ApexLike
+    flags = ["--fp16", "--max-steps", "30", "--scale-window", "10", *flags]
+    assert jobs.run(monkeypatch, corpus, tmp_path / "own", "main_fp16_optimizer", *flags) == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "apex", apex)
+        patch.setitem(sys.modules, "apex.fp16_utils", apex_fp16_utils)
+        flags += ["--fp16-utils", "apex"]
+        assert jobs.run(monkeypatch, corpus, tmp_path / "apex", "main_fp16_optimizer", *flags) == 0
+    assert jobs.rows(tmp_path / "apex") == jobs.rows(tmp_path / "own")
+    skipped = sum(not row["applied"] for row in jobs.rows(tmp_path / "apex"))
+    assert (skipped > 0) == ("--dynamic-loss-scale" in flags)
+
+
+def test_an_apex_without_fp16_utils_is_said_clearly(monkeypatch, tmp_path, corpus, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    code = jobs.run(monkeypatch, corpus, tmp_path / "run", "main_fp16_optimizer", "--fp16-utils", "apex")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "NVIDIA removed it in May 2025" in error
