@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import jobs
+from lm.checkpoint import save_model
+from programs import WORDS, Programs, make_model
 
 # The suite runs one process a core; more threads than cores only get in each other's way.
 torch.set_num_threads(1)
@@ -30,3 +32,16 @@ def device(request: pytest.FixtureRequest) -> str:
 def corpus(tmp_path: Path) -> Path:
     """A small corpus of random words."""
     return jobs.write_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Programs:
+    """The trainers and generate.py, in a folder of their own with a small corpus."""
+    return Programs(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def saved(programs: Programs) -> Programs:
+    """Programs, with a model in model.pt."""
+    save_model(programs.folder / "model.pt", make_model(), WORDS)
+    return programs

@@ -9,7 +9,7 @@ import torch
 import lm.train
 from lm.checkpoint import load_model
 from lm.config import make_parser
-from programs import BATCHES, HALF, SCRIPTS, TINY, TOKENS, Programs, Run, read_run
+from programs import BATCHES, HALF, SCRIPTS, TINY, TOKENS, Run, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
@@ -19,11 +19,6 @@ LOG_LINE = "| epoch {:3d} | {:5d}/{:5d} batches | lr {:.2f} | ms/batch MS | loss
 EPOCH_LINE = "| end of epoch {:3d} | time: SECONDSs | valid loss {:5.2f} | valid ppl {:8.2f}"
 END_LINE = "| End of training | test loss {:5.2f} | test ppl {:8.2f}"
 TIMES = ((r"(?<=ms/batch )(\d{2,}| \d)\.\d\d(?= \|)", "MS"), (r"(?<=time: )(\d{2,}| \d)\.\d\d(?=s \|)", "SECONDS"))
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
 
 
 def lines_without_times(out: str) -> list[str]:

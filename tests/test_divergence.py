@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from programs import BATCHES, HALF, SCRIPTS, TINY, Programs, read_run
+from programs import BATCHES, HALF, SCRIPTS, TINY, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 MODES = {
@@ -19,11 +19,6 @@ MODES = {
     "amp-float32": ["main_amp", ["--dtype", "float32"]],
 }
 every_mode = pytest.mark.parametrize(("script", "flags"), MODES.values(), ids=MODES)
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

@@ -11,11 +11,6 @@ from programs import SCRIPTS, TINY, Programs, read_run, start
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
-
-
 def refuse(programs: Programs, script: str, *flags: str) -> str:
     return programs.refuse(script, *TINY, *flags)
 

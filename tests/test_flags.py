@@ -8,15 +8,10 @@ import torch
 from lm.checkpoint import load_model
 from lm.config import make_parser, parse_args
 from lm.model import KINDS
-from programs import HALF, SCRIPTS, TINY, Programs, read_run
+from programs import HALF, SCRIPTS, TINY, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
 
 
 @every_script

@@ -11,18 +11,6 @@ from lm.model import KINDS
 from programs import HALF, SCRIPTS, WORDS, Programs, make_model
 
 
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
-
-
-@pytest.fixture
-def saved(programs) -> Programs:
-    """Programs, with a model in model.pt."""
-    save_model(programs.folder / "model.pt", make_model(), WORDS)
-    return programs
-
-
 def text(programs: Programs, *flags: str) -> str:
     done = programs.run("generate", *flags)
     assert (done.code, done.err) == (0, "")

@@ -12,14 +12,9 @@ import torch
 
 import lm.train
 from lm.checkpoint import load_model
-from programs import BATCHES, HALF, SCRIPTS, TINY, Programs, read_run, start, write_corpus
+from programs import BATCHES, HALF, SCRIPTS, TINY, read_run, start, write_corpus
 
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

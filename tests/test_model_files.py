@@ -6,20 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm.checkpoint import FORMAT, save_model
-from programs import WORDS, Programs, make_model
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
-
-
-@pytest.fixture
-def saved(programs) -> Programs:
-    """Programs, with a model in model.pt."""
-    save_model(programs.folder / "model.pt", make_model(), WORDS)
-    return programs
+from lm.checkpoint import FORMAT
+from programs import WORDS, make_model
 
 
 class Executed:

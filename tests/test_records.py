@@ -15,14 +15,9 @@ import lm.train
 from lm.errors import UsageError
 from lm.precision import StepResult
 from lm.records import RunDirectory, perplexity, to_json
-from programs import BATCHES, HALF, SCRIPTS, TINY, Programs, read_rows, read_run, strict_json
+from programs import BATCHES, HALF, SCRIPTS, TINY, read_rows, read_run, strict_json
 
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch, capsys) -> Programs:
-    return Programs(tmp_path, monkeypatch, capsys)
 
 
 def step_result(norm: float = 1.0, scale: float = 1.0, applied: bool = True) -> StepResult:
