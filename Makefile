@@ -4,12 +4,9 @@ BIN := .venv/bin
 
 .PHONY: demo test lint clean
 
-# The main job on text that every Python ships, under three kinds of precision management.
-DEMO := --data python-docs --epochs 2 --log-interval 50 --emsize 100 --nhid 100
+# The main job on text that every Python ships, in every precision mode, side by side.
 demo: .venv/.installed
-	$(BIN)/python main.py $(DEMO)
-	$(BIN)/python main_fp16_optimizer.py $(DEMO) --fp16 --dynamic-loss-scale
-	$(BIN)/python main_amp.py $(DEMO)
+	$(BIN)/python compare.py -- --data python-docs --epochs 2 --log-interval 50 --emsize 64 --nhid 64
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

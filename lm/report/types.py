@@ -59,7 +59,7 @@ class Verdict:
         difference: mean of mode minus reference; None without a pair.
         interval: its 95% interval (Student's t); None with fewer than two pairs.
         p_equivalence: p-value of the two one-sided tests against the margin; None with fewer than three pairs.
-        seeds_needed: for "undecided", how many seeds would decide at the noise seen; else None.
+        seeds_needed: for "undecided", how many seeds would decide at the noise seen, up to 1000; else None.
     """
 
     word: str

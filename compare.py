@@ -1,0 +1,168 @@
+"""Do these precision modes train alike, and if not, from where on and by how much?
+
+Runs the trainers in several modes with the same data, seeds and flags, or reads run directories that are there
+already; prints a table with a verdict for each mode and writes report.html, curves.png and summary.json.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+from lm.checkpoint import check_writable
+from lm.config import HelpFormatter, OneLineParser, finite_above_0, whole
+from lm.console import say
+from lm.errors import RunError, UsageError, exit_code
+from lm.launch import Job, check_flags, comparison_folder, run_jobs, slot_environments
+from lm.modes import DEFAULT_MODES, MODES
+from lm.report.comparison import compare
+from lm.report.html import write_html
+from lm.report.png import write_png
+from lm.report.runs import read_run
+from lm.report.summary import table, write_summary
+from lm.report.types import Failure, Run
+
+FILES = {"summary.json": write_summary, "report.html": write_html, "curves.png": write_png}
+USAGE = """compare.py [options] [-- TRAINER FLAGS...]   run the modes, then compare them
+       compare.py [options] RUN [RUN...]           compare run directories"""
+EPILOG = """Exit code: 0; 1 if a pair of --expect-equal differs, or if no run left anything to compare; 2 after a
+mistake in the command; 130 when interrupted. A mode that fails or diverges is reported, and leaves 0."""
+
+
+def modes(text: str) -> list[str]:
+    """An argparse type: names of modes, separated by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in MODES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no mode; there are {', '.join(MODES)}")
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name} is named twice")
+    return names
+
+
+def pair(text: str) -> tuple[str, str]:
+    """An argparse type: two different names, separated by a comma."""
+    first, _, second = text.partition(",")
+    if not first or not second or "," in second or first == second:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two different modes, such as fp32,amp-fp32")
+    return first, second
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Read the command line; `flags` are the trainers', None where there is no "--"."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = OneLineParser(
+        "compare.py", USAGE, __doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directory, finished or not")
+    parser.add_argument(
+        "--modes", type=modes, metavar="A,B", help=f"to run, of {', '.join(MODES)} (default: {','.join(DEFAULT_MODES)})"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole,
+        metavar="N",
+        help="runs of each mode, counting seeds from the trainers' --seed on (default: 1)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=whole,
+        metavar="N",
+        help="runs at a time, on several GPUs if there are; on the CPU they share its threads, and what they say of "
+        "speed cannot be compared with other runs (default: 1)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="everything goes here; after an interrupt, the same command with the same DIR continues "
+        "(default: runs/compare-<time>)",
+    )
+    parser.add_argument("--reference", metavar="MODE", help="that the others are compared with (default: fp32)")
+    parser.add_argument(
+        "--margin", type=finite_above_0, default=0.01, metavar="NATS", help="a difference this small is none"
+    )
+    parser.add_argument(
+        "--expect-equal",
+        type=pair,
+        action="append",
+        metavar="A,B",
+        help="exit with 1 if a loss differs in a bit",
+    )
+    parser.add_argument("--anyway", action="store_true", help="compare runs whose corpus, seed, model or batch differ")
+    args = parser.parse_intermixed_args(argv[:end])
+    args.flags = argv[end + 1 :] if end < len(argv) else None
+    given = [f"--{name}" for name in ("modes", "seeds", "jobs") if getattr(args, name) is not None]
+    given += ["--"] if args.flags is not None else []
+    if args.runs and given:
+        parser.error(f"{given[0]} is for modes to run, and RUN is one that has run; give one of them")
+    args.expect_equal = args.expect_equal or []
+    args.out = args.out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+    return args
+
+
+def run_modes(args: argparse.Namespace) -> tuple[list[Run], list[Failure]]:
+    """Run what is asked for, as far as it has not been run before; return what came of it."""
+    labels, count, at_once = args.modes or list(DEFAULT_MODES), args.seeds or 1, args.jobs or 1
+    named = [args.reference or labels[0], *itertools.chain(*args.expect_equal)]
+    if unknown := [label for label in named if label not in labels]:
+        raise UsageError(f"--reference or --expect-equal: {unknown[0]!r} is not one of --modes {','.join(labels)}")
+    first_seed, flags, device = check_flags(labels, args.flags or [])
+    seeds = list(range(first_seed, first_seed + count))
+    # One thread more or less changes sums in their last bits, so --jobs is part of what was asked for.
+    with comparison_folder(args.out, {"modes": labels, "seeds": seeds, "flags": flags, "jobs": at_once}) as lock:
+        jobs = [Job(label, seed, flags, args.out / "runs" / f"{label}-{seed}") for seed in seeds for label in labels]
+        say(f"| {len(jobs)} runs in {args.out}")
+        try:
+            failures = run_jobs(jobs, slot_environments(min(at_once, len(jobs)), device), lock)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command with --out {args.out} continues", file=sys.stderr)
+            raise
+    runs = []
+    for job in jobs:
+        try:
+            runs.append(read_run(job.run_dir))
+        except UsageError as error:
+            if all((failure.label, failure.seed) != (job.label, job.seed) for failure in failures):
+                failures.append(Failure(job.label, job.seed, job.command, 0, str(error)))
+    if not runs:
+        names = ", ".join(f"{job.label} seed {job.seed}" for job in jobs)
+        raise RunError(f"no run left anything to compare ({names}); the first one: {failures[0].message}")
+    return runs, failures
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out` for the report."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+    for name in FILES:
+        check_writable("--out", out / name)
+
+
+def main() -> int:
+    """Run or read, compare, print and write."""
+    args = parse_args(sys.argv[1:])
+    if args.runs:
+        runs, failures = [read_run(path) for path in args.runs], list[Failure]()
+    else:
+        runs, failures = run_modes(args)
+    options = {"reference": args.reference, "margin": args.margin, "expect_equal": args.expect_equal}
+    comparison = compare(runs, failures, anyway=args.anyway, **options)
+    make_folder(args.out)
+    say(table(comparison))
+    for name, write in FILES.items():
+        write(args.out / name, comparison)
+    say(f"The report is in {args.out / 'report.html'}, with curves.png and summary.json beside it.")
+    equal = {frozenset((p.first, p.second)): p for p in comparison.pairs}
+    for both in args.expect_equal:
+        found = equal.get(frozenset(both))
+        if found is None or not found.equal:
+            raise RunError(f"--expect-equal {','.join(both)}: {found.sentence if found else 'one has no run'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

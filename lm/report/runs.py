@@ -1,0 +1,279 @@
+"""Reads run directories, which may be unfinished, damaged, or not what they seem. Names in them are data."""
+
+import itertools
+import json
+import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm.errors import UsageError
+from lm.modes import label
+from lm.report.types import Run
+
+MAX_BYTES = 2**24
+"""Of config.json and result.json, which hold a few kilobytes."""
+
+MAX_DEPTH = 20
+
+STATUSES = ("finished", "interrupted", "diverged")
+
+
+class _MismatchError(Exception):
+    """A value is not what its field holds; the text says what that is."""
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:  # a bool is an int to isinstance
+        raise _MismatchError("a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) is float:
+        return value
+    if type(value) is int and abs(value) < 2**63:
+        return float(value)
+    if type(value) is str and value in ("inf", "-inf", "nan"):
+        return float(value)
+    raise _MismatchError('a number, "inf", "-inf" or "nan"')
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise _MismatchError("true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise _MismatchError("a text")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise _MismatchError("an object")
+    return value
+
+
+def _status(value: Any) -> str:
+    if value not in STATUSES:
+        raise _MismatchError(" or ".join(f'"{status}"' for status in STATUSES))
+    return str(value)
+
+
+def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def checked(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            return check(value)
+        except _MismatchError as error:
+            raise _MismatchError(f"{error}, or null") from None
+
+    return checked
+
+
+Fields = dict[str, Callable[[Any], Any]]
+
+_CONFIG: Fields = {
+    "script": _text,
+    "mode": _text,
+    "seed": _integer,
+    "model": _text,
+    "emsize": _integer,
+    "nhid": _integer,
+    "nlayers": _integer,
+    "dropout": _number,
+    "tied": _flag,
+    "lr": _number,
+    "clip": _number,
+    "epochs": _integer,
+    "max_steps": _optional(_integer),
+    "dry_run": _flag,
+    "batch_size": _integer,
+    "bptt": _integer,
+    "static_loss_scale": _optional(_number),
+    "device_name": _text,
+    "environment": _object,
+    "corpus": _object,
+}
+_CORPUS: Fields = {"sha256": _object, "words": _integer, "vocab_size": _integer}
+_SHA256: Fields = {"train": _text, "valid": _text, "test": _text}
+_STEP: Fields = {
+    "step": _integer,
+    "epoch": _integer,
+    "loss": _number,
+    "grad_norm": _number,
+    "loss_scale": _number,
+    "applied": _flag,
+    "lr": _number,
+}
+_EPOCH: Fields = {"epoch": _integer, "valid_loss": _number, "valid_ppl": _number, "lr": _number, "seconds": _number}
+_RESULT: Fields = {
+    "status": _status,
+    "test_loss": _optional(_number),
+    "test_ppl": _optional(_number),
+    "steps": _integer,
+    "skipped": _integer,
+    "tokens_per_second": _optional(_number),
+    "peak_memory_bytes": _optional(_integer),
+}
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """`text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def read_run(path: Path) -> Run:
+    """Read the run directory `path`, as far as the run went.
+
+    What a stopped trainer leaves is passed over and noted in `Run.problems`: a last line that was cut, no
+    epochs.jsonl, steps that are missing, repeated or out of order. Of a repeated step the last row counts; the steps
+    of the result are in ascending order. A line that is broken elsewhere is refused, since no trainer stops that
+    way: what else in such a file is wrong cannot be known. Fields that are not known are ignored.
+
+    Raises:
+        UsageError: the directory, its config.json or steps.jsonl is missing or cannot be read, a field is missing
+            or not of its type, or the run has no steps.
+    """
+    try:
+        if not path.is_dir():
+            what = "this is no directory" if path.exists() else "there is no such directory"
+            raise UsageError(f"{printable(path)}: {what}; give one that a trainer's --run-dir wrote")
+        return _read(path)
+    except OSError as error:
+        raise UsageError(f"{printable(error.filename or path)}: cannot be read ({error.strerror})") from None
+
+
+def _read(path: Path) -> Run:
+    problems: list[str] = []
+    config = _read_config(path / "config.json")
+    steps = _read_rows(path / "steps.jsonl", _STEP, problems)
+    if not steps["step"]:
+        raise UsageError(f"{printable(path)} is a run of no steps: there is nothing to compare; let it train longer")
+    epochs = _EMPTY_EPOCHS
+    if (path / "epochs.jsonl").exists():
+        epochs = _read_rows(path / "epochs.jsonl", _EPOCH, problems)
+    else:
+        problems.append("epochs.jsonl is missing")
+    result = None
+    if (path / "result.json").exists():
+        result = _checked(path / "result.json", _read_object(path / "result.json"), _RESULT)
+        if result["steps"] != len(steps["step"]):
+            problems.append(f"result.json counts {result['steps']} steps, steps.jsonl has {len(steps['step'])}")
+    rows = [dict(zip(epochs, row, strict=True)) for row in zip(*epochs.values(), strict=True)]
+    return Run(path, label(config), config["seed"], config, steps, rows, result, problems)
+
+
+_EMPTY_EPOCHS: dict[str, list[Any]] = {name: [] for name in _EPOCH}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_object(path)
+    checked = _checked(path, config, _CONFIG)
+    corpus = _checked(path, checked["corpus"], _CORPUS, "corpus.")
+    _checked(path, corpus["sha256"], _SHA256, "corpus.sha256.")
+    return config | checked
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused."""
+    if not path.is_file():
+        raise UsageError(f"{printable(path)}: there is no such file; give a directory that a trainer's --run-dir wrote")
+    if path.stat().st_size > MAX_BYTES:
+        raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes; no trainer wrote it")
+    try:
+        content = _clean(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{printable(path)} cannot be read as JSON ({_reason(error)})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{printable(path)} holds {reprlib.repr(content)}, not an object")
+    return content
+
+
+def _clean(value: Any, depth: int = 0) -> Any:
+    """`value`, of at most `MAX_DEPTH` levels, without lone surrogates, which no file or terminal can take."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_clean(v, depth + 1) for v in value]
+    if isinstance(value, dict):
+        return {_clean(k): _clean(v, depth + 1) for k, v in value.items()}
+    return value
+
+
+def _checked(path: Path, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
+    """Those `fields` of `content`, each converted by its check; one that may be null may be missing."""
+    checked = {}
+    for name, check in fields.items():
+        try:
+            checked[name] = check(content.get(name))
+        except _MismatchError as error:
+            given = f"is {reprlib.repr(content[name])}" if name in content else "is missing"
+            raise UsageError(f"{printable(path)}: field {prefix}{name} {given}, where {error} belongs") from None
+    return checked
+
+
+def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, list[Any]]:
+    """A .jsonl file as columns, in ascending order of the first of `fields`."""
+    if not path.is_file():
+        raise UsageError(f"{printable(path)}: there is no such file; give a directory that a trainer's --run-dir wrote")
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                problems.append(f"the last line of {path.name} is cut off, and is passed over")
+                break
+            where = f"{printable(path)}: line {number} of {len(lines)}"
+            raise UsageError(f"{where} cannot be read as JSON ({_reason(error)}); leave this run out") from None
+        if type(row) is not dict:
+            raise UsageError(f"{printable(path)}: line {number} is {reprlib.repr(row)}, where an object belongs")
+        rows.append(row)
+    columns = _columns(path, rows, fields)
+    return _in_order(path.name, columns, next(iter(fields)), problems)
+
+
+def _columns(path: Path, rows: list[dict[str, Any]], fields: Fields) -> dict[str, list[Any]]:
+    columns = {}
+    for name, check in fields.items():
+        column = [row.get(name) for row in rows]
+        if check is not _number or set(map(type, column)) != {float}:  # most columns are floats already
+            for i, row in enumerate(rows):
+                try:
+                    column[i] = check(column[i])
+                except _MismatchError:
+                    _checked(Path(f"{path}, line {i + 1}"), row, {name: check})
+        columns[name] = column
+    return columns
+
+
+def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list[str]) -> dict[str, list[Any]]:
+    keys: list[int] = columns[key]
+    if keys == list(range(1, len(keys) + 1)):
+        return columns
+    last = {k: i for i, k in enumerate(keys)}
+    if len(last) < len(keys):
+        repeated = min(k for i, k in enumerate(keys) if last[k] != i)
+        problems.append(f"{file} repeats {key} {repeated}: of {len(keys)} rows, the last of each {key} counts")
+    if any(a > b for a, b in itertools.pairwise(keys)):
+        problems.append(f"{file} is not in the order of its {key}s, and was sorted")
+    order = sorted(last)
+    missing = next(k for k in itertools.count(1) if k not in last)
+    if missing < order[-1]:
+        problems.append(f"{file} has no {key} {missing}, though it goes to {order[-1]}")
+    return {name: [column[last[k]] for k in order] for name, column in columns.items()}
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)

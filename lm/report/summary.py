@@ -1,0 +1,155 @@
+"""The comparison as a table for the terminal, and as JSON for programs. Names from run directories are data."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from lm.checkpoint import write_atomically
+from lm.records import to_json
+from lm.report.runs import printable
+from lm.report.types import Comparison, ModeSummary, Run
+
+COLUMNS = {  # header -> alignment
+    "mode": "left",
+    "test\nppl": "right",
+    "difference [95% interval]\nin nats": "left",
+    "verdict": "left",
+    "differs\nat step": "right",
+    "updates": "right",
+    "skipped": "right",
+    "final\nloss\nscale": "right",
+    "tokens\n/s": "right",
+    "peak\nmemory": "right",
+}
+LEGEND = [
+    "Test ppl is exp of the mean test loss of the seeds that have finished; updates and skipped steps are sums over "
+    "all seeds.",
+    "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
+    "Steps count batches, skipped ones too.",
+]
+LONGEST_NAME = 22
+LONGEST_SENTENCE = 1000
+
+
+def table(comparison: Comparison) -> str:
+    """The table, a row per mode, with the sentences under it that explain it; nothing a terminal would obey."""
+    rows = [row(mode, comparison) for mode in comparison.modes]
+    grid = tabulate(
+        rows, headers=list(COLUMNS), tablefmt="simple", disable_numparse=True, colalign=list(COLUMNS.values())
+    )
+    sections = {
+        "Columns": LEGEND,
+        "Verdicts": [mode.verdict.sentence for mode in comparison.modes],
+        "Bit-equality of the training losses": [
+            f"{pair.sentence}{' They must agree by design.' if pair.expected and not pair.equal else ''}"
+            for pair in comparison.pairs
+        ],
+        "What this covers": comparison.covers,
+        "Not finished": list(_unfinished(comparison.modes)),
+        "Noted in the files": list(_problems(comparison.modes)),
+        "Not the same job": comparison.differences,
+    }
+    text = [grid]
+    for title, sentences in sections.items():
+        if sentences:
+            text.append("\n".join([f"{title}:", *(f"  {printable(s, LONGEST_SENTENCE)}" for s in sentences)]))
+    return "\n\n".join(text)
+
+
+def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
+    """The table's row of `mode`, a text for each of `COLUMNS`."""
+    return [
+        printable(mode.label, LONGEST_NAME),
+        "-" if mode.test_ppl is None else f"{mode.test_ppl:.2f}" if mode.test_ppl < 1e6 else f"{mode.test_ppl:.3g}",
+        _difference(mode),
+        mode.verdict.word,
+        _first_difference(mode, comparison),
+        str(mode.updates),
+        str(mode.skipped),
+        "-" if mode.final_loss_scale is None else f"{mode.final_loss_scale:g}",
+        "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}",
+        _memory(mode.peak_memory_bytes),
+    ]
+
+
+def _difference(mode: ModeSummary) -> str:
+    verdict = mode.verdict
+    if verdict.difference is None:
+        return "-"
+    if verdict.interval is None:
+        return f"{verdict.difference:+.4f}"
+    return f"{verdict.difference:+.4f} [{verdict.interval[0]:+.4f}, {verdict.interval[1]:+.4f}]"
+
+
+def _first_difference(mode: ModeSummary, comparison: Comparison) -> str:
+    if mode.first_difference is not None:
+        return str(mode.first_difference)
+    reference_seeds = {run.seed for run in comparison.modes[0].runs}
+    compared = mode.label != comparison.reference and any(run.seed in reference_seeds for run in mode.runs)
+    return "none" if compared else "-"
+
+
+def _memory(count: float | None) -> str:
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
+    for mode in modes:
+        for run in mode.runs:
+            if run.status != "finished":
+                last = run.steps["step"][-1]
+                yield f"{mode.label} with seed {run.seed}: {run.status} after step {last} ({run.path})"
+        for failure in mode.failures:
+            yield f"{mode.label} with seed {failure.seed}: failed with exit code {failure.exit_code}: {failure.message}"
+
+
+def _problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
+    for mode in modes:
+        for run in mode.runs:
+            for problem in run.problems:
+                yield f"{run.path}: {problem}"
+
+
+def write_summary(path: Path, comparison: Comparison) -> None:
+    """Write the figures of `comparison` as one JSON object; inf and nan are "inf" and "nan", as in the records.
+
+    Its keys are the attributes of `lm.report.types`, but a run has only its path, seed, status, test loss, number of
+    steps, and problems.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    content = vars(comparison) | {
+        "modes": [
+            vars(mode)
+            | {
+                "runs": [_run(run) for run in mode.runs],
+                "failures": [vars(failure) for failure in mode.failures],
+                "verdict": vars(mode.verdict),
+            }
+            for mode in comparison.modes
+        ],
+        "pairs": [vars(pair) for pair in comparison.pairs],
+    }
+    # A path that is not UTF-8 has lone surrogates; backslashreplace makes the escapes of them that JSON has.
+    text = (to_json(content, indent=2) + "\n").encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda file: file.write(text))
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "path": run.path,
+        "seed": run.seed,
+        "status": run.status,
+        "test_loss": None if run.result is None else run.result["test_loss"],
+        "steps": len(run.steps["step"]),
+        "problems": run.problems,
+    }
