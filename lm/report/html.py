@@ -20,7 +20,7 @@ from lm.records import to_json
 from lm.report import curves, page
 from lm.report.figures import Chart, charts
 from lm.report.runs import printable
-from lm.report.summary import COLUMNS, row
+from lm.report.summary import COLUMNS, equality, row
 from lm.report.types import Comparison, ModeSummary, Run
 
 WORDS = {"better", "equivalent", "undecided", "worse"}
@@ -132,11 +132,7 @@ def _results(comparison: Comparison) -> list[str]:
         "in a bit.</p>",
         _list(mode.verdict.sentence for mode in comparison.modes),
     ]
-    return body + _listed("equality", "Bit-equality of the training losses", [_equality(p) for p in comparison.pairs])
-
-
-def _equality(pair: Any) -> str:
-    return f"{pair.sentence}{' They must agree by design.' if pair.expected and pair.steps and not pair.equal else ''}"
+    return body + _listed("equality", "Bit-equality of the training losses", [equality(p) for p in comparison.pairs])
 
 
 def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:

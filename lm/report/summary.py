@@ -9,7 +9,7 @@ from tabulate import tabulate
 from lm.checkpoint import write_atomically
 from lm.records import to_json
 from lm.report.runs import printable
-from lm.report.types import Comparison, ModeSummary, Run
+from lm.report.types import BitEquality, Comparison, ModeSummary, Run
 
 COLUMNS = {  # header -> alignment
     "mode": "left",
@@ -42,10 +42,7 @@ def table(comparison: Comparison) -> str:
     sections = {
         "Columns": LEGEND,
         "Verdicts": [mode.verdict.sentence for mode in comparison.modes],
-        "Bit-equality of the training losses": [
-            f"{pair.sentence}{' They must agree by design.' if pair.expected and not pair.equal else ''}"
-            for pair in comparison.pairs
-        ],
+        "Bit-equality of the training losses": [equality(pair) for pair in comparison.pairs],
         "What this covers": comparison.covers,
         "Not finished": list(_unfinished(comparison.modes)),
         "Noted in the files": list(_problems(comparison.modes)),
@@ -99,6 +96,11 @@ def _memory(count: float | None) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def equality(pair: BitEquality) -> str:
+    """The sentence on a pair, with the remark that it deserves where it should agree and does not."""
+    return pair.sentence + (" They must agree by design." if pair.expected and pair.steps and not pair.equal else "")
 
 
 def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
