@@ -160,7 +160,8 @@ def _validation(axis: Any, drawn: list[Mode]) -> None:
             shown.append((run, perplexity))
             _plot(axis, mode, x, perplexity, first)
     axis.set_ylim(curves.limits(shown))
-    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.set_xlim(0.6, curves.last_epoch(drawn) + 0.4)  # or one epoch alone would get ticks of hundredths
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def _loss_scale(axis: Any, drawn: list[Mode]) -> None:

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from comparisons import make_comparison, make_run
 from lm.report import curves
-from lm.report.png import write_png
+from lm.report.png import _draw, write_png
 from lm.report.types import Comparison, Failure, Run
 
 RAGGED = [make_run("fp32", losses=[6.0] * 3), make_run("manual", losses=[6.0], epochs=[])]
@@ -46,6 +46,16 @@ def test_the_band_of_the_references_seeds_is_drawn(tmp_path: Path) -> None:
     seeds = [make_run("fp32", seed, [6.0 + seed, 5.0 + seed]) for seed in range(3)]
     assert count(pixels(tmp_path, make_comparison(seeds)), grey) > 50_000
     assert count(pixels(tmp_path, make_comparison(seeds[:1])), grey) < 500
+
+
+@pytest.mark.parametrize("epochs", [[5.5], [5.5, 5.0], [5.0] * 40])
+def test_epochs_are_whole_numbers_on_their_axis(epochs) -> None:
+    figure = _draw(make_comparison([make_run("fp32", epochs=epochs), make_run("manual", epochs=epochs)]))
+    axis = next(axis for axis in figure.axes if axis.get_xlabel() == "epoch")
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == round(tick) for tick in ticks)
 
 
 def test_panels_are_those_that_have_something_to_draw(tmp_path: Path) -> None:
