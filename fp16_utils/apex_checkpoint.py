@@ -38,8 +38,7 @@ def load_apex_checkpoint(path: str | PathLike[str] | IO[bytes], map_location: An
         map_location: as of torch.load; "cpu" by default, since such files come from machines with CUDA.
 
     Raises:
-        pickle.UnpicklingError: the file holds anything but tensors, plain values and apex's scalers, or is
-        not
+        pickle.UnpicklingError: the file holds anything but tensors, plain values and apex's scalers, or is not
             one that torch.save wrote. Nothing out of it has been executed.
         ValueError: a scaler lacks an attribute.
     """

@@ -20,7 +20,7 @@ from lm.records import to_json
 from lm.report import curves, page
 from lm.report.figures import Chart, charts
 from lm.report.runs import printable
-from lm.report.summary import COLUMNS, equality, row
+from lm.report.summary import COLUMNS, equality, problems, row
 from lm.report.types import Comparison, ModeSummary, Run
 
 WORDS = {"better", "equivalent", "undecided", "worse"}
@@ -40,7 +40,7 @@ def write_html(path: Path, comparison: Comparison) -> None:
         "<h2>What the intervals cover</h2>",
         _list(comparison.covers),
         *_listed("failures", "Runs that failed or did not finish", _unfinished(comparison)),
-        *_listed("problems", "Noted in the files", _problems(comparison)),
+        *_listed("problems", "Noted in the files", list(problems(comparison.modes))),
         *_origins(comparison),
     ]
     scripts = [get_plotlyjs(), page.SCRIPT] if drawn else []
@@ -95,7 +95,7 @@ def _introduction(comparison: Comparison) -> list[str]:
         body.append(f"{_list(comparison.differences)}</div>")
     found = {
         "failures": len(_unfinished(comparison)),
-        "problems": len(_problems(comparison)),
+        "problems": len(list(problems(comparison.modes))),
     }
     said = {"failures": "Runs that failed or did not finish", "problems": "Notes on the files"}
     links = [f'<a href="#{name}">{said[name]}: {count}</a>' for name, count in found.items() if count]
@@ -192,10 +192,6 @@ def _unfinished(comparison: Comparison) -> list[str]:
         for failure in mode.failures
     ]
     return stopped + failed
-
-
-def _problems(comparison: Comparison) -> list[str]:
-    return [f"{run.path}: {problem}" for run in _runs(comparison) for problem in run.problems]
 
 
 def _runs(comparison: Comparison) -> list[Run]:

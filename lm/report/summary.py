@@ -45,7 +45,7 @@ def table(comparison: Comparison) -> str:
         "Bit-equality of the training losses": [equality(pair) for pair in comparison.pairs],
         "What this covers": comparison.covers,
         "Not finished": list(_unfinished(comparison.modes)),
-        "Noted in the files": list(_problems(comparison.modes)),
+        "Noted in the files": list(problems(comparison.modes)),
         "Not the same job": comparison.differences,
     }
     text = [grid]
@@ -113,7 +113,8 @@ def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
             yield f"{mode.label} with seed {failure.seed}: failed with exit code {failure.exit_code}: {failure.message}"
 
 
-def _problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
+def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
+    """What was wrong with the files and could be passed over, a line each with the run's path."""
     for mode in modes:
         for run in mode.runs:
             for problem in run.problems:
