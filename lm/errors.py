@@ -26,7 +26,7 @@ def exit_code(main: Callable[[], int]) -> int:
     try:
         return main()
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_rank()}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -36,5 +36,10 @@ def exit_code(main: Callable[[], int]) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's allocators raise these
             raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {_rank()}{str(error).splitlines()[0]}", file=sys.stderr)
         return RunError.exit_code
+
+
+def _rank() -> str:
+    """Which process of a distributed run speaks."""
+    return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""

@@ -15,7 +15,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from lm.checkpoint import write_atomically
+from lm.files import write_atomically
 from lm.records import to_json
 from lm.report import curves, page
 from lm.report.figures import Chart, charts

@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from lm.checkpoint import write_atomically
+from lm.files import write_atomically
 from lm.records import to_json
 from lm.report.runs import printable
 from lm.report.types import BitEquality, Comparison, ModeSummary, Run
