@@ -56,18 +56,25 @@ def join(device: str) -> None:
         group = dist.PrefixStore("group", _store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"{name()} cannot reach the others ({first_line(error)}); see torchrun's options") from None
+        raise RunError(f"cannot reach the other processes ({first_line(error)}); see torchrun's options") from None
+
+
+def own_random_numbers(seed: int) -> None:
+    """Let each process draw dropout masks of its own, now that all have drawn the same weights."""
+    if rank() > 0:
+        torch.manual_seed(seed + rank())
+
+
+def meet() -> None:
+    """Wait for the others, where all are known to come: torchrun ends all processes as soon as one fails."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def leave() -> None:
     """Part from the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def name() -> str:
-    """What errors call this process."""
-    return f"rank {rank()} of {world_size()}"
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
@@ -142,7 +149,7 @@ def lost(error: RuntimeError) -> RunError | None:
     missing = ", ".join(map(str, _roll_call()))
     who = f"rank {missing} does not answer" if missing else "the connection broke, though all ranks are alive"
     return RunError(
-        f"{name()} cannot go on: {who} (see its own messages; torchrun gives its exit code); "
+        f"cannot go on: {who} (see its own messages, and the exit code that torchrun gives); "
         "start again with --resume and the run directory"
     )
 

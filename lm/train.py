@@ -66,6 +66,7 @@ class Training:
         self.hidden: Hidden | None = None
         self.best_weights: dict[str, Tensor] | None = None
         self.stop = StopSignals()
+        distributed.own_random_numbers(args.seed)
         writes = distributed.rank() == 0
         if writes and (args.run_dir is None or args.run_dir != args.save.parent):  # which is made, and tried, next
             check_writable("--save", args.save)
@@ -122,26 +123,27 @@ class Training:
 
     def run(self) -> int:
         """See `fit`."""
-        try:
-            with self.stop:
+        with self.stop:  # to the very end: torchrun sends SIGTERM as soon as one process fails
+            try:
                 interrupted = self.train()
                 if interrupted:
                     say("-" * 89)
                     say("Exiting from training early")
                 self.finish("interrupted" if interrupted else "finished")
-        except RunError:
-            self.write_result("diverged", None)
-            raise
-        except (KeyboardInterrupt, Terminated, BrokenPipeError):
-            self.write_result("interrupted", None)
-            raise
-        except OSError as error:
-            raise RunError(
-                f"cannot write {error.filename or 'the records'} ({error.strerror}); all up to the last checkpoint is "
-                f"safe: make room, then go on with --resume {self.records.path}"
-            ) from None
-        except RuntimeError as error:
-            raise distributed.lost(error) or error from None
+            except (RunError, Terminated) as error:
+                self.write_result("diverged" if isinstance(error, RunError) else "interrupted", None)
+                distributed.meet()
+                raise
+            except (KeyboardInterrupt, BrokenPipeError):
+                self.write_result("interrupted", None)
+                raise
+            except OSError as error:
+                raise RunError(
+                    f"cannot write {error.filename or 'the records'} ({error.strerror}); all up to the last "
+                    f"checkpoint is safe: make room, then go on with --resume {self.records.path}"
+                ) from None
+            except RuntimeError as error:
+                raise distributed.lost(error) or error from None
         return 0
 
     def train(self) -> bool:
