@@ -1,6 +1,7 @@
 """What two runs must have in common to be the same run, and ways to end one early."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,19 @@ def resume(programs: Programs, script: str, *flags: str) -> Done:
     done = programs.run(script, "--resume", "run", *flags)
     assert (done.code, done.err) == (0, ""), done
     return done
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, name: str, call: int, times: int = 1) -> None:
+    """Let a signal come at the beginning of a call of `Training.name`, or of lm.train's function of that name."""
+    owner = lm.train.Training if hasattr(lm.train.Training, name) else lm.train
+    original = getattr(owner, name)
+    calls = 0
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for _ in range(times if calls == call else 0):
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, signalled)
