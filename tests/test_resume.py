@@ -221,3 +221,16 @@ def test_a_second_ctrl_c_and_resume(programs, monkeypatch, whole):
         assert programs.run("main_amp", *FLAGS).code == 130
     resume(programs, "main_amp")
     assert outcome(programs.folder) == expected
+
+
+def test_the_streak_of_skipped_steps_goes_on(programs, monkeypatch):
+    """Bad from step 5 on, a checkpoint at step 9: the run ends after 10 of them, whether it was killed or not."""
+    flags = [*FLAGS, "--max-skipped", "10", "--checkpoint-interval", "3"]
+    programs.spoil_gradients(set(range(5, 99)), "decoder.bias")
+    kill_at(monkeypatch, programs, "train_step", 11, "main", *flags)
+    monkeypatch.undo()
+    monkeypatch.chdir(programs.folder)
+    programs.spoil_gradients(set(range(1, 99)), "decoder.bias")
+    done = programs.run("main", "--resume", "run")
+    assert (done.code, done.err.count("up to step 14,")) == (1, 1)
+    assert strict_json(Path("run/result.json").read_text())["skipped"] == 10
