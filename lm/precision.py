@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from fp16_utils import FP16_Optimizer, fused, master_params_to_model_params, model_grads_to_master_grads
+from fp16_utils.checks import LARGEST_SCALE, SMALLEST_SCALE
 
 
 class StepResult(NamedTuple):
@@ -199,8 +200,9 @@ class Autocast:
     3. `GradScaler.unscale_` multiplies them by 1/S and checks them.
     4. Their norm is taken, and they are clipped.
     5. `GradScaler.step` updates the weights, unless a gradient was not finite.
-    6. `GradScaler.update` halves S after a skipped step and doubles it after a window without one, or, with a
-       static scale, sets it to what it was.
+    6. `GradScaler.update` halves S after a skipped step and doubles it after a window without one; S is then
+       moved into [2**-100, 2**127], since GradScaler alone would take it to 0 and never back. A static scale
+       is set to what it was.
 
     bfloat16 and float32 need no loss scale. They run at a static scale of 1, for the check of step 3.
 
@@ -252,6 +254,8 @@ class Autocast:
             torch.maximum(flag, found_inf.float(), out=flag)
         self._scaler.step(self._optimizer)
         self._scaler.update(self._static_scale)
+        if self._static_scale is None:
+            self._scaler.update(self._scaler.scale(self._one).clamp_(SMALLEST_SCALE, LARGEST_SCALE))
         return StepResult(~found_inf, norm, self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
