@@ -176,9 +176,11 @@ class WrappedOptimizer:
     def step(self, max_norm: float) -> StepResult:
         """See `Precision.step`."""
         self._optimizer.update_master_grads()
+        # Finite gradients whose norm is inf are clipped to 0 by a finite max_norm; inf / inf would make them nan.
+        max_norm = min(max_norm, torch.finfo(torch.float32).max)
         norm = torch.as_tensor(self._optimizer.clip_master_grads(max_norm), dtype=torch.float32, device=self._device)
         self._optimizer.step()
-        applied = norm >= 0  # clip_master_grads says -1 on overflow
+        applied = norm.isfinite() & (norm >= 0)  # clip_master_grads says -1 on overflow
         return StepResult(applied, torch.where(applied, norm, torch.inf), self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
