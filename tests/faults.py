@@ -55,8 +55,12 @@ class Faults:
         return tensor
 
     def _after_rnn(self, rnn: Any, inputs: Any, outputs: Any) -> Any:
-        output, (h, c) = outputs
-        return self.at("rnn", output, (0, 0)), tuple(self.at("hidden", state, (0, 0, 0)) for state in (h, c))
+        output, hidden = outputs
+        if isinstance(hidden, Tensor):
+            hidden = self.at("hidden", hidden, (0, 0, 0))
+        else:
+            hidden = tuple(self.at("hidden", state, (0, 0, 0)) for state in hidden)
+        return self.at("rnn", output, (0, 0)), hidden
 
     def _after_model(self, model: Any, inputs: Any, outputs: Any) -> Any:
         logits, hidden = outputs

@@ -1,8 +1,8 @@
 """Long runs of tiny models with many faults, as a program, so that nothing but the run itself decides its memory.
 
 Reads lines of JSON, each a list [mode, folder], from stdin; after each run prints its exit code as a line. Every run
-is a fork of this process, which has imported torch and done nothing with it. It leaves FOLDER/run and FOLDER/memory.json:
-bytes of resident memory after each step whose number is a multiple of 100.
+is a fork of this process, which has imported torch and done nothing with it. It leaves FOLDER/run, and in
+FOLDER/memory.json the bytes of resident memory after each step whose number is a multiple of 100.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which the first step of an optimizer would import, in every run anew
 
 import jobs
 from faults import Plan, put_into
@@ -26,6 +27,8 @@ MEASURE_EVERY = 100
 MAX_SKIPPED = 301
 WINDOW = 16
 SIZE = [
+    "--model",
+    "RNN_TANH",
     "--emsize",
     "4",
     "--nhid",

@@ -231,3 +231,9 @@ def test_finite_gradients_whose_norm_is_not_are_not_applied(make, mode, clip) ->
     assert (bool(result.applied), float(result.grad_norm)) == (False, math.inf)
     assert jobs.bits(list(job.model.parameters())) == before
     assert step_with(job, 1.0).applied
+
+
+def test_a_growing_scale_stops_where_its_reciprocal_would_lose_digits(make) -> None:
+    """GradScaler alone would go on to 1.5 * 2^127, which is finite."""
+    job = make("amp-fp16", "--scale-window", "1", "--init-scale", str(1.5 * 2.0**126))
+    assert [float(step_with(job, 0.0).loss_scale) for _ in range(3)] == [1.5 * 2.0**126, 2.0**127, 2.0**127]

@@ -65,10 +65,11 @@ def test_a_long_run_stays_as_it_is(run_soak, tmp_path, mode) -> None:
 
 
 def test_the_faults_of_a_soak_are_as_many_and_as_long_as_they_should_be() -> None:
-    steps = sorted(soak.plan())
-    ends = [step for step in steps if step + 1 not in soak.plan()]
-    starts = [step for step in steps if step - 1 not in soak.plan()]
+    faults = soak.plan()
+    steps = sorted(faults)
+    ends = [step for step in steps if step + 1 not in faults]
+    starts = [step for step in steps if step - 1 not in faults]
     streaks = sorted(end - start + 1 for start, end in zip(starts, ends, strict=True))
     assert len(steps) > 600
     assert streaks[-2:] == [49, 300]
-    assert {fault[0] for fault in soak.plan().values()} == set(soak.PLACES)
+    assert {place for place, _ in faults.values()} == set(soak.PLACES)
