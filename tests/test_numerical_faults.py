@@ -150,7 +150,7 @@ def test_a_run_recovers(train, monkeypatch, corpus, mode, place) -> None:
 @every_mode
 def test_a_fault_that_stays_ends_the_run(train, monkeypatch, corpus, mode, place) -> None:
     plan = {step: (place, VALUES[step % 3]) for step in range(4, 99)}
-    run = train(mode, plan, "--max-skipped", "5")
+    run = train(mode, plan, "--max-skipped", "5", "--max-steps", "20")
     plain = plain_loop(monkeypatch, corpus, mode, plan, 8)
     assert comparable(run.rows) == comparable(plain.rows)
     assert (run.code, run.result["status"], run.result["test_loss"]) == (1, "diverged", None)
