@@ -192,8 +192,7 @@ class WrappedOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Precision.load_state_dict`."""
         if not isinstance(self._optimizer, FP16_Optimizer):
-            scaler = self._optimizer.loss_scaler
-            vars(scaler).update(state["loss_scaler"])
+            vars(scaler := self._optimizer.loss_scaler).update(state["loss_scaler"])
             state = state | {"loss_scaler": scaler}
         self._optimizer.load_state_dict(state)
 
@@ -207,9 +206,8 @@ class Autocast:
     3. `GradScaler.unscale_` multiplies them by 1/S and checks them.
     4. Their norm is taken, and they are clipped.
     5. `GradScaler.step` updates the weights, unless a gradient was not finite.
-    6. `GradScaler.update` halves S after a skipped step and doubles it after a window without one; S is then
-       moved into [2**-100, 2**127], since GradScaler alone would take it to 0 and never back. A static scale
-       is set to what it was.
+    6. `GradScaler.update` halves S after a skipped step and doubles it after a window without one, within
+       [2**-100, 2**127], since GradScaler alone would take it to 0 and never back; a static scale stays.
 
     bfloat16 and float32 need no loss scale. They run at a static scale of 1, for the check of step 3.
 
@@ -282,8 +280,7 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 def _clip_if_finite(params: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip the gradients as `clip_grad_norm_` does; return their norm (fp32) and whether it is not finite (bool).
 
-    Non-finite gradients stay as they are, so that one can still see which they were; clipping by a nan norm
-    would make all of them nan.
+    Non-finite gradients stay as they are, to be seen; clipping by a nan norm would make all of them nan.
     """
     norm = get_total_norm([p.grad for p in params if p.grad is not None])
     found_inf = ~norm.isfinite()
