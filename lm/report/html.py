@@ -19,7 +19,7 @@ from lm.checkpoint import write_atomically
 from lm.records import to_json
 from lm.report import curves, page
 from lm.report.figures import Chart, charts
-from lm.report.runs import printable
+from lm.errors import printable
 from lm.report.summary import COLUMNS, equality, problems, row
 from lm.report.types import Comparison, ModeSummary, Run
 

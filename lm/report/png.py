@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lm.checkpoint import write_atomically
 from lm.report import curves
 from lm.report.curves import Floats, Mode, Steps
-from lm.report.runs import printable
+from lm.errors import printable
 from lm.report.types import Comparison, Run
 
 DPI = 160

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UsageError
+from lm.errors import UsageError, printable
 from lm.modes import label
 from lm.report.types import Run
 
-MAX_BYTES = 2**24
-"""Of config.json and result.json, which hold a few kilobytes."""
+MAX_BYTES = 2**20
+"""Of config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
+
+MAX_LINE_BYTES = 2**16
+"""Of a row of steps.jsonl or epochs.jsonl, which holds some hundred."""
 
 MAX_DEPTH = 20
 
@@ -122,12 +125,6 @@ _RESULT: Fields = {
 }
 
 
-def printable(text: object, limit: int = 200) -> str:
-    """`text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
-
-
 def read_run(path: Path) -> Run:
     """Read the run directory `path`, as far as the run went.
 
@@ -180,14 +177,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config | checked
 
 
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        what = "this is no file" if path.exists() else "there is no such file"
+        raise UsageError(f"{printable(path)}: {what}; give a directory that a trainer's --run-dir wrote")
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused."""
-    if not path.is_file():
-        raise UsageError(f"{printable(path)}: there is no such file; give a directory that a trainer's --run-dir wrote")
-    if path.stat().st_size > MAX_BYTES:
+    _require_file(path)
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
         raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes; no trainer wrote it")
     try:
-        content = _clean(json.loads(path.read_text(encoding="utf-8")))
+        content = _clean(json.loads(text.decode()))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{printable(path)} cannot be read as JSON ({_reason(error)})") from None
     if not isinstance(content, dict):
@@ -208,7 +212,7 @@ def _clean(value: Any, depth: int = 0) -> Any:
     return value
 
 
-def _checked(path: Path, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
+def _checked(path: Path | str, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
     """Those `fields` of `content`, each converted by its check; one that may be null may be missing."""
     checked = {}
     for name, check in fields.items():
@@ -221,41 +225,29 @@ def _checked(path: Path, content: dict[str, Any], fields: Fields, prefix: str = 
 
 
 def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, list[Any]]:
-    """A .jsonl file as columns, in ascending order of the first of `fields`."""
-    if not path.is_file():
-        raise UsageError(f"{printable(path)}: there is no such file; give a directory that a trainer's --run-dir wrote")
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                problems.append(f"the last line of {path.name} is cut off, and is passed over")
-                break
-            where = f"{printable(path)}: line {number} of {len(lines)}"
-            raise UsageError(f"{where} cannot be read as JSON ({_reason(error)}); leave this run out") from None
-        if type(row) is not dict:
-            raise UsageError(f"{printable(path)}: line {number} is {reprlib.repr(row)}, where an object belongs")
-        rows.append(row)
-    columns = _columns(path, rows, fields)
+    """A .jsonl file as columns, in ascending order of the first of `fields`.
+
+    Read a line at a time, and only the fields kept, so that the columns are no larger than a few times the file.
+    """
+    _require_file(path)
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            where = f"{printable(path)}: line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UsageError(f"{where} has more than {MAX_LINE_BYTES} bytes; no trainer wrote it")
+            try:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                if not file.read(1):
+                    problems.append(f"the last line of {path.name} is cut off, and is passed over")
+                    break
+                raise UsageError(f"{where} cannot be read as JSON ({_reason(error)}); leave this run out") from None
+            if type(row) is not dict:
+                raise UsageError(f"{where} is {reprlib.repr(row)}, where an object belongs")
+            for name, value in _checked(f"{path}, line {number}", row, fields).items():
+                columns[name].append(value)
     return _in_order(path.name, columns, next(iter(fields)), problems)
-
-
-def _columns(path: Path, rows: list[dict[str, Any]], fields: Fields) -> dict[str, list[Any]]:
-    columns = {}
-    for name, check in fields.items():
-        column = [row.get(name) for row in rows]
-        if check is not _number or set(map(type, column)) != {float}:  # most columns are floats already
-            for i, row in enumerate(rows):
-                try:
-                    column[i] = check(column[i])
-                except _MismatchError:
-                    _checked(Path(f"{path}, line {i + 1}"), row, {name: check})
-        columns[name] = column
-    return columns
 
 
 def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list[str]) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from lm.checkpoint import write_atomically
 from lm.records import to_json
-from lm.report.runs import printable
+from lm.errors import printable
 from lm.report.types import BitEquality, Comparison, ModeSummary, Run
 
 COLUMNS = {  # header -> alignment
