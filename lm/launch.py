@@ -5,7 +5,6 @@ All of a comparison is below one folder: `compare.json` (what was asked for), an
 """
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -24,10 +23,11 @@ from lm import corpora
 from lm.checkpoint import write_atomically
 from lm.config import parse_args
 from lm.console import say, stop_on_interrupt
-from lm.errors import RunError, UsageError
+from lm.errors import RunError, UsageError, printable
 from lm.modes import MODES
 from lm.progress import Progress
 from lm.records import to_json
+from lm.report.runs import read_object
 from lm.report.types import Failure
 
 SCRIPTS = Path(__file__).resolve().parent.parent
@@ -68,12 +68,12 @@ class Job:
     def result(self) -> dict[str, Any] | None:
         """`result.json`; None unless the directory holds this very run, and its end."""
         try:
-            result = json.loads((self.run_dir / "result.json").read_bytes())
-            script, *flags = json.loads((self.run_dir / "config.json").read_bytes())["environment"]["command"]
+            result = read_object(self.run_dir / "result.json")
+            script, *flags = read_object(self.run_dir / "config.json")["environment"]["command"]
             # Wherever the scripts and the comparison lay then: the last four words are the places of the results.
             same = [Path(script).name, *flags[:-4]] == [Path(self.command[1]).name, *self.command[2:-4]]
             return result if same and isinstance(result["status"], str) else None
-        except (OSError, ValueError, LookupError, TypeError):
+        except (UsageError, OSError, ValueError, LookupError, TypeError):
             return None
 
     def failure(self, exit_code: int) -> Failure:
@@ -154,9 +154,11 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        before = json.loads((out / "compare.json").read_bytes())
-        changed = [f"{name} {before[name]}, now {value}" for name, value in plan.items() if before[name] != value]
-    except (OSError, ValueError, LookupError, TypeError):
+        before = read_object(out / "compare.json")
+        changed = [
+            f"{name} {printable(before[name])}, now {value}" for name, value in plan.items() if before[name] != value
+        ]
+    except (UsageError, OSError, LookupError):
         raise UsageError(f"--out {out} holds something else than runs of compare.py; give a new directory") from None
     if changed:
         raise UsageError(f"--out {out} was made with {'; '.join(changed)}; give the same again, or a new directory")

@@ -1,7 +1,8 @@
 """Looks through a pickle that torch.save wrote, before anything is built from it.
 
 `torch.load(weights_only=True)` runs no code, but it trusts what a pickle says of sizes: it takes the memory that
-`bytearray(10**11)` asks for, copies one dict a million times over, and in some versions reads past the end of a record. Here the pickle is gone through with stand-ins for tensors, which take no memory.
+`bytearray(10**11)` asks for, copies one dict a million times over, and in some versions reads past the end of a
+record. Here the pickle is gone through with stand-ins for tensors, which take no memory.
 """
 
 import pickletools
@@ -166,9 +167,7 @@ class PickleCheck:
         else:
             raise BadFileError("its pickle calls what torch.save does not call")
 
-    def _check_tensor(
-        self, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any
-    ) -> None:
+    def _check_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> None:
         if type(storage) is not _Storage or type(requires_grad) is not bool or hooks != {}:
             raise BadFileError("it holds a tensor that torch.save does not write")
         if type(size) is not tuple or type(stride) is not tuple:

@@ -88,7 +88,7 @@ def _check_directory(file: IO[bytes]) -> None:
 
 def _record_sizes(archive: zipfile.ZipFile, limit: int) -> dict[str, int]:
     """Bytes of each record by its name; altogether they may have `limit`."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for record in archive.infolist():
         root, _, name = record.filename.partition("/")
         number = name.removeprefix("data/")

@@ -16,10 +16,10 @@ from typing import Any
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from lm.checkpoint import write_atomically
+from lm.errors import printable
 from lm.records import to_json
 from lm.report import curves, page
 from lm.report.figures import Chart, charts
-from lm.errors import printable
 from lm.report.summary import COLUMNS, equality, problems, row
 from lm.report.types import Comparison, ModeSummary, Run
 

@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lm.checkpoint import write_atomically
+from lm.errors import printable
 from lm.report import curves
 from lm.report.curves import Floats, Mode, Steps
-from lm.errors import printable
 from lm.report.types import Comparison, Run
 
 DPI = 160

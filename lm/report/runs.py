@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ MAX_LINE_BYTES = 2**16
 """Of a row of steps.jsonl or epochs.jsonl, which holds some hundred."""
 
 MAX_DEPTH = 20
+
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 STATUSES = ("finished", "interrupted", "diverged")
 
@@ -40,6 +43,14 @@ def _number(value: Any) -> float:
     if type(value) is str and value in ("inf", "-inf", "nan"):
         return float(value)
     raise _MismatchError('a number, "inf", "-inf" or "nan"')
+
+
+def _loss(value: Any) -> float:
+    """A mean loss, or what else was float32: no trainer writes larger ones, and to draw them would overflow."""
+    number = _number(value)
+    if math.isfinite(number) and abs(number) > LARGEST_FLOAT32:
+        raise _MismatchError("a number that a float32 can hold")
+    return number
 
 
 def _flag(value: Any) -> bool:
@@ -107,16 +118,16 @@ _SHA256: Fields = {"train": _text, "valid": _text, "test": _text}
 _STEP: Fields = {
     "step": _integer,
     "epoch": _integer,
-    "loss": _number,
-    "grad_norm": _number,
-    "loss_scale": _number,
+    "loss": _loss,
+    "grad_norm": _loss,
+    "loss_scale": _loss,
     "applied": _flag,
     "lr": _number,
 }
-_EPOCH: Fields = {"epoch": _integer, "valid_loss": _number, "valid_ppl": _number, "lr": _number, "seconds": _number}
+_EPOCH: Fields = {"epoch": _integer, "valid_loss": _loss, "valid_ppl": _number, "lr": _number, "seconds": _number}
 _RESULT: Fields = {
     "status": _status,
-    "test_loss": _optional(_number),
+    "test_loss": _optional(_loss),
     "test_ppl": _optional(_number),
     "steps": _integer,
     "skipped": _integer,
@@ -159,7 +170,7 @@ def _read(path: Path) -> Run:
         problems.append("epochs.jsonl is missing")
     result = None
     if (path / "result.json").exists():
-        result = _checked(path / "result.json", _read_object(path / "result.json"), _RESULT)
+        result = _checked(path / "result.json", read_object(path / "result.json"), _RESULT)
         if result["steps"] != len(steps["step"]):
             problems.append(f"result.json counts {result['steps']} steps, steps.jsonl has {len(steps['step'])}")
     rows = [dict(zip(epochs, row, strict=True)) for row in zip(*epochs.values(), strict=True)]
@@ -170,7 +181,7 @@ _EMPTY_EPOCHS: dict[str, list[Any]] = {name: [] for name in _EPOCH}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_object(path)
+    config = read_object(path)
     checked = _checked(path, config, _CONFIG)
     corpus = _checked(path, checked["corpus"], _CORPUS, "corpus.")
     _checked(path, corpus["sha256"], _SHA256, "corpus.sha256.")
@@ -183,8 +194,13 @@ def _require_file(path: Path) -> None:
         raise UsageError(f"{printable(path)}: {what}; give a directory that a trainer's --run-dir wrote")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused."""
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused.
+
+    Raises:
+        UsageError: there is no such file, or something else is in it.
+        OSError: it cannot be read.
+    """
     _require_file(path)
     with path.open("rb") as file:
         text = file.read(MAX_BYTES + 1)

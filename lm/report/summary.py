@@ -7,8 +7,8 @@ from typing import Any
 from tabulate import tabulate
 
 from lm.checkpoint import write_atomically
-from lm.records import to_json
 from lm.errors import printable
+from lm.records import to_json
 from lm.report.types import BitEquality, Comparison, ModeSummary, Run
 
 COLUMNS = {  # header -> alignment
