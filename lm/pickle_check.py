@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lm.errors import BadFileError
+from lm.errors import BadFileError, printable
 
 MAX_PICKLE_BYTES = 2**24
 """A vocabulary of a million words fits."""
@@ -113,7 +113,7 @@ class PickleCheck:
 
     def _global(self, name: str) -> None:
         if name not in _GLOBALS:
-            raise BadFileError(f"its pickle names {reprlib.repr(name.replace(' ', '.'))}, which no model needs")
+            raise BadFileError(f"its pickle names '{printable(name.replace(' ', '.'), 60)}', which no model needs")
         self._push(_GLOBALS[name])
 
     def _put(self, index: int) -> None:

@@ -9,7 +9,6 @@ import shutil
 import struct
 import subprocess
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -28,7 +28,7 @@ from hostile import (
     tensor,
     text,
 )
-from programs import WORDS, make_model
+from programs import make_model
 
 ORDERED = b"ccollections\nOrderedDict\n)R"
 

@@ -1,6 +1,7 @@
 """Hostile files: nothing in them is executed, and each gets one clear line and the exit code of a mistake."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,11 @@ def test_a_command_would_have_run(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadFileError, match=r"^[ -~]{10,150}$"):
         load_tensors(tmp_path / "model.pt")
     assert not (tmp_path / "canary").exists()
-    try:
+    with suppress(TypeError, AttributeError, RuntimeError):  # over what the command returned
         torch.load(tmp_path / "model.pt", weights_only=False)
-    except (TypeError, AttributeError, RuntimeError):
-        pass  # with what the command returned
     assert (tmp_path / "canary").exists()
 
 
 def test_how_many() -> None:
-    """The README says how many there are."""
-    assert COUNT >= 200
+    """The README quotes this number."""
+    assert COUNT == 236
