@@ -141,6 +141,7 @@ DAMAGED: dict[str, HostileFile] = {
     "an empty archive": HostileFile(fixed(b"PK\5\6" + bytes(18)), "no item named"),
     "TorchScript": HostileFile(with_record("archive/constants.pkl", program(b")")), "record 'archive/constants.pkl'"),
     "code": HostileFile(with_record("archive/code/__torch__.py", b"import os"), "record 'archive/code/"),
+    "a record of a long name": HostileFile(with_record("archive/" + "x" * 10_000), "record 'archive/xxx.*…"),
     "another folder": HostileFile(with_record("other/version"), "one folder"),
     "a path upwards": HostileFile(with_record("../../data/7"), "record '../../data/7'"),
     "a data.pkl in capitals": HostileFile(with_record("archive/DATA.PKL"), "record 'archive/DATA.PKL'"),
@@ -227,7 +228,7 @@ CONTENTS: dict[str, HostileFile] = {
         lambda _: saved({i * (2**61 - 1): 0 for i in range(2, 100)}), "more than 64 bits"
     ),
     "200,000 lists": HostileFile(many(b"]", times=200_000), "dicts, lists and tensors"),
-    "16 million values": HostileFile(many(b"N", times=2**24), "its pickle has more than"),
+    "16 million values": HostileFile(many(b"N", times=2**24), "more than 16777216 bytes"),
     "a million values": HostileFile(many(b"N", times=2**20), "instructions"),
     "a list within itself": HostileFile(lambda _: archive(program(b"]q\0h\0a")), "nested more than"),
     "a thousand levels": HostileFile(lambda _: archive(program(b"N", b"\x85" * 1000)), "nested more than"),
@@ -266,10 +267,15 @@ LIES: dict[str, HostileFile] = {
         r"Unexpected key.*\\x1b\[2J",
     ),
     "a weight of text": HostileFile(weights(decoder__bias="text"), "contradicts itself"),
-    "a weight of integers": HostileFile(weights(decoder__bias=torch.zeros(16, dtype=torch.int64)), "finite numbers"),
-    "a weight of nan": HostileFile(weights(decoder__bias=torch.full((16,), torch.nan)), "finite numbers"),
+    "a weight of integers": HostileFile(
+        weights(decoder__bias=torch.zeros(16, dtype=torch.int64)), "decoder.bias is not a tensor of finite numbers"
+    ),
+    "a weight of nan": HostileFile(
+        weights(decoder__bias=torch.full((16,), torch.nan)), "decoder.bias is not a tensor of finite numbers"
+    ),
     "a weight that fp32 cannot hold": HostileFile(
-        weights(decoder__bias=torch.full((16,), 1e300, dtype=torch.float64)), "finite numbers"
+        weights(decoder__bias=torch.full((16,), 1e300, dtype=torch.float64)),
+        "decoder.bias is not a tensor of finite numbers",
     ),
     "weights whose product is infinite": HostileFile(
         weights(decoder__weight=torch.full((16, 8), 3e38), decoder__bias=torch.full((16,), 3e38)),
