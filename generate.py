@@ -10,7 +10,7 @@ from lm.checkpoint import load_model
 from lm.cli import HelpFormatter, OneLineParser, number, whole
 from lm.console import say
 from lm.device import find_device
-from lm.errors import exit_code
+from lm.errors import UsageError, exit_code
 from lm.files import check_writable, write_atomically
 from lm.model import RNNModel
 
@@ -40,6 +40,9 @@ def generate(model: RNNModel, words: int, temperature: float, log_interval: int,
     """Draw ids of `words` words, each from softmax(logits / temperature) after all before it; the first at random.
 
     Ids from `vocabulary_size` on only pad the decoder to a round size, and are never drawn.
+
+    Raises:
+        UsageError: the model's scores are not finite.
     """
     device = model.decoder.weight.device
     hidden = model.init_hidden(1)
@@ -47,7 +50,10 @@ def generate(model: RNNModel, words: int, temperature: float, log_interval: int,
     ids = []
     for i in range(1, words + 1):
         logits, hidden = model(token.to(device), hidden)
-        probabilities = torch.softmax(logits[0, 0, :vocabulary_size].double().cpu() / temperature, dim=0)
+        scores = logits[0, 0, :vocabulary_size].double().cpu()
+        if not scores.isfinite().all():
+            raise UsageError(f"--checkpoint: the model's scores of word {i} are not finite numbers; train it again")
+        probabilities = torch.softmax(scores / temperature, dim=0)
         token = torch.multinomial(probabilities, 1).view(1, 1)
         ids.append(int(token))
         if i % log_interval == 0:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm.errors import UsageError
+from lm.errors import BadFileError, UsageError, printable
 from lm.files import write_atomically
 from lm.model import RNNModel
+from lm.tensorfile import load_tensors
 
 FORMAT = "lm-precision model 1"
 
@@ -27,7 +28,7 @@ def save_model(path: Path, model: RNNModel, vocabulary: list[str]) -> None:
 def load_model(path: Path) -> tuple[RNNModel, list[str]]:
     """The fp32 model on the CPU and its vocabulary, from a file that `save_model` wrote in any mode.
 
-    Nothing in the file is executed: it is read with `weights_only=True`.
+    Nothing in the file is executed; see `load_tensors`.
 
     Raises:
         UsageError: the file is missing, or not such a file, or contradicts itself.
@@ -36,10 +37,9 @@ def load_model(path: Path) -> tuple[RNNModel, list[str]]:
         what = "this is no file" if path.exists() else "there is no such file"
         raise UsageError(f"--checkpoint {path}: {what}; train a model first, or give another")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader of a hostile or torn file can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"--checkpoint {path} cannot be read as a model file ({reason[:120]})") from None
+        content = load_tensors(path)
+    except BadFileError as error:
+        raise UsageError(f"--checkpoint {path} cannot be read as a model file ({error}); give another") from None
     return _build_model(path, content)
 
 
@@ -53,23 +53,26 @@ def _build_model(path: Path, content: Any) -> tuple[RNNModel, list[str]]:
         with torch.device("meta"):  # shapes are checked before memory is taken for them
             model = RNNModel(**options)
         model.load_state_dict(weights, assign=True)
-    except Exception as error:  # as above
-        reason = str(error).replace("\n", " ").replace("\t", "")
-        raise UsageError(f"--checkpoint {path} contradicts itself ({reason[:160]}); train it again") from None
+    except Exception as error:  # options of any type and value go into the model
+        reason = printable(" ".join(str(error).split()), 160)  # torch writes its longest messages in several lines
+        raise UsageError(f"--checkpoint {path} contradicts itself ({reason}); train it again") from None
     if options["tied"]:
         model.decoder.weight = model.encoder.weight
     return model, vocabulary
 
 
 def _checked_weight(name: str, weight: Tensor) -> Tensor:
-    if weight.layout != torch.strided or not weight.is_floating_point() or not weight.isfinite().all():
-        raise ValueError(f"{name} is not a dense tensor of finite numbers")
-    return weight.float()
+    if not weight.is_floating_point() or not weight.float().isfinite().all():
+        raise ValueError(f"{name} is not a tensor of finite numbers")
+    return weight.detach().float()
 
 
 def _check_options(options: dict[str, Any], vocabulary: Any, weights: int) -> None:
     if not (isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)):
         raise TypeError("the vocabulary is not a list of words")
+    if not vocabulary:
+        raise ValueError("the vocabulary is empty")
+    "".join(vocabulary).encode()  # UnicodeEncodeError where a word cannot be written
     if not 0 <= options["ntokens"] - len(vocabulary) < 8:  # the decoder is padded to a multiple of 8
         raise ValueError(f"{len(vocabulary)} words for {options['ntokens']} scores")
     if not isinstance(options["tied"], bool):

@@ -11,6 +11,10 @@ class UsageError(Exception):
     exit_code = 2
 
 
+class BadFileError(ValueError):
+    """A file is not what it should be. The text is one line: what is wrong with it."""
+
+
 class RunError(Exception):
     """A run that was rightly asked for has failed. The text is one line: what happened, and what to try."""
 
@@ -36,10 +40,17 @@ def exit_code(main: Callable[[], int]) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's allocators raise these
             raise
-        print(f"error: {_rank()}{str(error).splitlines()[0]}", file=sys.stderr)
+        message = (str(error).splitlines() or ["out of memory"])[0]  # Python's own MemoryError has no text
+        print(f"error: {_rank()}{message}", file=sys.stderr)
         return RunError.exit_code
 
 
 def _rank() -> str:
     """Which process of a distributed run speaks."""
     return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """`text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -5,7 +5,6 @@ All of a comparison is below one folder: `compare.json` (what was asked for), an
 """
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -24,8 +23,9 @@ import torch
 from lm import corpora
 from lm.config import parse_args
 from lm.console import say
-from lm.errors import RunError, UsageError
+from lm.errors import RunError, UsageError, printable
 from lm.files import write_atomically
+from lm.jsonfile import read_object
 from lm.modes import MODES
 from lm.progress import Progress
 from lm.records import to_json
@@ -69,21 +69,21 @@ class Job:
     def result(self) -> dict[str, Any] | None:
         """`result.json`; None unless the directory holds this very run, and its end."""
         try:
-            result = json.loads((self.run_dir / "result.json").read_bytes())
+            result = read_object(self.run_dir / "result.json")
             # Wherever the comparison lay then: the last four words are the places of the results.
             return result if self._recorded()[:-4] == self.command[2:-4] and isinstance(result["status"], str) else None
-        except (OSError, ValueError, LookupError, TypeError):
+        except (UsageError, OSError, ValueError, LookupError, TypeError):
             return None
 
     def started(self) -> bool:
         """Whether the directory holds the beginning of this very run, to go on with."""
         try:
             return self._recorded() == self.command[2:]
-        except (OSError, ValueError, LookupError, TypeError):
+        except (UsageError, OSError, ValueError, LookupError, TypeError):
             return False
 
     def _recorded(self) -> list[str]:
-        command: list[str] = json.loads((self.run_dir / "config.json").read_bytes())["environment"]["command"]
+        command: list[str] = read_object(self.run_dir / "config.json")["environment"]["command"]
         return [] if Path(command[0]).name != Path(self.command[1]).name else command[1:]
 
     def failure(self, exit_code: int) -> Failure:
@@ -164,9 +164,11 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        before = json.loads((out / "compare.json").read_bytes())
-        changed = [f"{name} {before[name]}, now {value}" for name, value in plan.items() if before[name] != value]
-    except (OSError, ValueError, LookupError, TypeError):
+        before = read_object(out / "compare.json")
+        changed = [
+            f"{name} {printable(before[name])}, now {value}" for name, value in plan.items() if before[name] != value
+        ]
+    except (UsageError, OSError, LookupError):
         raise UsageError(f"--out {out} holds something else than runs of compare.py; give a new directory") from None
     if changed:
         raise UsageError(f"--out {out} was made with {'; '.join(changed)}; give the same again, or a new directory")

@@ -129,7 +129,7 @@ class Programs:
         return {
             str(path.relative_to(self.folder)): None if path.is_dir() else path.read_bytes()
             for path in sorted(self.folder.rglob("*"))
-            if not path.is_fifo()
+            if path.is_dir() or path.is_file()
         }
 
     def refuse(self, script: str, *flags: str) -> str:

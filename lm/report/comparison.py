@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
-from lm.errors import UsageError
+from lm.errors import UsageError, printable
 from lm.records import perplexity
-from lm.report.runs import printable
 from lm.report.statistics import judge
 from lm.report.types import BitEquality, Comparison, Failure, ModeSummary, Run, Verdict
 

@@ -94,8 +94,8 @@ def column(run: Run, name: str) -> Floats:
 
 
 def positive(values: Floats) -> Floats:
-    """`values` for a logarithmic axis: nan where there is no logarithm."""
-    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+    """`values`, float32 once, for a logarithmic axis: nan where there is no logarithm."""
+    return np.where(np.isfinite(values) & (values >= 2.0**-149), values, np.nan)
 
 
 def window(drawn: list[Mode]) -> int:
@@ -209,7 +209,8 @@ def epochs(run: Run, drawn: list[Mode]) -> tuple[Floats, Floats]:
     number = np.array([row["epoch"] for row in run.epochs], dtype=np.float64)
     place = next(i for i, mode in enumerate(drawn) if mode.label == run.label)
     aside = 0.05 * (place - (len(drawn) - 1) / 2) if last_epoch(drawn) < 4 else 0.0
-    return number + aside, np.array([row["valid_ppl"] for row in run.epochs], dtype=np.float64)
+    perplexities = np.array([row["valid_ppl"] for row in run.epochs], dtype=np.float64)
+    return number + aside, np.where(np.abs(perplexities) < 1e300, perplexities, np.nan)  # no axis could hold the rest
 
 
 def last_epoch(drawn: list[Mode]) -> int:

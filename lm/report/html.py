@@ -15,11 +15,11 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from lm.errors import printable
 from lm.files import write_atomically
 from lm.records import to_json
 from lm.report import curves, page
 from lm.report.figures import Chart, charts
-from lm.report.runs import printable
 from lm.report.summary import COLUMNS, equality, problems, row
 from lm.report.types import Comparison, ModeSummary, Run
 

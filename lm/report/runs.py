@@ -2,19 +2,21 @@
 
 import itertools
 import json
+import math
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UsageError
+from lm.errors import UsageError, printable
+from lm.jsonfile import read_object, reason, require_file
 from lm.modes import label
 from lm.report.types import Run
 
-MAX_BYTES = 2**24
-"""Of config.json and result.json, which hold a few kilobytes."""
+MAX_LINE_BYTES = 2**16
+"""Of a row of steps.jsonl or epochs.jsonl, which holds some hundred."""
 
-MAX_DEPTH = 20
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 STATUSES = ("finished", "interrupted", "diverged")
 
@@ -37,6 +39,14 @@ def _number(value: Any) -> float:
     if type(value) is str and value in ("inf", "-inf", "nan"):
         return float(value)
     raise _MismatchError('a number, "inf", "-inf" or "nan"')
+
+
+def _loss(value: Any) -> float:
+    """A mean loss, or what else was float32: no trainer writes larger ones, and to draw them would overflow."""
+    number = _number(value)
+    if math.isfinite(number) and abs(number) > LARGEST_FLOAT32:
+        raise _MismatchError("a number that a float32 can hold")
+    return number
 
 
 def _flag(value: Any) -> bool:
@@ -104,28 +114,22 @@ _SHA256: Fields = {"train": _text, "valid": _text, "test": _text}
 _STEP: Fields = {
     "step": _integer,
     "epoch": _integer,
-    "loss": _number,
-    "grad_norm": _number,
-    "loss_scale": _number,
+    "loss": _loss,
+    "grad_norm": _loss,
+    "loss_scale": _loss,
     "applied": _flag,
     "lr": _number,
 }
-_EPOCH: Fields = {"epoch": _integer, "valid_loss": _number, "valid_ppl": _number, "lr": _number, "seconds": _number}
+_EPOCH: Fields = {"epoch": _integer, "valid_loss": _loss, "valid_ppl": _number, "lr": _number, "seconds": _number}
 _RESULT: Fields = {
     "status": _status,
-    "test_loss": _optional(_number),
+    "test_loss": _optional(_loss),
     "test_ppl": _optional(_number),
     "steps": _integer,
     "skipped": _integer,
     "tokens_per_second": _optional(_number),
     "peak_memory_bytes": _optional(_integer),
 }
-
-
-def printable(text: object, limit: int = 200) -> str:
-    """`text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def read_run(path: Path) -> Run:
@@ -162,7 +166,7 @@ def _read(path: Path) -> Run:
         problems.append("epochs.jsonl is missing")
     result = None
     if (path / "result.json").exists():
-        result = _checked(path / "result.json", _read_object(path / "result.json"), _RESULT)
+        result = _checked(path / "result.json", read_object(path / "result.json"), _RESULT)
         if result["steps"] != len(steps["step"]):
             problems.append(f"result.json counts {result['steps']} steps, steps.jsonl has {len(steps['step'])}")
     rows = [dict(zip(epochs, row, strict=True)) for row in zip(*epochs.values(), strict=True)]
@@ -173,42 +177,14 @@ _EMPTY_EPOCHS: dict[str, list[Any]] = {name: [] for name in _EPOCH}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_object(path)
+    config = read_object(path)
     checked = _checked(path, config, _CONFIG)
     corpus = _checked(path, checked["corpus"], _CORPUS, "corpus.")
     _checked(path, corpus["sha256"], _SHA256, "corpus.sha256.")
     return config | checked
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused."""
-    if not path.is_file():
-        raise UsageError(f"{printable(path)}: there is no such file; give a directory that a trainer's --run-dir wrote")
-    if path.stat().st_size > MAX_BYTES:
-        raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes; no trainer wrote it")
-    try:
-        content = _clean(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{printable(path)} cannot be read as JSON ({_reason(error)})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{printable(path)} holds {reprlib.repr(content)}, not an object")
-    return content
-
-
-def _clean(value: Any, depth: int = 0) -> Any:
-    """`value`, of at most `MAX_DEPTH` levels, without lone surrogates, which no file or terminal can take."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, list):
-        return [_clean(v, depth + 1) for v in value]
-    if isinstance(value, dict):
-        return {_clean(k): _clean(v, depth + 1) for k, v in value.items()}
-    return value
-
-
-def _checked(path: Path, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
+def _checked(path: Path | str, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
     """Those `fields` of `content`, each converted by its check; one that may be null may be missing."""
     checked = {}
     for name, check in fields.items():
@@ -221,41 +197,29 @@ def _checked(path: Path, content: dict[str, Any], fields: Fields, prefix: str = 
 
 
 def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, list[Any]]:
-    """A .jsonl file as columns, in ascending order of the first of `fields`."""
-    if not path.is_file():
-        raise UsageError(f"{printable(path)}: there is no such file; give a directory that a trainer's --run-dir wrote")
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                problems.append(f"the last line of {path.name} is cut off, and is passed over")
-                break
-            where = f"{printable(path)}: line {number} of {len(lines)}"
-            raise UsageError(f"{where} cannot be read as JSON ({_reason(error)}); leave this run out") from None
-        if type(row) is not dict:
-            raise UsageError(f"{printable(path)}: line {number} is {reprlib.repr(row)}, where an object belongs")
-        rows.append(row)
-    columns = _columns(path, rows, fields)
+    """A .jsonl file as columns, in ascending order of the first of `fields`.
+
+    Read a line at a time, and only the fields kept, so that the columns are no larger than a few times the file.
+    """
+    require_file(path)
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            where = f"{printable(path)}: line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UsageError(f"{where} has more than {MAX_LINE_BYTES} bytes; no trainer wrote it")
+            try:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                if not file.read(1):
+                    problems.append(f"the last line of {path.name} is cut off, and is passed over")
+                    break
+                raise UsageError(f"{where} cannot be read as JSON ({reason(error)}); leave this run out") from None
+            if type(row) is not dict:
+                raise UsageError(f"{where} is {reprlib.repr(row)}, where an object belongs")
+            for name, value in _checked(f"{path}, line {number}", row, fields).items():
+                columns[name].append(value)
     return _in_order(path.name, columns, next(iter(fields)), problems)
-
-
-def _columns(path: Path, rows: list[dict[str, Any]], fields: Fields) -> dict[str, list[Any]]:
-    columns = {}
-    for name, check in fields.items():
-        column = [row.get(name) for row in rows]
-        if check is not _number or set(map(type, column)) != {float}:  # most columns are floats already
-            for i, row in enumerate(rows):
-                try:
-                    column[i] = check(column[i])
-                except _MismatchError:
-                    _checked(Path(f"{path}, line {i + 1}"), row, {name: check})
-        columns[name] = column
-    return columns
 
 
 def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list[str]) -> dict[str, list[Any]]:
@@ -273,7 +237,3 @@ def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list
     if missing < order[-1]:
         problems.append(f"{file} has no {key} {missing}, though it goes to {order[-1]}")
     return {name: [column[last[k]] for k in order] for name, column in columns.items()}
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)

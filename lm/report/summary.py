@@ -6,9 +6,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from lm.errors import printable
 from lm.files import write_atomically
 from lm.records import to_json
-from lm.report.runs import printable
 from lm.report.types import BitEquality, Comparison, ModeSummary, Run
 
 COLUMNS = {  # header -> alignment

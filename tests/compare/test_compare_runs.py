@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jobs
-from lm.errors import UsageError
+from lm.errors import UsageError, printable
 from lm.modes import MODES
-from lm.report.runs import printable, read_run
+from lm.report.runs import read_run
 from synthetic import LOSSES, change_json, make_config, make_run, write_json
 
 
@@ -99,12 +99,12 @@ def test_last_line_without_newline_counts(tmp_path: Path) -> None:
     assert (run.steps["loss"], run.problems) == (LOSSES, [])
 
 
-@pytest.mark.parametrize("line", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"{}{}"])
+@pytest.mark.parametrize("line", [b"", b"{", b"\xff\xfe", b"[" * 60_000, b"1" * 5000, b"{}{}"])
 def test_broken_line_in_the_middle_is_refused(tmp_path: Path, line: bytes) -> None:
     path = make_run(tmp_path / "run")
     lines = (path / "steps.jsonl").read_bytes().splitlines()
     (path / "steps.jsonl").write_bytes(b"\n".join([*lines[:3], line, *lines[3:]]))
-    assert "steps.jsonl: line 4 of 9 cannot be read as JSON" in refusal(path)
+    assert "steps.jsonl: line 4 cannot be read as JSON" in refusal(path)
 
 
 def test_unknown_fields_are_ignored(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_file_that_is_far_too_large(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
     with (path / "config.json").open("r+b") as file:
         file.truncate(2**40)
-    assert "has more than 16777216 bytes" in refusal(path)
+    assert "has more than 1048576 bytes" in refusal(path)
 
 
 def test_lone_surrogates_do_not_survive(tmp_path: Path) -> None:

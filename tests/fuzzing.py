@@ -1,0 +1,32 @@
+"""Random changes of files, the same in every run of the tests."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+
+def fuzz(examples: int) -> settings:
+    """Always the same examples."""
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=quiet)
+
+
+def changed(draw: st.DrawFn, whole: bytes) -> bytes:
+    """`whole` with one to three changes."""
+    for _ in range(draw(st.integers(1, 3))):
+        # Half of them near the end, where the table of contents is, which is small beside the tensors.
+        place = draw(st.integers(0, len(whole)) | st.integers(max(0, len(whole) - 2500), len(whole)))
+        length = draw(st.integers(1, 40))
+        kind = draw(st.sampled_from(["flip", "write", "insert", "remove", "cut", "repeat", "zero"]))
+        piece = {
+            "flip": bytes(b ^ (1 << draw(st.integers(0, 7))) for b in whole[place : place + 1]),
+            "write": draw(st.binary(min_size=1, max_size=8)),
+            "insert": draw(st.binary(min_size=1, max_size=40)),
+            "repeat": whole[place : place + length] * 2,
+            "zero": bytes(length),
+        }.get(kind, b"")
+        skipped = {"flip": 1, "write": len(piece), "insert": 0, "cut": len(whole)}.get(kind, length)
+        whole = whole[:place] + piece + whole[place + skipped :]
+    return whole
+
+
+byte_changes = st.composite(changed)
