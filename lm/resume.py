@@ -68,14 +68,9 @@ class Position:
 
 def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:
     """Make `content` the run's checkpoint.pt, and keep the one before it."""
-    path, previous = directory / FILE, directory / PREVIOUS
-    if path.exists():
-        previous.unlink(missing_ok=True)
-        try:
-            os.link(path, previous)  # so that there is a whole checkpoint.pt at every moment
-        except OSError:  # a file system without hard links
-            path.replace(previous)
-    write_atomically(path, lambda file: torch.save(content | {"format": FORMAT}, file))
+    write_atomically(
+        directory / FILE, lambda file: torch.save(content | {"format": FORMAT}, file), keep=directory / PREVIOUS
+    )
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any] | None:
