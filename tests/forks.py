@@ -128,12 +128,12 @@ class _Steps:
         self.steps.append(step)
 
 
-def _child(task: Task, pipe: int) -> NoReturn:
+def _child(task: Task, pipe: int, streams: list[int]) -> NoReturn:
     code = 99
     try:
         os.chdir(task.folder)
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream, number)
         if task.largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (task.largest_file, task.largest_file))
         steps = _Steps(task, pipe)
@@ -152,11 +152,13 @@ def _child(task: Task, pipe: int) -> NoReturn:
 
 def _run(task: Task) -> tuple[int | None, float, str, list[str]]:
     ours, theirs = os.pipe()
+    streams = [os.open(f"{task.folder}/.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")]
     start = time.monotonic()
     child = os.fork()
     if not child:
-        _child(task, theirs)
-    os.close(theirs)
+        _child(task, theirs, streams)
+    for descriptor in (theirs, *streams):
+        os.close(descriptor)
     at, steps = "", []
     with os.fdopen(ours) as pipe:
         in_time = select.select([pipe], [], [], task.seconds)[0]
