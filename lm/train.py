@@ -5,6 +5,7 @@ import copy
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -72,8 +73,8 @@ class Training:
         if args.resume is not None:
             self.resume(writes)
         elif writes:
-            self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}")
-            self.records.write_config(describe(args, corpus, model, self.dtypes))
+            config = describe(args, corpus, model, self.dtypes)
+            self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}", config)
         else:
             self.records = RunDirectory(None)
         self.parallel_model = distributed.data_parallel(model)
@@ -93,11 +94,15 @@ class Training:
                 self.records.go_back(dict.fromkeys(self.records.state(), 0))
             if self.args.changed:
                 self.records.write_config(describe(self.args, self.corpus, self.model, self.dtypes))
-        except ValueError as error:
+        except BaseException as error:
             self.records.close()
-            raise UsageError(f"--resume {directory}: {error}; start a new run") from None
-        except BaseException:
-            self.records.close()
+            if isinstance(error, ValueError):
+                raise UsageError(f"--resume {directory}: {error}; start a new run") from None
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise UsageError(
+                    f"--resume {directory}: cannot write {error.filename or 'standard output'} ({error.strerror}); "
+                    "make that possible, then resume again"
+                ) from None
             raise
         say(f"| going on with {directory} at epoch {self.at.epoch}, step {self.records.steps + 1}")
 
@@ -109,16 +114,16 @@ class Training:
             content, self.model, self.precision, self.args.batch_size
         )
         check_like(content.get("records"), self.records.state(), "records")
-        if self.best_weights is not None:  # --save may have been lost since, or be of a later epoch or another run
-            current = copy.deepcopy(self.model.state_dict())
-            self.model.load_state_dict(self.best_weights)
-            self.save_model()
-            self.model.load_state_dict(current)
         if self.at.epoch > self.args.epochs + 1:
             raise ValueError(
                 f"it has trained for {self.at.epoch - 1} epochs already, and --epochs is {self.args.epochs}"
             )
         self.records.go_back(content["records"])
+        if self.best_weights is not None:  # --save may have been lost since, or be of a later epoch or another run
+            current = copy.deepcopy(self.model.state_dict())
+            self.model.load_state_dict(self.best_weights)
+            self.save_model()
+            self.model.load_state_dict(current)
 
     def run(self) -> int:
         """See `fit`."""
@@ -130,15 +135,17 @@ class Training:
                     say("Exiting from training early")
                 self.finish("interrupted" if interrupted else "finished")
         except RunError:
-            self.write_result("diverged", None)
+            with suppress(OSError):  # a full disk may not hide the reason
+                self.write_result("diverged", None)
             raise
         except (KeyboardInterrupt, Terminated, BrokenPipeError):
-            self.write_result("interrupted", None)
+            with suppress(OSError):
+                self.write_result("interrupted", None)
             raise
         except OSError as error:
             raise RunError(
-                f"cannot write {error.filename or 'the records'} ({error.strerror}); all up to the last checkpoint is "
-                f"safe: make room, then go on with --resume {self.records.path}"
+                f"cannot write {error.filename or 'standard output'} ({error.strerror}); all up to the last checkpoint "
+                f"is safe: make room, then go on with --resume {self.records.path}"
             ) from None
         except RuntimeError as error:
             raise distributed.lost(error) or error from None
