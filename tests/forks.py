@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS_OF_A_WRITE = {"mkstemp", "flock", "write_record", "write_end_of_file", "flush", "fsync", "chmod", "unlink", "link"}
-STEPS_OF_A_WRITE |= {"replace", "rename", "open", "close", "truncate", "dup2"}
+STEPS_OF_A_WRITE = {
+    *("open", "flock", "write_record", "write_end_of_file", "flush", "fsync", "chmod"),
+    *("unlink", "link", "replace", "close"),
+}
 """Functions written in C, by name: those that change or fix what is on the disk, in lm.files and in torch.save."""
 
 
