@@ -24,6 +24,8 @@ from lm.precision import StepResult
 
 LINES = ("steps.jsonl", "epochs.jsonl")
 FILES = ("config.json", *LINES, "result.json", "checkpoint.pt")
+START = dict.fromkeys(("steps", "skipped", *LINES), 0)
+"""The `RunDirectory.state` of a run that has recorded nothing."""
 
 
 class RunDirectory:
@@ -115,11 +117,12 @@ class RunDirectory:
         if self.path is None:
             return
         for name in LINES:
-            size = (self.path / name).stat().st_size
+            size = (self.path / name).stat().st_size if (self.path / name).exists() else 0
             if not 0 <= state[name] <= size:
                 raise ValueError(f"{name} has {size} bytes, not {state[name]}")
         for name in LINES:
-            os.truncate(self.path / name, state[name])
+            with (self.path / name).open("ab") as file:
+                file.truncate(state[name])
         (self.path / "result.json").unlink(missing_ok=True)  # that of an interrupted run, or of fewer epochs
 
     def write_config(self, config: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from lm.evaluation import evaluate
 from lm.files import check_writable
 from lm.model import Hidden, RNNModel, detach, next_word_loss
 from lm.precision import Precision
-from lm.records import RunDirectory, perplexity
+from lm.records import START, RunDirectory, perplexity
 from lm.resume import Position, check_like, read_checkpoint, status_of, write_checkpoint
 from lm.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.state import restore_state, take_state
@@ -91,7 +91,7 @@ class Training:
             if content is not None:
                 self.restore(content)
             elif writes:
-                self.records.go_back(dict.fromkeys(self.records.state(), 0))
+                self.records.go_back(START)
             if self.args.changed:
                 self.records.write_config(describe(self.args, self.corpus, self.model, self.dtypes))
         except BaseException as error:
@@ -113,7 +113,7 @@ class Training:
         self.at, self.hidden, self.best_weights = restore_state(
             content, self.model, self.precision, self.args.batch_size
         )
-        check_like(content.get("records"), self.records.state(), "records")
+        check_like(content.get("records"), START, "records")
         if self.at.epoch > self.args.epochs + 1:
             raise ValueError(
                 f"it has trained for {self.at.epoch - 1} epochs already, and --epochs is {self.args.epochs}"

@@ -1,7 +1,6 @@
 """What two runs must have in common to be the same run, and ways to end one early."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 

@@ -1,13 +1,12 @@
 """A run that was killed anywhere and resumed is, to the byte, the run that was left alone."""
 
-import json
 import shutil
 
 import pytest
 
 import jobs
-from programs import BATCHES, TINY, WORDS
-from runs import KilledError, kill_at, outcome, resume
+from programs import BATCHES, TINY
+from runs import kill_at, outcome, resume
 
 KINDS = {"LSTM": [], "LSTM tied": ["--tied"], "GRU": ["--model", "GRU"], "GRU tied": ["--model", "GRU", "--tied"]}
 FLAGS = [*TINY, "--epochs", "3", "--lr", "30", "--log-interval", "5", "--dropout", "0.3"]
