@@ -18,6 +18,7 @@ from lm.tensorfile import load_tensors
 FORMAT = "lm-precision checkpoint 1"
 FILE = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
+DAMAGED = "checkpoint.damaged.pt"
 NO_RUN = {"-h", "--help", "--version"}
 """Flags that start none."""
 
@@ -69,14 +70,9 @@ class Position:
 
 def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:
     """Make `content` the run's checkpoint.pt, and keep the one before it."""
-    path, previous = directory / FILE, directory / PREVIOUS
-    if path.exists():
-        previous.unlink(missing_ok=True)
-        try:
-            os.link(path, previous)  # so that there is a whole checkpoint.pt at every moment
-        except OSError:  # a file system without hard links
-            path.replace(previous)
-    write_atomically(path, lambda file: torch.save(content | {"format": FORMAT}, file))
+    write_atomically(
+        directory / FILE, lambda file: torch.save(content | {"format": FORMAT}, file), keep=directory / PREVIOUS
+    )
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any] | None:
@@ -85,23 +81,28 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: those that are there cannot be used.
     """
-    damaged = ""
-    for path in (directory / FILE, directory / PREVIOUS):
+    newest = directory / FILE
+    problem = f"{newest} is missing"
+    damaged: list[str] = []
+    for path in (newest, directory / PREVIOUS):
         if not os.path.lexists(path):
             continue
         try:
             content = load_tensors(path)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise BadFileError("no checkpoint of this project")
-        except BadFileError as error:
-            damaged = damaged or f"{path} cannot be used ({error})"
+        except (BadFileError, FileNotFoundError) as error:  # no such file: a link to one that is gone
+            damaged.append(str(path))
+            problem = f"{path} cannot be used ({error})" if len(damaged) == 1 else problem
             continue
-        if damaged:
-            say(f"| {damaged}; going on from the one before it, {path.name}")
-            path.replace(directory / FILE)  # the next write must not put the damaged one in its place
+        if path != newest:
+            say(f"| {problem}; going on from the one before it, {path.name}")
+            if damaged:  # out of the way, but not lost
+                newest.replace(directory / DAMAGED)
+            path.replace(newest)
         return content
     if damaged:
-        raise UsageError(f"--resume: {damaged}; delete it to start the run from its beginning")
+        raise UsageError(f"--resume: {problem}; delete {' and '.join(damaged)} to start the run from its beginning")
     return None
 
 
