@@ -62,5 +62,10 @@ def peak_memory_bytes(device: str) -> int:
     """The most memory that this process has held: allocated by torch on a GPU, resident on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts the parent's memory too, if that was more, since fork comes before exec
+        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        if peaks:
+            return int(peaks[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
