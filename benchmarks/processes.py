@@ -18,8 +18,8 @@ from lm.device import peak_memory_bytes
 from lm.modes import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 8
-EVALUATION_LINES = 400  # of the text for evaluation: its memory shows in the first batches
+STEPS = 5
+EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the first batches
 
 FIRST_STEP = """
 import importlib, os, sys, time

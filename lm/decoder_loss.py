@@ -70,15 +70,15 @@ class _DecoderLoss(torch.autograd.Function):
                 logits[rows] = torch.addmm(wide_bias, wide_input[rows], wide_weight.t(), out=part)
             log_p = _log_softmax(logits[rows], part)
             torch.gather(log_p, 1, targets[rows, None], out=log_p_of_targets[rows])
-        ctx.save_for_backward(input, weight, targets)
-        ctx.logits, ctx.through_fp32 = logits, through_fp32
+        # As a saved tensor: an attribute would live as long as somebody keeps the loss.
+        ctx.save_for_backward(input, weight, targets, logits)
+        ctx.through_fp32 = through_fp32
         return F.nll_loss(log_p_of_targets, torch.zeros_like(targets))  # the mean, summed in the order of the plain one
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, targets = ctx.saved_tensors
-        logits = ctx.logits
+        input, weight, targets, logits = ctx.saved_tensors
         grad_of_log_p = -grad / len(targets)
         fp32, one_hot = _slice_buffer(logits), _slice_buffer(logits).zero_()
         for rows in _slices(logits):

@@ -37,8 +37,9 @@ class _BiasOverTime(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.flatten(0, 1)
-        return grad.t() @ torch.cat(ctx.states), grad.sum(0), None, None
+        grad, states = grad.flatten(0, 1), torch.cat(ctx.states)
+        ctx.states.clear()  # which would live as long as somebody keeps the loss
+        return grad.t() @ states, grad.sum(0), None, None
 
 
 def _lstm_cell(x: Tensor, state: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The decoder and its loss in slices, against the same in two lines of torch."""
 
+import gc
 from contextlib import nullcontext
 from typing import Any
 
@@ -94,3 +95,14 @@ def test_in_evaluation() -> None:
         loss = decoder_loss(*inputs, targets)
     assert not loss.requires_grad
     assert torch.equal(loss, plain_decoder_loss(*inputs, targets))
+
+
+def test_a_loss_that_is_kept_keeps_no_logits() -> None:
+    inputs, targets = operands(torch.float32)
+    loss = decoder_loss(*inputs, targets)
+    loss.backward()
+    sizes = [x.shape for x in gc.get_objects() if isinstance(x, Tensor)]
+    assert (ROWS, VOCABULARY) not in sizes
+    assert loss.grad_fn is not None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
