@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from lm.corpora import BUILT_IN, DEFAULT
-from lm.device import find_device, set_tf32
+from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.model import KINDS
 
@@ -243,5 +243,6 @@ def set_up(args: argparse.Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this set only
         torch.use_deterministic_algorithms(True)
+    keep_freed_memory()
     if args.device.startswith("cuda"):
         set_tf32(args.tf32)
