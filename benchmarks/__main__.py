@@ -1,4 +1,4 @@
-"""Measure this project against the loop of the PyTorch tutorial, interleaved with it in one process.
+"""Measure this project against the loop of the PyTorch tutorial, in turn with it, call by call.
 
 Ratios are between neighbours in time, so that a machine that slows down slows both; their median and quartiles
 are printed. Memory and start are measured in processes of their own. benchmarks/README.md has the targets.
@@ -15,7 +15,7 @@ from benchmarks.measure import Row, machine, show
 from benchmarks.peaks import measure_peaks, share_of_peak
 from benchmarks.processes import measure_memory, measure_start
 from benchmarks.reading import measure_reading
-from benchmarks.training import Jobs, measure_eval, measure_precision, measure_step
+from benchmarks.training import VOCABULARY, Jobs, measure_eval, measure_precision, measure_step
 from lm import corpora
 from lm.config import OneLineParser, whole
 from lm.errors import exit_code
@@ -86,7 +86,7 @@ def main() -> int:
         rows += measure_size(args, size)
     if peaks:
         for row in [row for row in rows if row["part"] == "step"]:
-            share = share_of_peak(row, peaks, BATCH_SIZE * BPTT, 33280)
+            share = share_of_peak(row, peaks, BATCH_SIZE * BPTT, VOCABULARY)
             rows += shown([row_of_share(row, share)])
     if args.json:
         args.json.write_text(to_json({"machine": about, "results": peaks + rows}, indent=2) + "\n")

@@ -105,6 +105,11 @@ class Trainer:
             assert p.grad is not None
             p.data.add_(p.grad, alpha=-self.lr)
 
+    def update_and_clear(self) -> None:
+        """All that a step does outside forward and backward."""
+        self.update()
+        self.model.zero_grad()
+
     def step(self, i: int) -> None:
         """One training step."""
         self.model.train()

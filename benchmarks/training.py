@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import reference
+from benchmarks.beside import EVALUATION_BATCHES, Reference
 from benchmarks.measure import REFERENCE, Row, compared, interleaved
 from benchmarks.trainers import trainer
 from lm.train import Training, evaluate
 
-EVALUATION_BATCHES = 4
+VOCABULARY = 33280  # of WikiText-2, rounded up to a multiple of 8
 
 
 class Jobs:
@@ -20,44 +21,25 @@ class Jobs:
 
     def __init__(self, stack: ExitStack, data: str, size: int, modes: list[str]) -> None:
         self.size = size
+        self.reference = Reference(stack, data, size)
         self.trainers = {mode: stack.enter_context(trainer(mode, data, size)) for mode in modes}
-        first = next(iter(self.trainers.values()))
-        self.bptt = int(first.args.bptt)
-        self.valid = first.valid_data
-        self.reference = reference.Trainer(first.train_data, first.corpus.vocab_size, size, self.bptt)
 
     def steps(self) -> dict[str, Callable[[], object]]:
         """For each, a function that trains on the next batch."""
-        rows = len(self.reference.data) - self.bptt - 1
-        functions: dict[str, Callable[[], object]] = {REFERENCE: reference_step(self.reference, rows)}
-        for mode, job in self.trainers.items():
-            functions[mode] = own_step(job, rows)
-        return functions
+        functions: dict[str, Callable[[], object]] = {REFERENCE: self.reference.call("step")}
+        return functions | {mode: own_step(job) for mode, job in self.trainers.items()}
 
 
-def reference_step(job: reference.Trainer, rows: int) -> Callable[[], None]:
-    """A function that trains on the next batch."""
-    at = 0
-
-    def step() -> None:
-        nonlocal at
-        job.step(at)
-        at = (at + job.bptt) % rows
-
-    return step
-
-
-def own_step(job: Training, rows: int) -> Callable[[], None]:
+def own_step(job: Training) -> Callable[[], None]:
     """A function that trains on the next batch."""
     job.model.train()
     with job.precision.forward():
         hidden = job.model.init_hidden(job.args.batch_size)
-    at = 0
+    batches = iter(range(0, len(job.train_data) - 1, job.args.bptt))
 
     def step() -> None:
-        nonlocal at, hidden
-        hidden = job.train_step(1, at, hidden)
-        at = (at + job.args.bptt) % rows
+        nonlocal hidden
+        hidden = job.train_step(1, next(batches), hidden)
 
     return step
 
@@ -69,12 +51,12 @@ def measure_step(jobs: Jobs, rounds: int) -> list[Row]:
 
 def measure_eval(jobs: Jobs, rounds: int) -> list[Row]:
     """Evaluation, `EVALUATION_BATCHES` batches at a time."""
-    source = jobs.valid[: EVALUATION_BATCHES * jobs.bptt + 1]
 
     def own(job: Training) -> Callable[[], object]:
-        return lambda: evaluate(job.model, job.precision, source, jobs.bptt)
+        source = job.valid_data[: EVALUATION_BATCHES * job.args.bptt + 1]
+        return lambda: evaluate(job.model, job.precision, source, job.args.bptt)
 
-    variants: dict[str, Callable[[], object]] = {REFERENCE: lambda: jobs.reference.evaluate(source)}
+    variants: dict[str, Callable[[], object]] = {REFERENCE: jobs.reference.call("evaluate")}
     variants |= {mode: own(job) for mode, job in jobs.trainers.items()}
     return compared("eval", jobs.size, interleaved(variants, rounds), faster=True)
 
@@ -85,9 +67,6 @@ def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
     The reference clips and updates in fp32. Two more lines stand for what one would write for fp16 oneself: a
     loop over parameters, which makes new fp32 gradients each time or keeps them.
     """
-    for step in jobs.steps().values():
-        step()
-    plain = jobs.reference
 
     def update(job: Training) -> Callable[[], None]:
         def run() -> None:
@@ -96,17 +75,14 @@ def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
 
         return run
 
-    def reference_update() -> None:
-        plain.update()
-        plain.model.zero_grad()
-
-    variants: dict[str, Callable[[], object]] = {REFERENCE: reference_update}
-    prepare = {REFERENCE: restore_grads(plain.model)}
+    variants: dict[str, Callable[[], object]] = {REFERENCE: jobs.reference.call("update")}
+    prepare: dict[str, Callable[[], object]] = {REFERENCE: jobs.reference.call("gradients")}
     for mode, job in jobs.trainers.items():
+        own_step(job)()
         variants[mode], prepare[mode] = update(job), restore_grads(job.model)
     for keep in (False, True):
         name = "loop, kept gradients" if keep else "loop, new gradients"
-        model = reference.Model(plain.model.vocabulary, jobs.size).half()
+        model = reference.Model(VOCABULARY, jobs.size).half()
         for p in model.parameters():
             p.grad = torch.randn(p.shape).half()
         variants[name], prepare[name] = handwritten_update(model, keep), restore_grads(model)
