@@ -1,1 +1,1 @@
-"""Measurements; run each as `python -m benchmarks.NAME`."""
+"""Measurements of this project against plain PyTorch: `python -m benchmarks --help`."""

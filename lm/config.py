@@ -11,7 +11,7 @@ import torch
 from lm import distributed
 from lm.cli import HelpFormatter, OneLineParser, finite_above_0, number, whole
 from lm.corpora import BUILT_IN, DEFAULT
-from lm.device import find_device, set_tf32
+from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.model import KINDS
 from lm.resume import command_of
@@ -257,5 +257,6 @@ def set_up(args: argparse.Namespace) -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this set only
         torch.use_deterministic_algorithms(True)
+    keep_freed_memory()
     if args.device.startswith("cuda"):
         set_tf32(args.tf32)

@@ -1,5 +1,6 @@
 """Which device a run uses, and what it is."""
 
+import ctypes
 import platform
 import resource
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch
 
 from lm.errors import UsageError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def find_device(name: str | None, *, cuda: bool = False) -> str:
@@ -46,6 +49,18 @@ def set_tf32(allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) keep freed memory for the next allocation instead of giving it back to the system.
+
+    It returns large blocks at once, and the system clears every page of the next one: 25 ms for the 93 MB of a batch's
+    fp32 logits at WikiText-2's vocabulary, 48 on a busy machine, where writing to memory that is there takes 2 to 3.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 def device_name(device: str) -> str:
     """The processor's own name, such as "NVIDIA H100 80GB HBM3"."""
     if device.startswith("cuda"):
@@ -62,5 +77,10 @@ def peak_memory_bytes(device: str) -> int:
     """The most memory that this process has held: allocated by torch on a GPU, resident on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts the parent's memory too, if that was more, since fork comes before exec
+        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        if peaks:
+            return int(peaks[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

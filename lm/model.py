@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm.decoder_loss import decoder_loss
 from lm.kernels import compute_dtype, linear
+from lm.recurrent import GRU, LSTM, RNN
 
 KINDS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
 INIT_RANGE = 0.1
@@ -77,42 +78,46 @@ class RNNModel(nn.Module):
         zeros = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
         return (zeros, zeros) if isinstance(self.rnn, nn.LSTM) else zeros
 
-    def forward(self, tokens: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """Scores of each next word.
+    def forward(self, tokens: Tensor, hidden: Hidden, targets: Tensor | None = None) -> tuple[Tensor, Hidden]:
+        """Scores of each next word, or how well they foretell `targets`.
 
         Args:
             tokens: int64, shape (bptt, batch).
             hidden: as `init_hidden` or the last call returned it.
+            targets: the words that follow: int64, shape (bptt * batch,).
 
         Returns:
-            Logits of shape (bptt, batch, ntokens) in the dtype of the decoder product, and the new state.
+            Logits of shape (bptt, batch, ntokens) in the dtype of the decoder product, or, given targets, their
+            mean cross entropy (fp32, shape ()), for which logits need not be kept; and the new state.
         """
         embedded = self.drop(self.encoder(tokens))
         # Autocast leaves the embedding in fp32. Given that, the CPU's LSTM hands fp16 to an oneDNN primitive
         # that many CPUs lack; given half, it runs the kernels that half weights run, on every CPU.
         embedded = embedded.to(hidden[0].dtype)
         output, hidden = self.rnn(embedded, hidden)
-        return linear(self.drop(output), self.decoder.weight, self.decoder.bias), hidden
+        output, decoder = self.drop(output), self.decoder
+        if targets is None:
+            return linear(output, decoder.weight, decoder.bias), hidden
+        return decoder_loss(output.flatten(0, 1), decoder.weight, decoder.bias, targets), hidden
 
 
 def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: float) -> nn.RNNBase:
     dropout = dropout if nlayers > 1 else 0.0  # torch drops between layers only, and warns where there is one
     if kind == "LSTM":
-        return nn.LSTM(emsize, nhid, nlayers, dropout=dropout)
+        return LSTM(emsize, nhid, nlayers, dropout=dropout)
     if kind == "GRU":
-        return nn.GRU(emsize, nhid, nlayers, dropout=dropout)
+        return GRU(emsize, nhid, nlayers, dropout=dropout)
     nonlinearity = kind.removeprefix("RNN_").lower()
-    return nn.RNN(emsize, nhid, nlayers, nonlinearity=nonlinearity, dropout=dropout)
+    return RNN(emsize, nhid, nlayers, nonlinearity=nonlinearity, dropout=dropout)
 
 
 def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-    """Mean cross entropy in nats a word (fp32, shape ()) of an RNNModel, or of one that is wrapped, and the new state.
+    """Mean cross entropy in nats a word (fp32, shape ()), and the new state.
 
-    Logits are cast up before the softmax: a sum over a vocabulary, and a mean over a batch, in fp16 lose the
-    digits in which precision modes differ.
+    `model` is an RNNModel, or wraps one; the other arguments are those of `RNNModel.forward`.
     """
-    logits, hidden = model(tokens, hidden)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets), hidden
+    loss, hidden = model(tokens, hidden, targets)
+    return loss, hidden
 
 
 def detach(hidden: Hidden) -> Hidden:

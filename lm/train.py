@@ -210,7 +210,7 @@ class Training:
             loss, self.hidden = next_word_loss(self.parallel_model, tokens, targets, hidden)
         self.precision.backward(loss)
         result = self.precision.step(self.args.clip)
-        self.records.step(self.at.epoch, self.at.lr, loss, result)
+        self.records.step(self.at.epoch, self.at.lr, loss.detach(), result)
         self.at.batch += 1
         self.at.words += targets.numel() * distributed.world_size()
         self.at.training_seconds += self.tick()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lm.errors import exit_code
+from lm.recurrent import LSTM
 from programs import SCRIPTS, TINY, Programs, read_run, start
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -159,7 +160,7 @@ def test_a_half_dtype_that_this_cpu_cannot_run(programs, monkeypatch, script, fl
         "could not create a primitive descriptor for the LSTM forward propagation primitive. Run workload with "
         "environment variable ONEDNN_VERBOSE=all to get additional diagnostic information."
     )
-    forward = torch.nn.LSTM.forward
+    forward = LSTM.forward
 
     def fail(*_):
         raise RuntimeError(message)
@@ -172,7 +173,7 @@ def test_a_half_dtype_that_this_cpu_cannot_run(programs, monkeypatch, script, fl
             output.register_hook(fail)
         return output, hidden
 
-    monkeypatch.setattr(torch.nn.LSTM, "forward", forward_on_another_cpu)
+    monkeypatch.setattr(LSTM, "forward", forward_on_another_cpu)
     error = refuse(programs, script, *flags)
     dtype = "bfloat16" if "bfloat16" in flags else "float16"
     assert f"LSTM in {dtype}" in error

@@ -1,0 +1,113 @@
+"""Interleaved timings, what is made of them, and the machine they were taken on."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm.device import device_name
+
+REFERENCE = "reference"
+WARM_UP = 2  # rounds that are not counted: the first calls allocate, and choose kernels
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+
+Row = dict[str, Any]
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of `rounds` calls of each of `variants`, taken in turn: A B C A B C ...
+
+    So a machine that slows down slows all of them. `prepare` holds what runs before a call, untimed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(WARM_UP + rounds):
+        for name, variant in variants.items():
+            if prepare and name in prepare:
+                prepare[name]()
+            start = clock()
+            variant()
+            if i >= WARM_UP:
+                times[name].append(clock() - start)
+    return times
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and extremes."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {
+        "median": statistics.median(values),
+        "q1": quartiles[0],
+        "q3": quartiles[2],
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def compared(part: str, size: int | None, times: dict[str, list[float]], *, faster: bool) -> list[Row]:
+    """A row for each of `times` but the reference.
+
+    The ratio is taken between neighbours of one round: reference / ours if `faster`, which says how many times
+    faster ours is, else ours / reference.
+    """
+    rows = []
+    for name, values in times.items():
+        if name == REFERENCE:
+            continue
+        pairs = zip(times[REFERENCE], values, strict=True)
+        ratios = [reference / own if faster else own / reference for reference, own in pairs]
+        rows.append(
+            {
+                "part": part,
+                "size": size,
+                "name": name,
+                "ratio_is": "reference / ours" if faster else "ours / reference",
+                "ratio": spread(ratios),
+                "ours": spread(values),
+                "reference": spread(times[REFERENCE]),
+                "unit": "s",
+                "rounds": len(values),
+            }
+        )
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    features = []
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
+        features = [feature for feature in CPU_FEATURES if feature in flags]
+    return {
+        "processor": device_name("cpu"),
+        "instructions": features,
+        "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def show(row: Row) -> str:
+    """`row` as a line."""
+    what = f"{row['part']:9} {row['size'] or '':>4} {row['name']:24}"
+    if "ratio" not in row:
+        return f"{what} {row['value']:8.2f} {row['unit']}"
+    ratio = row["ratio"]
+    scale, unit = (1e3, "ms") if row["unit"] == "s" else (1.0, row["unit"])
+    return (
+        f"{what} {ratio['median']:6.2f}  ({ratio['q1']:.2f} to {ratio['q3']:.2f})  {row['ratio_is']}: "
+        f"{row['reference']['median'] * scale:.1f}, {row['ours']['median'] * scale:.1f} {unit}, {row['rounds']} rounds"
+    )

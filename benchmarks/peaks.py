@@ -1,0 +1,51 @@
+"""What this machine can do at most: the rate of matrix products and the bandwidth of a copy."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measure import Row
+from lm.kernels import cpu_multiplies_fp16
+
+EDGE = 3072  # of the square matrices
+COPIED = 1 << 28  # bytes: far more than caches hold
+REPETITIONS = 5
+
+
+def best(function: Callable[[], object]) -> float:
+    """The shortest time of a few calls, in seconds."""
+    times = []
+    for _ in range(REPETITIONS + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def measure_peaks() -> list[Row]:
+    """GFLOP/s in each dtype, and GB/s read plus written by a copy."""
+    rows: list[Row] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        edge = 512 if dtype is torch.float16 and not cpu_multiplies_fp16() else EDGE
+        a, b, c = (torch.randn(edge, edge).to(dtype) for _ in range(3))
+        seconds = best(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))  # type: ignore[misc]
+        name = f"{str(dtype).removeprefix('torch.')} product"
+        rows.append({"part": "peaks", "size": None, "name": name, "value": 2 * edge**3 / seconds / 1e9})
+        rows[-1]["unit"] = "GFLOP/s"
+    source, target = torch.ones(COPIED // 4), torch.ones(COPIED // 4)
+    seconds = best(lambda: target.copy_(source))
+    rows.append({"part": "peaks", "size": None, "name": "copy", "value": 2 * COPIED / seconds / 1e9, "unit": "GB/s"})
+    return rows
+
+
+def share_of_peak(step: Row, peaks: list[Row], tokens: int, vocabulary: int, layers: int = 2) -> float:
+    """The part of a step's time that its matrix products would take at the peak rate.
+
+    Forward and backward of the decoder and of the LSTM: 6 FLOP a token and weight.
+    """
+    rates: dict[str, float] = {row["name"]: row["value"] for row in peaks}
+    size, seconds = int(step["size"]), float(step["ours"]["median"])
+    half = "bfloat16" if "bf16" in step["name"] else "float16" if cpu_multiplies_fp16() else "float32"
+    rate = rates[f"{'float32' if 'fp32' in step['name'] else half} product"]
+    return 6 * tokens * (vocabulary * size + layers * 8 * size**2) / rate / 1e9 / seconds

@@ -1,0 +1,97 @@
+"""What needs a process of its own: peak memory, and the time from its start to the first training step."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks import reference
+from benchmarks.measure import REFERENCE, Row, compared
+from lm import corpora
+from lm.data import batchify
+from lm.device import peak_memory_bytes
+from lm.modes import MODES
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 5
+EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the first batches
+
+FIRST_STEP = """
+import importlib, os, sys, time
+from lm.records import RunDirectory
+script = importlib.import_module(sys.argv[0].removesuffix(".py"))
+def done(*_):
+    print(time.time(), flush=True)
+    os._exit(0)
+RunDirectory.step = done
+script.main()
+"""
+
+
+@contextmanager
+def short_evaluation(data: str) -> Iterator[str]:
+    """A folder with the training text of `data` and the first lines of the other two."""
+    texts = corpora.read(data)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "train.txt").write_text(texts.train, encoding="utf-8")
+        for split in ("valid", "test"):
+            lines = getattr(texts, split).splitlines(keepends=True)[:EVALUATION_LINES]
+            Path(folder, f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+        yield folder
+
+
+def python(*arguments: str) -> str:
+    """The stdout of a fresh Python process."""
+    command = [sys.executable, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def flags(mode: str, data: str, size: int, folder: str) -> list[str]:
+    """Script and flags of `mode`, with its results in `folder`."""
+    where = ["--run-dir", f"{folder}/run", "--save", f"{folder}/model.pt"]
+    return [*MODES[mode], "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
+
+
+def measure_memory(data: str, size: int, modes: list[str]) -> list[Row]:
+    """Peak resident memory of a process that trains for `STEPS` batches and evaluates."""
+    peaks: dict[str, list[float]] = {}
+    with short_evaluation(data) as short:
+        call = f"from benchmarks.processes import train_reference; train_reference({short!r}, {size})"
+        peaks[REFERENCE] = [float(python("-c", call)) / 2**20]
+        for mode in modes:
+            with tempfile.TemporaryDirectory() as folder:
+                python(*flags(mode, short, size, folder), "--max-steps", str(STEPS))
+                result = json.loads(Path(folder, "run", "result.json").read_text())
+                peaks[mode] = [result["peak_memory_bytes"] / 2**20]
+    return [row | {"unit": "MiB"} for row in compared("memory", size, peaks, faster=False)]
+
+
+def train_reference(data: str, size: int) -> None:
+    """Train and evaluate as `measure_memory` has the trainers do, and print the peak memory in bytes."""
+    (train, valid, test), vocabulary = reference.read(data)
+    job = reference.Trainer(batchify(train, 20, "cpu"), (vocabulary + 7) // 8 * 8, size)
+    for i in range(STEPS):
+        job.step(i * job.bptt)
+    for text in (valid, test):
+        job.evaluate(batchify(text, 10, "cpu"))
+    print(peak_memory_bytes("cpu"))
+
+
+def measure_start(data: str, size: int, modes: list[str], rounds: int) -> list[Row]:
+    """Seconds from the start of a process to the end of its first training step, the corpus being on disk."""
+    rows = []
+    for mode in modes:
+        taken = []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.time()
+                code = f"import sys; sys.argv.pop(0){FIRST_STEP}"
+                taken.append(float(python("-c", code, *flags(mode, data, size, folder)).split()[-1]) - start)
+        rows.append({"part": "start", "size": size, "name": mode, "value": min(taken), "unit": "s", "all": taken})
+    return rows

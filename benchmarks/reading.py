@@ -1,0 +1,41 @@
+"""Time and memory to read a corpus."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import reference
+from benchmarks.measure import REFERENCE, Row, compared, interleaved
+from lm.data import Corpus
+
+
+def measure_reading(data: str, rounds: int) -> list[Row]:
+    """`Corpus` against the reference's loop: processor time, so that other programs count less, and memory."""
+    mine = Corpus(data)  # first, since it fetches what is missing
+    assert all(map(torch.equal, reference.read(data)[0], (mine.train, mine.valid, mine.test)))
+    variants = {REFERENCE: lambda: reference.read(data), "Corpus": lambda: Corpus(data)}
+    rows = compared("reading", None, interleaved(variants, rounds, clock=time.process_time), faster=False)
+    if Path("/proc/self/status").exists():
+        peaks = {}
+        for name in variants:
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                peaks[name] = [fresh.apply(peak_mib, (name, data))]
+        rows += [row | {"unit": "MiB"} for row in compared("reading", None, peaks, faster=False)]
+    return rows
+
+
+def peak_mib(name: str, data: str) -> float:
+    """Peak resident memory of one reading in this process, above what it had before (Linux: /proc)."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    before = status("VmRSS")
+    if name == REFERENCE:
+        reference.read(data)
+    else:
+        Corpus(data)
+    return (status("VmHWM") - before) / 1024

@@ -1,0 +1,121 @@
+"""What happens between reading the corpus and writing the results: steps, evaluation, precision management."""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import reference
+from benchmarks.beside import EVALUATION_BATCHES, Reference
+from benchmarks.measure import REFERENCE, Row, compared, interleaved
+from benchmarks.trainers import trainer
+from lm.evaluation import evaluate
+from lm.train import Training
+
+VOCABULARY = 33280  # of WikiText-2, rounded up to a multiple of 8
+
+
+class Jobs:
+    """The trainers of `modes` and the reference, all over the same text and at the same size."""
+
+    def __init__(self, stack: ExitStack, data: str, size: int, modes: list[str]) -> None:
+        self.size = size
+        self.reference = Reference(stack, data, size)
+        self.trainers = {mode: stack.enter_context(trainer(mode, data, size)) for mode in modes}
+
+    def steps(self) -> dict[str, Callable[[], object]]:
+        """For each, a function that trains on the next batch."""
+        functions: dict[str, Callable[[], object]] = {REFERENCE: self.reference.call("step")}
+        return functions | {mode: own_step(job) for mode, job in self.trainers.items()}
+
+
+def own_step(job: Training) -> Callable[[], None]:
+    """A function that trains on the next batch."""
+    job.model.train()
+    batches = iter(range(0, len(job.train_data) - 1, job.args.bptt))
+    return lambda: job.train_step(next(batches))
+
+
+def measure_step(jobs: Jobs, rounds: int) -> list[Row]:
+    """Whole training steps."""
+    return compared("step", jobs.size, interleaved(jobs.steps(), rounds), faster=True)
+
+
+def measure_eval(jobs: Jobs, rounds: int) -> list[Row]:
+    """Evaluation, `EVALUATION_BATCHES` batches at a time."""
+
+    def own(job: Training) -> Callable[[], object]:
+        source = job.valid_data[: EVALUATION_BATCHES * job.args.bptt + 1]
+        return lambda: evaluate(job.model, job.precision, source, job.args.bptt)
+
+    variants: dict[str, Callable[[], object]] = {REFERENCE: jobs.reference.call("evaluate")}
+    variants |= {mode: own(job) for mode, job in jobs.trainers.items()}
+    return compared("eval", jobs.size, interleaved(variants, rounds), faster=True)
+
+
+def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
+    """All that a step does outside forward and backward: zero_grad, unscale, check, clip, update, copy.
+
+    The reference clips and updates in fp32. Two more lines stand for what one would write for fp16 oneself: a
+    loop over parameters, which makes new fp32 gradients each time or keeps them.
+    """
+
+    def update(job: Training) -> Callable[[], None]:
+        def run() -> None:
+            job.precision.step(job.args.clip)
+            job.model.zero_grad()
+
+        return run
+
+    variants: dict[str, Callable[[], object]] = {REFERENCE: jobs.reference.call("update")}
+    prepare: dict[str, Callable[[], object]] = {REFERENCE: jobs.reference.call("gradients")}
+    for mode, job in jobs.trainers.items():
+        own_step(job)()
+        variants[mode], prepare[mode] = update(job), restore_grads(job.model)
+    for keep in (False, True):
+        name = "loop, kept gradients" if keep else "loop, new gradients"
+        model = reference.Model(VOCABULARY, jobs.size).half()
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape).half()
+        variants[name], prepare[name] = handwritten_update(model, keep), restore_grads(model)
+    return compared("precision", jobs.size, interleaved(variants, rounds, prepare=prepare), faster=False)
+
+
+def restore_grads(model: nn.Module) -> Callable[[], None]:
+    """A function that gives the parameters of `model` the gradients that they have now."""
+    saved = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+
+    def restore() -> None:
+        for p, grad in saved:
+            p.grad = grad.clone()
+
+    return restore
+
+
+def handwritten_update(model: nn.Module, keep_grads: bool) -> Callable[[], None]:
+    """fp16 with master weights as a loop over parameters: copy, unscale, check the sum, clip, SGD, copy back."""
+    params: list[nn.Parameter] = list(model.parameters())
+    masters: list[Tensor] = [p.detach().float().requires_grad_() for p in params]
+    optimizer = torch.optim.SGD(masters, lr=1e-3, foreach=False)
+
+    @torch.no_grad()
+    def update() -> None:
+        overflow = False
+        for param, master in zip(params, masters, strict=True):
+            assert param.grad is not None
+            if keep_grads and master.grad is not None:
+                master.grad.copy_(param.grad)
+            else:
+                master.grad = param.grad.float()
+            master.grad.mul_(1 / 128)
+            overflow |= not math.isfinite(param.grad.float().sum().item())
+        if not overflow:
+            nn.utils.clip_grad_norm_(masters, 0.25, foreach=False)
+            optimizer.step()
+            for param, master in zip(params, masters, strict=True):
+                param.copy_(master)
+        model.zero_grad()
+
+    return update

@@ -1,0 +1,108 @@
+"""The decoder and its loss in slices, against the same in two lines of torch."""
+
+import gc
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jobs
+from lm import decoder_loss as module
+from lm import kernels
+from lm.decoder_loss import decoder_loss, plain_decoder_loss
+
+ROWS, SIZE, VOCABULARY = 23, 12, 40
+
+
+def operands(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    shapes = ((ROWS, SIZE), (VOCABULARY, SIZE), (VOCABULARY,))
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes], torch.randint(VOCABULARY, (ROWS,))
+
+
+def loss_and_grads(function: Any, dtype: torch.dtype, autocast: torch.dtype | None, scale: float = 1.0) -> list[Tensor]:
+    inputs, targets = operands(dtype)
+    with torch.autocast("cpu", autocast) if autocast else nullcontext():
+        loss = function(*inputs, targets)
+    assert loss.dtype == torch.float32
+    (loss * scale).backward()
+    return [loss, *(x.grad for x in inputs)]
+
+
+@pytest.fixture(params=[1, 5, ROWS, 10_000], ids="{}-rows".format)
+def slices(request, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SLICE_BYTES", request.param * VOCABULARY * 4)
+
+
+DTYPES = [
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 1000.0, 2.0**30])
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+def test_equals_plain_torch_in_every_bit(monkeypatch, dtype, autocast, scale) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies_fp16", lambda: True)
+    ours, plain = (loss_and_grads(f, dtype, autocast, scale) for f in (decoder_loss, plain_decoder_loss))
+    assert [x.dtype for x in ours] == [x.dtype for x in plain]
+    assert jobs.bits(ours) == jobs.bits(plain)
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float16, None), (torch.float32, torch.float16)])
+def test_through_fp32_only_the_order_of_summation_differs(monkeypatch, dtype, autocast, scale) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies_fp16", lambda: False)
+    ours, plain = (loss_and_grads(f, dtype, autocast, scale) for f in (decoder_loss, plain_decoder_loss))
+    assert [x.dtype for x in ours] == [x.dtype for x in plain]
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-6, atol=0)
+    for a, b in zip(ours[1:], plain[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=2.0**-10, atol=scale * 1e-6)
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+@pytest.mark.parametrize(("scale", "what"), [(2.0**-14, Tensor.count_nonzero), (2.0**22, lambda x: x.isfinite().sum())])
+def test_the_loss_scale_keeps_its_meaning(monkeypatch, instructions, scale, what) -> None:
+    """fp16 flushes to 0 and overflows to inf where plain torch does at this loss scale."""
+    monkeypatch.setattr(kernels, "cpu_multiplies_fp16", lambda: instructions)
+    ours, plain = (loss_and_grads(f, torch.float16, None, scale) for f in (decoder_loss, plain_decoder_loss))
+    assert 0 < what(plain[2]) < plain[2].numel()
+    assert [what(x) for x in ours[1:]] == [what(x) for x in plain[1:]]
+
+
+def test_two_losses_before_their_backward_do_not_disturb_each_other() -> None:
+    inputs, targets = operands(torch.float32)
+    first, second = decoder_loss(*inputs, targets), decoder_loss(*inputs, targets.flip(0))
+    (first + second).backward()
+    sums = [x.grad.clone() for x in inputs]
+    for x in inputs:
+        x.grad = None
+    (plain_decoder_loss(*inputs, targets) + plain_decoder_loss(*inputs, targets.flip(0))).backward()
+    for x, total in zip(inputs, sums, strict=True):
+        torch.testing.assert_close(total, x.grad)
+
+
+def test_in_evaluation() -> None:
+    inputs, targets = operands(torch.float32)
+    with torch.no_grad():
+        loss = decoder_loss(*inputs, targets)
+    assert not loss.requires_grad
+    assert torch.equal(loss, plain_decoder_loss(*inputs, targets))
+
+
+def test_a_loss_that_is_kept_keeps_no_logits() -> None:
+    inputs, targets = operands(torch.float32)
+    loss = decoder_loss(*inputs, targets)
+    loss.backward()
+    sizes = [x.shape for x in gc.get_objects() if type(x) is Tensor]  # isinstance asks lazy modules, too
+    assert (ROWS, VOCABULARY) not in sizes
+    assert loss.grad_fn is not None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()

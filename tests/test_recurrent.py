@@ -1,0 +1,118 @@
+"""The recurrent layers that CPUs without fp16 instructions run, against torch's own."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lm import kernels, recurrent
+
+TIME, BATCH, SIZE, LAYERS = 7, 3, 12, 2
+KINDS: dict[str, tuple[Any, dict[str, str]]] = {
+    "LSTM": (recurrent.LSTM, {}),
+    "GRU": (recurrent.GRU, {}),
+    "RNN_TANH": (recurrent.RNN, {"nonlinearity": "tanh"}),
+    "RNN_RELU": (recurrent.RNN, {"nonlinearity": "relu"}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return str(request.param)
+
+
+def make(kind: str, dropout: float = 0.0) -> nn.RNNBase:
+    torch.manual_seed(1)
+    layers, options = KINDS[kind]
+    rnn: nn.RNNBase = layers(SIZE, SIZE, LAYERS, dropout=dropout, **options)
+    with torch.no_grad():
+        for p in rnn.parameters():
+            p.copy_(p.half())  # so that the same values can run in every dtype
+    return rnn
+
+
+def run(rnn: nn.RNNBase, dtype: torch.dtype, scale: float = 1.0, autocast: bool = False) -> dict[str, Tensor]:
+    """Output, last state and all gradients of two chunks of text."""
+    torch.manual_seed(2)
+    x = torch.randn(2, TIME, BATCH, SIZE).half().to(dtype).requires_grad_()
+    h = torch.randn(LAYERS, BATCH, SIZE).half().to(dtype)
+    state: Any = (h, h.flip(2)) if rnn.mode == "LSTM" else h
+    outputs = []
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        for chunk in x:
+            output, state = rnn(chunk, state)
+            outputs.append(output)
+    results = {"output": torch.stack(outputs), "state": torch.stack(state) if rnn.mode == "LSTM" else state}
+    weights = torch.randn(2, TIME, BATCH, SIZE)
+    grads = torch.autograd.grad((results["output"].float() * weights).sum() * scale, [x, *rnn.parameters()])
+    return results | {"input": grads[0]} | dict(zip(dict(rnn.named_parameters()), grads[1:], strict=True))
+
+
+def without_instructions(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies_fp16", lambda: False)
+
+
+def test_is_nearer_to_exact_arithmetic_than_torchs_fp16(monkeypatch, kind) -> None:
+    exact = run(make(kind).double(), torch.float64)
+    without_instructions(monkeypatch)
+    ours = run(make(kind).half(), torch.float16)
+    monkeypatch.setattr(kernels, "cpu_multiplies_fp16", lambda: True)
+    torchs = run(make(kind).half(), torch.float16)
+    for name, value in exact.items():
+        assert ours[name].dtype == torch.float16
+        error, torchs_error = ((x[name].double() - value).norm() / value.norm() for x in (ours, torchs))
+        assert 0 < error < 1.5 * torchs_error, name
+        assert error < 2.0**-9, name
+
+
+def test_autocast_gives_the_same_with_fp32_gradients(monkeypatch, kind) -> None:
+    without_instructions(monkeypatch)
+    halves = run(make(kind).half(), torch.float16)
+    mixed = run(make(kind), torch.float16, autocast=True)
+    for name, value in halves.items():
+        assert mixed[name].dtype == (torch.float32 if "_l" in name else torch.float16)
+        torch.testing.assert_close(mixed[name].half(), value, rtol=2.0**-9, atol=2.0**-9)  # two chunks, added
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"], indirect=True)
+def test_gradients_are_rounded_to_fp16_at_every_time_step(monkeypatch, kind) -> None:
+    """Each of those summed into a bias's gradient is flushed where it is too small, before they add up to something."""
+    without_instructions(monkeypatch)
+    rnn, x, h = make(kind).half(), torch.randn(TIME, BATCH, SIZE).half(), torch.zeros(LAYERS, BATCH, SIZE).half()
+    sums = []
+    for smallest in (2.0**-24, 2.0**-16):
+        output = rnn(x, (h, h) if kind == "LSTM" else h)[0]
+        (grad,) = torch.autograd.grad(output, rnn.bias_hh_l1, torch.full_like(output, smallest))
+        sums.append(grad.abs().sum() / smallest)
+    assert 0 < sums[0] < 0.75 * sums[1]
+
+
+def test_draws_the_dropout_masks_of_torch(monkeypatch, kind) -> None:
+    results = []
+    for instructions in (True, False):
+        monkeypatch.setattr(kernels, "cpu_multiplies_fp16", lambda value=instructions: value)
+        rnn = make(kind, dropout=0.5).half()
+        results.append((run(rnn, torch.float16)["output"], torch.get_rng_state()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=2.0**-8, atol=2.0**-8)  # another mask differs by 1
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_training_and_evaluation_are_equal(monkeypatch, kind) -> None:
+    without_instructions(monkeypatch)
+    rnn, x = make(kind, dropout=0.5).half().eval(), torch.randn(TIME, BATCH, SIZE).half()
+    h = torch.zeros(LAYERS, BATCH, SIZE).half()
+    state: Any = (h, h) if kind == "LSTM" else h
+    output = rnn(x, state)[0]
+    with torch.no_grad():
+        assert torch.equal(rnn(x, state)[0], output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_are_left_to_torch(monkeypatch, kind, dtype) -> None:
+    without_instructions(monkeypatch)
+    ours = make(kind).to(dtype)
+    torchs: Any = getattr(nn, "RNN" if "RNN" in kind else kind)(SIZE, SIZE, LAYERS, **KINDS[kind][1]).to(dtype)
+    torchs.load_state_dict(ours.state_dict())
+    a, b = run(ours, dtype), run(torchs, dtype)
+    assert all(torch.equal(a[name], b[name]) for name in b)
