@@ -1,12 +1,13 @@
 """What a run shows on the terminal."""
 
+import math
 import time
 from typing import Any
 
 from tqdm import tqdm
 
 from lm import distributed
-from lm.records import perplexity
+from lm.records import RunDirectory, perplexity
 
 
 def say(line: str) -> None:
@@ -25,11 +26,20 @@ def progress_bar(batches: range, text: str, done: int = 0, total: int | None = N
 
 
 class Log:
-    """The line that is printed every --log-interval batches."""
+    """The steps since the last line, which is printed every --log-interval batches.
 
-    def __init__(self, epoch: int, batches: int) -> None:
+    Args:
+        records: where each interval goes.
+        epoch: that begins or goes on.
+        batches: that it has.
+        words: trained on before.
+    """
+
+    def __init__(self, records: RunDirectory, epoch: int, batches: int, words: int) -> None:
+        self.records = records
         self.epoch = epoch
         self.batches = batches
+        self.words = words
         self.rows: list[dict[str, Any]] = []
         self.start = time.monotonic()
 
@@ -37,17 +47,30 @@ class Log:
         """Count these steps in the next line."""
         self.rows += rows
 
-    def line(self, batch: int, lr: float) -> None:
-        """Print the mean over the steps since the last line."""
+    def line(self, batch: int, words: int) -> None:
+        """Print the mean over the steps since the last line, and end the interval."""
         ms = (time.monotonic() - self.start) * 1000 / len(self.rows)
-        loss = sum(row["loss"] for row in self.rows) / len(self.rows)
-        skipped = sum(not row["applied"] for row in self.rows)
+        row = self.end(words)
         text = (
-            f"| epoch {self.epoch:3d} | {batch:5d}/{self.batches:5d} batches | lr {lr:02.2f} "
-            f"| ms/batch {ms:5.2f} | loss {loss:5.2f} | ppl {perplexity(loss):8.2f}"
+            f"| epoch {self.epoch:3d} | {batch:5d}/{self.batches:5d} batches | lr {row['lr']:02.2f} "
+            f"| ms/batch {ms:5.2f} | loss {row['loss']:5.2f} | ppl {row['ppl']:8.2f}"
         )
-        if skipped:
-            text += f" | skipped {skipped} | loss scale {self.rows[-1]['loss_scale']:g}"
+        if row["skipped"]:
+            text += f" | skipped {row['skipped']} | loss scale {row['loss_scale']:g}"
         say(text)
-        self.rows = []
-        self.start = time.monotonic()
+
+    def end(self, words: int) -> dict[str, Any]:
+        """Record the interval up to here, in which `words` less those before were trained on, and begin another."""
+        seconds = time.monotonic() - self.start
+        loss = sum(row["loss"] for row in self.rows) / len(self.rows)
+        norms = [row["grad_norm"] for row in self.rows if row["applied"]]
+        row = {name: self.rows[-1][name] for name in ("step", "epoch", "lr", "loss_scale")} | {
+            "loss": loss,
+            "ppl": perplexity(loss),
+            "grad_norm": sum(norms) / len(norms) if norms else math.nan,
+            "skipped": len(self.rows) - len(norms),
+            "tokens_per_second": (words - self.words) / seconds if seconds else math.nan,
+        }
+        self.records.interval(row)
+        self.words, self.rows, self.start = words, [], time.monotonic()
+        return row
