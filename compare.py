@@ -3,6 +3,7 @@
 Runs the trainers in several modes with the same data, seeds and flags, or reads run directories that are there
 already; prints a table with a verdict for each mode and writes report.html, curves.png and summary.json.
 """
+
 # PYTHON_ARGCOMPLETE_OK
 import argparse
 import itertools

@@ -1,4 +1,5 @@
 """Write text from a model that any of the trainers saved."""
+
 # PYTHON_ARGCOMPLETE_OK
 import argparse
 import sys

@@ -1,4 +1,5 @@
 """Train a language model in fp32, or in fp16 with fp32 master weights kept by hand."""
+
 # PYTHON_ARGCOMPLETE_OK
 import sys
 

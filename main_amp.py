@@ -1,4 +1,5 @@
 """Train a language model with torch.autocast and torch.amp.GradScaler."""
+
 # PYTHON_ARGCOMPLETE_OK
 import sys
 

@@ -41,7 +41,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Switch(argparse.BooleanOptionalAction):
     """An option that is on or off, off by default: `--name`, and `--no-name` to take back what a file has set."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:  # noqa: A002
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest, default=False, help=None)
         self.help = help  # Python before 3.13 would add the default to it
 

@@ -79,7 +79,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0, 1, below=True),
         default=0.2,
         metavar="PROBABILITY",
-        help="of dropping a unit in training",
+        help="probability of dropping a unit in training",
     )
     group.add_argument("--tied", action=Switch, help="share the embedding with the decoder")
 
@@ -98,9 +98,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=whole, default=40, metavar="EPOCHS", help="passes over the training text, at most"
     )
     group.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=1111, metavar="NUMBER", help="of every random number"
+        "--seed", type=number(int, 0, 2**63 - 1), default=1111, metavar="NUMBER", help="seed of every random number"
     )
-    group.add_argument("--max-steps", type=whole, metavar="STEPS", help="stop after as many batches, then evaluate")
+    group.add_argument("--max-steps", type=whole, metavar="STEPS", help="stop after this many batches, then evaluate")
     group.add_argument(
         "--dry-run",
         action=Switch,
@@ -111,7 +111,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=whole,
         default=50,
         metavar="STEPS",
-        help="give up after as many steps in a row with a non-finite loss or gradient",
+        help="give up after this many steps in a row with a non-finite loss or gradient",
     )
     group.add_argument("--cuda", action=Switch, help="the same as --device cuda")
     group.add_argument(
@@ -146,7 +146,7 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
         type=loss_scale,
         metavar="FACTOR",
         default=argparse.SUPPRESS,
-        help=f"that the loss is multiplied by; powers of two are exact (default: {static_default})",
+        help=f"factor that the loss is multiplied by; powers of two are exact (default: {static_default})",
     )
     group.add_argument(
         "--init-scale",
@@ -160,7 +160,7 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
         type=whole,
         default=2000,
         metavar="STEPS",
-        help="a dynamic loss scale doubles after as many steps in a row without overflow",
+        help="a dynamic loss scale doubles after this many steps in a row without overflow",
     )
     group.add_argument("--tf32", action=Switch, help="let a GPU round fp32 products to TF32 (CUDA only)")
 
@@ -168,7 +168,11 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
 def _add_records(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("records")
     group.add_argument(
-        "--log-interval", type=whole, default=200, metavar="BATCHES", help="from one line of the log to the next"
+        "--log-interval",
+        type=whole,
+        default=200,
+        metavar="BATCHES",
+        help="batches from one line of the log to the next",
     )
     group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
     group.add_argument(
@@ -182,7 +186,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-interval",
         type=whole,
         metavar="STEPS",
-        help="write checkpoint.pt each time after as many steps too, not only after each epoch and when the run is stopped",
+        help="write checkpoint.pt after this many steps too, not only after each epoch and when the run is stopped",
     )
     group.add_argument(
         "--resume",

@@ -99,7 +99,8 @@ class Job:
 def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[str], str]:
     """Read the trainers' `flags` as each of `modes` would; return the seed, the flags without it, and the device.
 
-    The flags of a --config file take its place. A corpus that has to be fetched is fetched, so that not every trainer does.
+    The flags of a --config file take its place. A corpus that has to be fetched is fetched, so that not every trainer
+    does.
 
     Raises:
         UsageError: some trainer would refuse them, or they are for one run and not for all.

@@ -119,9 +119,9 @@ class RunDirectory:
 
     def start(self, config: dict[str, Any]) -> None:
         """Tell the listeners that training begins, or goes on from here."""
-        for listener in self.listeners:
-            assert self.path is not None  # else there would be no listener
-            listener.start(self.path, config, self.steps)
+        if self.path is not None:
+            for listener in self.listeners:
+                listener.start(self.path, config, self.steps)
 
     def step(self, epoch: int, lr: float, loss: Tensor, result: StepResult) -> None:
         """Keep the row of one step; `loss` is fp32 of shape ()."""
@@ -223,6 +223,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value
+
 
 def perplexity(loss: float) -> float:
     """exp(loss), for a mean cross entropy in nats a word; inf where it exceeds what a float can hold."""

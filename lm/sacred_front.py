@@ -10,11 +10,11 @@ import re
 import runpy
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import lm
 from lm import corpora, distributed
 from lm.cli import OneLineParser, as_flags
 from lm.config import make_parser, parse_args
@@ -45,7 +45,7 @@ FIRST = (
 """What print_config shows before all else."""
 
 
-class ConfigError(SacredError):  # type: ignore[misc]
+class ConfigError(SacredError):
     """A value that no option takes. Sacred shows it as one of its own errors, without a traceback."""
 
     __module__ = "sacred"
@@ -131,16 +131,19 @@ class Observed:
             self.run.add_artifact(self.model)
 
 
-class Trainer(Experiment):  # type: ignore[misc]
-    """An Experiment that ends with this project's errors as every command of it does."""
+class PassedError(BaseException):
+    """Carries an error past Sacred, which would show a traceback of it, to `exit_code`, which needs none."""
+
+
+class Trainer(Experiment):
+    """An Experiment that ends with an error as every command of this project does."""
 
     def run(self, *args: Any, **kwargs: Any) -> Run:
-        """See Experiment; Sacred itself would show a traceback."""
+        """See Experiment."""
         try:
             return super().run(*args, **kwargs)
-        except (UsageError, RunError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
+        except (UsageError, RunError, OSError, MemoryError) as error:
+            raise PassedError(error) from None
 
 
 def print_config(_run: Run) -> None:
@@ -169,7 +172,7 @@ def make_experiment(script_file: str, description: str | None) -> Experiment:
     experiment.add_package_dependency("torch", torch.__version__.partition("+")[0])  # Sacred knows no local part
     experiment.command(print_config, unobserved=True)
 
-    @experiment.config_hook  # type: ignore[untyped-decorator]
+    @experiment.config_hook
     def check(config: dict[str, Any], command_name: str, logger: Any) -> dict[str, Any]:
         """Refuse before anything is written."""
         if command_name == "train":
@@ -179,16 +182,24 @@ def make_experiment(script_file: str, description: str | None) -> Experiment:
                 raise ConfigError(str(error)) from None
         return {}
 
-    @experiment.main  # type: ignore[untyped-decorator]
+    @experiment.main
     def train(_run: Run) -> float | None:
         """Train, and return the perplexity on the test text."""
         observed = Observed(_run)
-        argv = [script_file, *options.flags(_run.config)]
-        with listening(observed), mock.patch.object(sys, "argv", argv):
+        with listening(observed), _command_line([script_file, *options.flags(_run.config)]):
             runpy.run_path(script_file, run_name=path.stem)["main"]()
         return observed.test_ppl
 
     return experiment
+
+
+@contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _own_sources() -> list[Path]:
@@ -198,10 +209,17 @@ def _own_sources() -> list[Path]:
 
 
 def run(script_file: str, description: str | None, argv: list[str]) -> int:
-    """Do what the command line `argv` asks of Sacred; return the exit code."""
+    """Do what the command line `argv` asks of Sacred; return the exit code.
+
+    Raises:
+        UsageError, RunError: see `fit`. Sacred's own errors end the process with 1.
+    """
     experiment = make_experiment(script_file, description)
     unobserved = ["--unobserved"] if distributed.rank() > 0 else []
     # Sacred's colours are for terminals that want them.
     with colorama.colorama_text(strip=True if os.environ.get("NO_COLOR") else None):
-        experiment.run_commandline([script_file, *argv, *unobserved])
+        try:
+            experiment.run_commandline([script_file, *argv, *unobserved])
+        except PassedError as passed:
+            raise passed.args[0] from None
     return 0
