@@ -105,15 +105,20 @@ def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[s
     Raises:
         UsageError: some trainer would refuse them, or they are for one run and not for all.
     """
+    _refuse_own(flags)
     flags = expand(make_parser(Path(MODES[modes[0]][0]).stem, None), list(flags))
-    for word in flags:
-        if word.partition("=")[0] in OWN_FLAGS:
-            raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
+    _refuse_own(flags)
     for label in modes:
         script, *mode = MODES[label]
         args = parse_args(script, None, [*mode, *flags])
     corpora.read(args.data)
     return args.seed, without(flags, "--seed"), args.device
+
+
+def _refuse_own(flags: Sequence[str]) -> None:
+    for word in flags:
+        if word.partition("=")[0] in OWN_FLAGS:
+            raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
