@@ -113,7 +113,7 @@ def run_sacred(script_file: str, description: str | None, argv: list[str]) -> in
     try:
         from lm import sacred_front
     except ModuleNotFoundError as error:
-        if error.name not in ("sacred", "pkg_resources"):
+        if error.name not in ("sacred", "colorama", "pkg_resources"):  # what the extra installs
             raise
         raise UsageError(
             f"{argv[0]!r} is for Sacred, which is not installed: pip install 'lm-precision[sacred]'; "

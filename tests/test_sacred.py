@@ -210,9 +210,13 @@ def test_what_fails_in_the_run_is_one_line_and_recorded_as_failed(programs):
     assert json.loads((programs.folder / "observed" / "2" / "info.json").read_text())["result"]["status"] == "diverged"
 
 
+@pytest.mark.parametrize("missing", [["sacred"], ["sacred", "colorama"], ["pkg_resources"]], ids=str)
 @pytest.mark.parametrize("words", ["print_config", "with lr=3", "-F observed", "--name=x with lr=3", "help"])
-def test_without_sacred_a_line_says_how_to_install_it(programs, monkeypatch, words):
-    monkeypatch.setitem(sys.modules, "sacred", None)
+def test_without_sacred_a_line_says_how_to_install_it(programs, monkeypatch, words, missing):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sacred"]:
+        monkeypatch.delitem(sys.modules, name)  # so that it is imported anew
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "lm.sacred_front", raising=False)
     monkeypatch.delattr(lm, "sacred_front", raising=False)
     assert "pip install 'lm-precision[sacred]'" in programs.refuse("main", *words.split())
