@@ -4,13 +4,14 @@ Runs the trainers in several modes with the same data, seeds and flags, or reads
 already; prints a table with a verdict for each mode and writes report.html, curves.png and summary.json.
 """
 
+# PYTHON_ARGCOMPLETE_OK
 import argparse
 import itertools
 import sys
 import time
 from pathlib import Path
 
-from lm.cli import HelpFormatter, OneLineParser, finite_above_0, whole
+from lm.cli import HelpFormatter, OneLineParser, add_version, complete, finite_above_0, whole
 from lm.console import say
 from lm.errors import RunError, UsageError, exit_code
 from lm.files import check_writable
@@ -55,6 +56,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(
         "compare.py", USAGE, __doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=HelpFormatter
     )
+    add_version(parser)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directory, finished or not")
     parser.add_argument(
         "--modes", type=modes, metavar="A,B", help=f"to run, of {', '.join(MODES)} (default: {','.join(DEFAULT_MODES)})"
@@ -91,6 +93,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="exit with 1 if a loss differs in a bit",
     )
     parser.add_argument("--anyway", action="store_true", help="compare runs whose corpus, seed, model or batch differ")
+    complete(parser)
     args = parser.parse_intermixed_args(argv[:end])
     args.flags = argv[end + 1 :] if end < len(argv) else None
     given = [f"--{name}" for name in ("modes", "seeds", "jobs") if getattr(args, name) is not None]

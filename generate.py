@@ -1,5 +1,6 @@
 """Write text from a model that any of the trainers saved."""
 
+# PYTHON_ARGCOMPLETE_OK
 import argparse
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lm.checkpoint import load_model
-from lm.cli import HelpFormatter, OneLineParser, number, whole
+from lm.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from lm.console import say
 from lm.device import find_device
 from lm.errors import UsageError, exit_code
@@ -20,6 +21,7 @@ WORDS_A_LINE = 20
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    add_version(parser)
     parser.add_argument("--checkpoint", type=Path, default=Path("model.pt"), metavar="FILE", help="what --save wrote")
     parser.add_argument("--outf", type=Path, default=Path("generated.txt"), metavar="FILE", help="the text goes here")
     parser.add_argument("--words", type=whole, default=1000, metavar="N", help="how many to write")
@@ -32,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--cuda", action="store_true", help="run on a GPU")
     parser.add_argument("--log-interval", type=whole, default=100, metavar="N", help="words between two lines")
+    complete(parser)
     return parser.parse_args()
 
 

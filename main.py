@@ -1,5 +1,6 @@
 """Train a language model in fp32, or in fp16 with fp32 master weights kept by hand."""
 
+# PYTHON_ARGCOMPLETE_OK
 import sys
 
 import torch

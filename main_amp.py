@@ -1,5 +1,6 @@
 """Train a language model with torch.autocast and torch.amp.GradScaler."""
 
+# PYTHON_ARGCOMPLETE_OK
 import sys
 
 import torch

@@ -1,5 +1,6 @@
 """Train a language model in fp16 with the precision management of FP16_Optimizer."""
 
+# PYTHON_ARGCOMPLETE_OK
 import sys
 
 import torch

@@ -9,16 +9,14 @@ from pathlib import Path
 import torch
 
 from lm import distributed
-from lm.cli import HelpFormatter, OneLineParser, finite_above_0, number, whole
+from lm.cli import HelpFormatter, OneLineParser, Switch, add_version, complete, finite_above_0, number, whole
+from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.model import KINDS
-from lm.resume import command_of
 
 FP16_STATIC_LOSS_SCALE = 128.0
-MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "data", "save")
-"""What a resumed run may be given anew: where it ends, what it shows, and where its files are now."""
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -26,68 +24,100 @@ DTYPES = ("float16", "bfloat16", "float32")
 loss_scale = number(float, 2.0**-100, 2.0**127, what="a number above 0, from 2**-100 to 2**127")
 
 
-def make_parser(script: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line of the trainer `script`, such as "main_amp"."""
+def make_parser(script: str, description: str | None) -> OneLineParser:
+    """The command line of the trainer `script`, such as "main_amp".
+
+    An option added here is one of the shell, of a --config file, of Sacred and of config.json.
+    """
     parser = OneLineParser(
         prog=f"{script}.py",
         description=description,
+        epilog=f"With Sacred: {script}.py [COMMAND] [with NAME=VALUE...] [-F DIR], where COMMAND is print_config, "
+        f"save_config, print_dependencies or none to train; {script}.py help shows them all.",
         allow_abbrev=False,  # an abbreviation of today is ambiguous with the next new flag
         formatter_class=HelpFormatter,
     )
-    _add_data_and_model(parser)
+    add_version(parser)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="FILE.toml",
+        help="take options from there, such as batch-size = 32 or tied = true; the command line wins",
+    )
+    _add_data(parser)
+    _add_model(parser)
     _add_training(parser)
     _add_precision(parser, script)
     _add_records(parser)
     return parser
 
 
-def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data and model")
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
         default=DEFAULT,
+        metavar="FOLDER",
         help="folder with train.txt, valid.txt and test.txt; the default one is fetched where it is missing; "
         f"{BUILT_IN} is text that comes with Python",
     )
-    group.add_argument("--model", default="LSTM", choices=KINDS, help="kind of recurrent layer")
-    group.add_argument("--emsize", type=whole, default=200, help="size of the word embeddings")
-    group.add_argument("--nhid", type=whole, default=200, help="hidden units a layer")
-    group.add_argument("--nlayers", type=whole, default=2, help="recurrent layers")
     group.add_argument(
-        "--dropout", type=number(float, 0, 1, below=True), default=0.2, help="probability of dropping a unit"
+        "--batch_size", "--batch-size", type=whole, default=20, metavar="COLUMNS", help="columns of text side by side"
     )
-    group.add_argument("--tied", action="store_true", help="share the embedding with the decoder")
+    group.add_argument("--bptt", type=whole, default=35, metavar="WORDS", help="words that gradients flow back through")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="LSTM", choices=KINDS, help="kind of recurrent layer")
+    group.add_argument("--emsize", type=whole, default=200, metavar="UNITS", help="size of the word embeddings")
+    group.add_argument("--nhid", type=whole, default=200, metavar="UNITS", help="hidden units a layer")
+    group.add_argument("--nlayers", type=whole, default=2, metavar="LAYERS", help="recurrent layers")
+    group.add_argument(
+        "--dropout",
+        type=number(float, 0, 1, below=True),
+        default=0.2,
+        metavar="PROBABILITY",
+        help="probability of dropping a unit in training",
+    )
+    group.add_argument("--tied", action=Switch, help="share the embedding with the decoder")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=finite_above_0, default=20.0, help="initial learning rate (SGD)")
+    group.add_argument("--lr", type=finite_above_0, default=20.0, metavar="RATE", help="initial learning rate (SGD)")
     group.add_argument(
         "--clip",
         type=number(float, 0, above=True),
         default=0.25,
+        metavar="NORM",
         help="largest L2 norm of all gradients together; inf for no clipping",
     )
-    group.add_argument("--epochs", type=whole, default=40, help="passes over the training text, at most")
-    group.add_argument("--batch_size", "--batch-size", type=whole, default=20, help="columns of text side by side")
-    group.add_argument("--bptt", type=whole, default=35, help="words that gradients flow back through")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1111, help="of every random number")
-    group.add_argument("--max-steps", type=whole, metavar="N", help="stop after N batches, then evaluate")
+    group.add_argument(
+        "--epochs", type=whole, default=40, metavar="EPOCHS", help="passes over the training text, at most"
+    )
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=1111, metavar="NUMBER", help="seed of every random number"
+    )
+    group.add_argument("--max-steps", type=whole, metavar="STEPS", help="stop after this many batches, then evaluate")
     group.add_argument(
         "--dry-run",
-        action="store_true",
+        action=Switch,
         help="one batch of training and of each evaluation, to see that all works",
     )
     group.add_argument(
         "--max-skipped",
         type=whole,
         default=50,
-        metavar="N",
-        help="give up after N steps in a row with a non-finite loss or gradient",
+        metavar="STEPS",
+        help="give up after this many steps in a row with a non-finite loss or gradient",
     )
-    group.add_argument("--cuda", action="store_true", help="the same as --device cuda")
-    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)", default=argparse.SUPPRESS)
-    group.add_argument("--deterministic", action="store_true", help="allow no operation that can differ between runs")
+    group.add_argument("--cuda", action=Switch, help="the same as --device cuda")
+    group.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)", default=argparse.SUPPRESS
+    )
+    group.add_argument("--deterministic", action=Switch, help="allow no operation that can differ between runs")
 
 
 def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
@@ -95,7 +125,7 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
     amp = script == "main_amp"
     group.add_argument(
         "--fp16",
-        action="store_true",
+        action=Switch,
         help="the same as --dtype float16" if amp else "train with half weights",
     )
     if amp:
@@ -106,7 +136,7 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
             help="of products under autocast; float32 means no autocast (default: float16)",
         )
     if script == "main_fp16_optimizer":
-        group.add_argument("--dynamic-loss-scale", action="store_true", help="supersedes --static-loss-scale")
+        group.add_argument("--dynamic-loss-scale", action=Switch, help="supersedes --static-loss-scale")
         group.add_argument(
             "--fp16-utils", choices=("own", "apex"), default="own", help="this project's, or an old apex's"
         )
@@ -114,7 +144,7 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
     group.add_argument(
         "--static-loss-scale",
         type=loss_scale,
-        metavar="S",
+        metavar="FACTOR",
         default=argparse.SUPPRESS,
         help=f"factor that the loss is multiplied by; powers of two are exact (default: {static_default})",
     )
@@ -122,22 +152,28 @@ def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
         "--init-scale",
         type=loss_scale,
         default=2.0**16,
-        metavar="S",
+        metavar="FACTOR",
         help="a dynamic loss scale starts here",
     )
     group.add_argument(
         "--scale-window",
         type=whole,
         default=2000,
-        metavar="N",
-        help="a dynamic loss scale doubles after N steps in a row without overflow",
+        metavar="STEPS",
+        help="a dynamic loss scale doubles after this many steps in a row without overflow",
     )
-    group.add_argument("--tf32", action="store_true", help="let a GPU round fp32 products to TF32 (CUDA only)")
+    group.add_argument("--tf32", action=Switch, help="let a GPU round fp32 products to TF32 (CUDA only)")
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("records")
-    group.add_argument("--log-interval", type=whole, default=200, metavar="N", help="batches between two lines")
+    group.add_argument(
+        "--log-interval",
+        type=whole,
+        default=200,
+        metavar="BATCHES",
+        help="batches from one line of the log to the next",
+    )
     group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
     group.add_argument(
         "--run-dir",
@@ -149,8 +185,8 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-interval",
         type=whole,
-        metavar="N",
-        help="write checkpoint.pt every N steps too, not only after each epoch and when the run is stopped",
+        metavar="STEPS",
+        help="write checkpoint.pt after this many steps too, not only after each epoch and when the run is stopped",
     )
     group.add_argument(
         "--resume",
@@ -168,12 +204,15 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
     ("float16", "bfloat16", "float32") and `static_loss_scale` resolved (None: dynamic).
 
     Raises:
-        UsageError: flags that contradict each other, or a device that is not there.
-        SystemExit: 2 after a value that no flag takes, 0 after --help.
+        UsageError: a value that no flag takes, flags that contradict each other, or a device that is not there.
+        SystemExit: 0 after --help; with no `argv` given, the end of what the command line asks of Sacred.
     """
     script = Path(script_file).stem
     parser = make_parser(script, description)
-    args = _parse(parser, script, sys.argv[1:] if argv is None else list(argv))
+    complete(parser)
+    if argv is None and is_for_sacred(parser, sys.argv[1:]):
+        raise SystemExit(run_sacred(script_file, description, sys.argv[1:]))
+    args = read_flags(parser, script, sys.argv[1:] if argv is None else list(argv))
     args.script = script
     if args.tied and args.emsize != args.nhid:
         raise UsageError(
@@ -192,40 +231,6 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         )
     _resolve_precision(args)
     return args
-
-
-def _parse(parser: argparse.ArgumentParser, script: str, argv: list[str]) -> argparse.Namespace:
-    """`argv` parsed, on top of the flags of the run to resume where there is one.
-
-    The result has `argv`, the flags that lead to it, and `changed`, whether they are others than the run had.
-    """
-    given = parser.parse_args(argv)
-    given.argv, given.changed = argv, False
-    if given.resume is None:
-        return given
-    flags = command_of(given.resume, script)
-    before, args = parser.parse_args(flags), parser.parse_args([*flags, *argv])
-    differing = [name for name, value in vars(args).items() if vars(before).get(name) != value and name != "resume"]
-    for name in differing:
-        if name not in MAY_CHANGE:
-            raise UsageError(
-                f"--resume {given.resume} with --{name.replace('_', '-')} {getattr(args, name)}: the run was started "
-                f"with {vars(before).get(name, 'the default')}; leave the flag out, or start a new run"
-            )
-    args.argv = [*flags, *_without_resume(argv)] if differing else flags
-    args.changed = bool(differing)
-    return args
-
-
-def _without_resume(argv: list[str]) -> list[str]:
-    words = iter(argv)
-    rest = []
-    for word in words:
-        if word == "--resume":
-            next(words)
-        elif not word.startswith("--resume="):
-            rest.append(word)
-    return rest
 
 
 def _resolve_precision(args: argparse.Namespace) -> None:

@@ -1,12 +1,13 @@
 """What a run shows on the terminal."""
 
+import math
 import time
 from typing import Any
 
 from tqdm import tqdm
 
 from lm import distributed
-from lm.records import perplexity
+from lm.records import RunDirectory, perplexity
 
 
 def say(line: str) -> None:
@@ -25,16 +26,26 @@ def progress_bar(batches: range, text: str, done: int = 0, total: int | None = N
 
 
 class Log:
-    """The line that is printed every --log-interval batches."""
+    """The steps since the last line, which is printed every --log-interval batches.
 
-    def __init__(self, epoch: int, batches: int) -> None:
+    Args:
+        records: where each interval goes.
+        epoch: that begins or goes on.
+        batches: that it has.
+        words: trained on before.
+    """
+
+    def __init__(self, records: RunDirectory, epoch: int, batches: int, words: int) -> None:
+        self.records = records
         self.epoch = epoch
         self.batches = batches
-        self._start_line()
+        self._begin(words)
 
-    def _start_line(self) -> None:
+    def _begin(self, words: int) -> None:
+        self.words = words
         self.steps = self.skipped = 0
-        self.loss = 0.0
+        self.loss = self.norm = 0.0
+        self.last: dict[str, Any] = {}
         self.start = time.monotonic()
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -43,17 +54,33 @@ class Log:
             self.steps += 1
             self.loss += row["loss"]
             self.skipped += not row["applied"]
-            self.loss_scale = row["loss_scale"]
+            self.norm += row["grad_norm"] if row["applied"] else 0.0
+            self.last = row
 
-    def line(self, batch: int, lr: float) -> None:
-        """Print the mean over the steps since the last line."""
+    def line(self, batch: int, words: int) -> None:
+        """Print the mean over the steps since the last line, and end the interval."""
         ms = (time.monotonic() - self.start) * 1000 / self.steps
-        loss = self.loss / self.steps
+        row = self.end(words)
         text = (
-            f"| epoch {self.epoch:3d} | {batch:5d}/{self.batches:5d} batches | lr {lr:02.2f} "
-            f"| ms/batch {ms:5.2f} | loss {loss:5.2f} | ppl {perplexity(loss):8.2f}"
+            f"| epoch {self.epoch:3d} | {batch:5d}/{self.batches:5d} batches | lr {row['lr']:02.2f} "
+            f"| ms/batch {ms:5.2f} | loss {row['loss']:5.2f} | ppl {row['ppl']:8.2f}"
         )
-        if self.skipped:
-            text += f" | skipped {self.skipped} | loss scale {self.loss_scale:g}"
+        if row["skipped"]:
+            text += f" | skipped {row['skipped']} | loss scale {row['loss_scale']:g}"
         say(text)
-        self._start_line()
+
+    def end(self, words: int) -> dict[str, Any]:
+        """Record the interval up to here, in which `words` less those before were trained on, and begin another."""
+        seconds = time.monotonic() - self.start
+        applied = self.steps - self.skipped
+        loss = self.loss / self.steps
+        row = {name: self.last[name] for name in ("step", "epoch", "lr", "loss_scale")} | {
+            "loss": loss,
+            "ppl": perplexity(loss),
+            "grad_norm": self.norm / applied if applied else math.nan,
+            "skipped": self.skipped,
+            "tokens_per_second": (words - self.words) / seconds if seconds else math.nan,
+        }
+        self.records.interval(row)
+        self._begin(words)
+        return row

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pydoc_data.topics import __file__ as topics_file
 from pydoc_data.topics import topics as python_topics
 from typing import NamedTuple
 
@@ -15,7 +17,8 @@ import pooch  # type: ignore[import-untyped]
 import requests
 from tqdm import tqdm
 
-from lm.errors import UsageError
+from lm.cli import OneLineParser, add_version, complete
+from lm.errors import UsageError, exit_code
 
 DEFAULT = "./data/wikitext-2"
 BUILT_IN = "python-docs"
@@ -71,6 +74,25 @@ def read(data: str | Path) -> Texts:
     except OSError as error:
         raise UsageError(f"--data {data}: cannot read {error.filename}: {error.strerror}") from error
     return Texts(folder.resolve().name, **texts, sha256=sha256)
+
+
+def find(place: str) -> str:
+    """The corpus that `place` is or holds: itself, WikiText-2 in it, or the only corpus in it.
+
+    A folder of corpora that would hold the default one, though it is not there yet, gives that one.
+
+    Raises UsageError: it holds several.
+    """
+    folder = Path(place)
+    default = folder / Path(DEFAULT).name
+    if place == BUILT_IN or any((folder / f"{split}.txt").exists() for split in SPLITS):
+        return place
+    if default.is_dir() or os.path.realpath(default) == os.path.realpath(DEFAULT):
+        return str(default)
+    held = sorted({path.parent for path in folder.glob("*/train.txt")})
+    if len(held) > 1:
+        raise UsageError(f"{place} holds the corpora {', '.join(path.name for path in held)}; give one of them")
+    return str(held[0]) if held else place
 
 
 def _check_folder(folder: Path, is_default: bool) -> None:
@@ -223,3 +245,44 @@ def _split_by_topic(docs: dict[str, list[str]]) -> dict[str, str]:
         split_of[topic] = "train" if topic in train_only else max(SPLITS, key=lambda split: room[split])
         room[split_of[topic]] -= sizes[topic]
     return split_of
+
+
+def _where() -> dict[str, str]:
+    """Each known corpus -> where it is on this machine, or how to have it."""
+    folder = Path(DEFAULT)
+    name = folder.name
+    known = {name: f"not here; python -m lm.corpora {name} fetches it into {folder.absolute()} (13 MB)"}
+    if folder.exists():
+        try:
+            sha256 = read(folder).sha256
+            own = any(sha256[split] != WIKITEXT2_SHA256[f"{split}.txt"] for split in SPLITS)
+            known[name] = f"{folder.absolute()}{' (not the published text)' if own else ''}"
+        except UsageError as error:
+            known[name] = f"damaged: {error}"
+    for path in sorted(folder.parent.glob("*/train.txt")):
+        known.setdefault(path.parent.name, str(path.parent.absolute()))
+    return known | {BUILT_IN: f"built in; made of {topics_file} of this Python"}
+
+
+def main() -> int:
+    """List the known corpora, or fetch one."""
+    parser = OneLineParser(
+        "python -m lm.corpora", description="List the known corpora and where each is, or fetch one by its name."
+    )
+    add_version(parser)
+    parser.add_argument("name", nargs="?", help="corpus to fetch, if it is not here yet")
+    complete(parser)
+    name = parser.parse_args().name
+    known = _where()
+    if name is not None and name not in known:
+        raise UsageError(f"{name!r} is no known corpus; there are {', '.join(known)}")
+    if name == Path(DEFAULT).name and not Path(DEFAULT).exists():
+        fetch_wikitext2(DEFAULT)
+        known = _where()
+    for each in known if name is None else [name]:
+        print(f"{each:12}  {known[each]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -45,14 +45,15 @@ def environment(command: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "lm_precision": lm.__version__,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "command": command,
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the checkout that this is; None where it is none, or git does not say."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():  # installed; a repository further up is not this project's
         return None

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from lm import corpora
-from lm.config import parse_args
+from lm.command_line import expand, without
+from lm.config import make_parser, parse_args
 from lm.console import say
 from lm.errors import RunError, UsageError, printable
 from lm.files import write_atomically
@@ -32,7 +33,7 @@ from lm.records import to_json
 from lm.report.types import Failure
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-OWN_FLAGS = ("--run-dir", "--save", "--fp16", "--dtype", "--dynamic-loss-scale")
+OWN_FLAGS = ("--run-dir", "--save", "--fp16", "--dtype", "--dynamic-loss-scale", "--no-fp16", "--no-dynamic-loss-scale")
 """What distinguishes the runs of a comparison, and so cannot be given to all of them."""
 POLL = 0.1  # seconds between two looks at the processes
 GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes and Slurm give as many
@@ -98,26 +99,26 @@ class Job:
 def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[str], str]:
     """Read the trainers' `flags` as each of `modes` would; return the seed, the flags without it, and the device.
 
-    A corpus that has to be fetched is fetched, so that not every trainer does.
+    The flags of a --config file take its place. A corpus that has to be fetched is fetched, so that not every trainer
+    does.
 
     Raises:
-        UsageError, SystemExit: some trainer would refuse them, or they are for one run and not for all.
+        UsageError: some trainer would refuse them, or they are for one run and not for all.
     """
-    for word in flags:
-        if word.partition("=")[0] in OWN_FLAGS:
-            raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
+    _refuse_own(flags)
+    flags = expand(make_parser(Path(MODES[modes[0]][0]).stem, None), list(flags))
+    _refuse_own(flags)
     for label in modes:
         script, *mode = MODES[label]
         args = parse_args(script, None, [*mode, *flags])
     corpora.read(args.data)
-    rest: list[str] = []
-    words = iter(flags)
-    for word in words:
-        if word == "--seed":
-            next(words)
-        elif not word.startswith("--seed="):
-            rest.append(word)
-    return args.seed, rest, args.device
+    return args.seed, without(flags, "--seed"), args.device
+
+
+def _refuse_own(flags: Sequence[str]) -> None:
+    for word in flags:
+        if word.partition("=")[0] in OWN_FLAGS:
+            raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:

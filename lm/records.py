@@ -20,6 +20,7 @@ from torch import Tensor
 from lm import distributed
 from lm.errors import UsageError
 from lm.files import lock, naming, remove_leftovers, sync, write_atomically
+from lm.listeners import current_listeners
 from lm.precision import StepResult
 
 LINES = ("steps.jsonl", "epochs.jsonl")
@@ -36,12 +37,16 @@ class RunDirectory:
 
     Args:
         path: of the directory; None writes nothing, for the processes of a run whose rank is not 0.
+
+    Attributes:
+        listeners: hear of all that is recorded; see `lm.listeners`.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.steps = 0
         self.skipped = 0
+        self.listeners = [] if path is None else current_listeners()
         self._pending: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
         self._lock = None if path is None else lock(path)
 
@@ -129,6 +134,12 @@ class RunDirectory:
         """Write `config.json`."""
         self._write("config.json", config)
 
+    def start(self, config: dict[str, Any]) -> None:
+        """Tell the listeners that training begins, or goes on from here."""
+        if self.path is not None:
+            for listener in self.listeners:
+                listener.start(self.path, config, self.steps)
+
     def step(self, epoch: int, lr: float, loss: Tensor, result: StepResult) -> None:
         """Keep the row of one step; `loss` is fp32 of shape ()."""
         self.steps += 1
@@ -159,16 +170,27 @@ class RunDirectory:
         self._append("steps.jsonl", rows)
         return rows
 
+    def interval(self, row: dict[str, Any]) -> None:
+        """Tell the listeners of the steps since the last call."""
+        for listener in self.listeners:
+            listener.interval(row)
+
     def epoch(self, epoch: int, valid_loss: float, lr: float, seconds: float) -> None:
         """Append a row to `epochs.jsonl`; `seconds` covers training and validation."""
         row = {"epoch": epoch, "valid_loss": valid_loss, "valid_ppl": perplexity(valid_loss), "lr": lr}
-        self._append("epochs.jsonl", [row | {"seconds": seconds}])
+        row["seconds"] = seconds
+        self._append("epochs.jsonl", [row])
+        for listener in self.listeners:
+            listener.epoch(row | {"step": self.steps})
 
     def write_result(self, status: str, test_loss: float | None, **figures: Any) -> None:
         """Write `result.json`; `status` is "finished", "interrupted" or "diverged"."""
         test_ppl = None if test_loss is None else perplexity(test_loss)
         counts = {"steps": self.steps, "skipped": self.skipped}
-        self._write("result.json", {"status": status, "test_loss": test_loss, "test_ppl": test_ppl} | counts | figures)
+        row = {"status": status, "test_loss": test_loss, "test_ppl": test_ppl} | counts | figures
+        self._write("result.json", row)
+        for listener in self.listeners:
+            listener.result(row)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.path is None:

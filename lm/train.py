@@ -71,17 +71,18 @@ class Training:
         writes = distributed.rank() == 0
         if writes and (args.run_dir is None or args.run_dir != args.save.parent):  # which is made, and tried, next
             check_writable("--save", args.save)
+        config = describe(args, corpus, model, self.dtypes)
         if args.resume is not None:
-            self.resume(writes)
+            self.resume(writes, config)
         elif writes:
-            config = describe(args, corpus, model, self.dtypes)
             self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}", config)
         else:
             self.records = RunDirectory(None)
+        self.records.start(config)
         self.parallel_model = distributed.data_parallel(model)
         self.clock = time.monotonic()
 
-    def resume(self, writes: bool) -> None:
+    def resume(self, writes: bool, config: dict[str, Any]) -> None:
         """Go on from the checkpoint of --resume, or from the beginning where there is none yet."""
         directory = self.args.resume
         self.records = RunDirectory.reopen(directory) if writes else RunDirectory(None)
@@ -94,7 +95,7 @@ class Training:
             elif writes:
                 self.records.go_back(START)
             if self.args.changed:
-                self.records.write_config(describe(self.args, self.corpus, self.model, self.dtypes))
+                self.records.write_config(config)
         except BaseException as error:
             self.records.close()
             if isinstance(error, ValueError):
@@ -178,7 +179,7 @@ class Training:
         """The rest of one pass over the training text; return whether an interrupt came."""
         args, records, at = self.args, self.records, self.at
         starts = range(0, len(self.train_data) - 1, args.bptt)[: at.batch + self.max_steps - records.steps]
-        log = Log(at.epoch, len(self.train_data) // args.bptt)
+        log = Log(records, at.epoch, len(self.train_data) // args.bptt, at.words)
         flush_interval = min(args.log_interval, args.max_skipped)
         self.model.train()
         self.clock = time.monotonic()
@@ -191,12 +192,14 @@ class Training:
                 if at.skipped_in_a_row or save or at.batch % flush_interval == 0 or at.batch % args.log_interval == 0:
                     log.add(self.check(records.flush()))
                 if at.batch % args.log_interval == 0:
-                    log.line(at.batch, at.lr)
+                    log.line(at.batch, at.words)
                 if save:
                     self.write_checkpoint()
                 if stop := self.stop.poll():
                     break
-        self.check(records.flush())
+        log.add(self.check(records.flush()))
+        if log.steps:
+            log.end(at.words)
         if stop == TERMINATE:
             raise Terminated
         return stop == INTERRUPT

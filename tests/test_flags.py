@@ -71,7 +71,7 @@ def test_help_explains_every_option_and_gives_its_default(programs, script):
         explained, _, default = option.removeprefix(names).partition("(default: ")
         assert len(explained.split()) > 1, f"{option!r} explains nothing"
         takes_a_value = re.search(r" [A-Z{]", names)
-        optional = {"--max-steps", "--checkpoint-interval", "--resume"} & set(names.split())
+        optional = {"--config", "--max-steps", "--checkpoint-interval", "--resume"} & set(names.split())
         assert bool(default) == bool(takes_a_value and not optional), f"{option!r} on its default"
 
 
@@ -82,7 +82,7 @@ def test_help_says_default_none_nowhere(programs):
 
 def test_parsers_differ_in_precision_flags_only():
     main, optimizer, amp = (make_parser(script, None)._option_string_actions for script in SCRIPTS)
-    assert optimizer.keys() - main.keys() == {"--dynamic-loss-scale", "--fp16-utils"}
+    assert optimizer.keys() - main.keys() == {"--dynamic-loss-scale", "--no-dynamic-loss-scale", "--fp16-utils"}
     assert amp.keys() - main.keys() == {"--dtype"}
     assert main.keys() <= optimizer.keys() & amp.keys()
     for name, action in main.items():
