@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from lm.checkpoint import check_writable
-from lm.config import HelpFormatter, OneLineParser, finite_above_0, whole
+from lm.cli import HelpFormatter, OneLineParser, finite_above_0, whole
 from lm.console import say
 from lm.errors import RunError, UsageError, exit_code
+from lm.files import check_writable
 from lm.launch import Job, check_flags, comparison_folder, run_jobs, slot_environments
 from lm.modes import DEFAULT_MODES, MODES
 from lm.report.comparison import compare

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from lm.checkpoint import check_writable, load_model, write_atomically
-from lm.config import HelpFormatter, OneLineParser, number, whole
+from lm.checkpoint import load_model
+from lm.cli import HelpFormatter, OneLineParser, number, whole
 from lm.console import say
 from lm.device import find_device
 from lm.errors import UsageError, exit_code
+from lm.files import check_writable, write_atomically
 from lm.model import RNNModel
 
 WORDS_A_LINE = 20

@@ -1,56 +1,17 @@
-"""Files that hold tensors: written whole or not at all, loaded without running anything from them."""
+"""Model files: what --save writes and generate.py reads, without running anything from them."""
 
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm.errors import BadFileError, UsageError, printable
+from lm.files import write_atomically
 from lm.model import RNNModel
 from lm.tensorfile import load_tensors
 
 FORMAT = "lm-precision model 1"
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place in one step.
-
-    Whoever reads `path`, also after a crash, finds the old content or the new, never a part. A link stays a link.
-    """
-    path = path.resolve()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)  # as open() would have made it; mkstemp's are private
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def check_writable(flag: str, path: Path) -> None:
-    """Raise UsageError, naming `flag`, unless a file `path` can be written; leaves nothing behind."""
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        kind = "a directory" if target.is_dir() else "a device or pipe, which writing would replace"
-        raise UsageError(f"{flag} {path} is {kind}; give the name of a file")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"{flag} {path}: cannot write in {path.parent} ({error.strerror}); give a place that you can write to"
-        ) from None
 
 
 def save_model(path: Path, model: RNNModel, vocabulary: list[str]) -> None:
@@ -118,9 +79,3 @@ def _check_options(options: dict[str, Any], vocabulary: Any, weights: int) -> No
         raise TypeError(f"tied is {options['tied']!r}")
     if options["nlayers"] > weights:  # checked here, since even an empty layer takes time to build
         raise ValueError(f"{weights} weights for {options['nlayers']} layers")
-
-
-def load_weights(path: Path, model: RNNModel) -> None:
-    """Put the weights that `save_model` wrote back into the same model."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(content["weights"])

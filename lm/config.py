@@ -1,72 +1,27 @@
 """Every flag and every default of the three trainers, once."""
 
 import argparse
-import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
+from lm import distributed
+from lm.cli import HelpFormatter, OneLineParser, finite_above_0, number, whole
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.device import find_device, set_tf32
 from lm.errors import UsageError
 from lm.model import KINDS
+from lm.resume import command_of
 
 FP16_STATIC_LOSS_SCALE = 128.0
+MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "data", "save")
+"""What a resumed run may be given anew: where it ends, what it shows, and where its files are now."""
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and exit with 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of each flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def number(
-    kind: Callable[[str], float],
-    low: float,
-    high: float = math.inf,
-    *,
-    above: bool = False,
-    below: bool = False,
-    what: str | None = None,
-) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out.
-
-    `what` describes it in the error where the bounds would only be digits to the reader.
-    """
-    if what is None:
-        what = f"a{' whole' if kind is int else ''} number {'above' if above else 'of at least'} {low:g}"
-        if high < math.inf:
-            what += f" and {'below' if below else 'at most'} {high:g}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        too_low = value <= low if above else value < low
-        too_high = value >= high if below else value > high
-        if math.isnan(value) or too_low or too_high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return parse
-
-
-whole = number(int, 1)
-finite_above_0 = number(float, 0, 1e38, above=True)
 # Bounded so that fp32 holds its reciprocal too.
 loss_scale = number(float, 2.0**-100, 2.0**127, what="a number above 0, from 2**-100 to 2**127")
 
@@ -191,6 +146,19 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="records of this run go here (default: runs/<script>-<mode>-<time>)",
     )
+    group.add_argument(
+        "--checkpoint-interval",
+        type=whole,
+        metavar="N",
+        help="write checkpoint.pt every N steps too, not only after each epoch and when the run is stopped",
+    )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="go on with the run recorded there, from its last checkpoint and with its flags; flags given again must "
+        f"agree, but for --{', --'.join(name.replace('_', '-') for name in MAY_CHANGE)}",
+    )
 
 
 def parse_args(script_file: str, description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -204,18 +172,60 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         SystemExit: 2 after a value that no flag takes, 0 after --help.
     """
     script = Path(script_file).stem
-    args = make_parser(script, description).parse_args(argv)
+    parser = make_parser(script, description)
+    args = _parse(parser, script, sys.argv[1:] if argv is None else list(argv))
     args.script = script
     if args.tied and args.emsize != args.nhid:
         raise UsageError(
             f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
         )
     args.device = find_device(getattr(args, "device", None), cuda=args.cuda)
+    if args.device == "cuda" and distributed.world_size() > 1:
+        args.device = find_device(f"cuda:{distributed.local_rank()}")
     if args.tf32 and not args.device.startswith("cuda"):
         raise UsageError(f"--tf32 on device {args.device}: TF32 is a format of CUDA GPUs; leave the flag out")
-    args.run_dir = getattr(args, "run_dir", None)
+    args.run_dir = args.resume or getattr(args, "run_dir", None)
+    if args.batch_size % distributed.world_size():
+        raise UsageError(
+            f"--batch_size {args.batch_size} cannot be divided among {distributed.world_size()} processes; "
+            "give a multiple of their number"
+        )
     _resolve_precision(args)
     return args
+
+
+def _parse(parser: argparse.ArgumentParser, script: str, argv: list[str]) -> argparse.Namespace:
+    """`argv` parsed, on top of the flags of the run to resume where there is one.
+
+    The result has `argv`, the flags that lead to it, and `changed`, whether they are others than the run had.
+    """
+    given = parser.parse_args(argv)
+    given.argv, given.changed = argv, False
+    if given.resume is None:
+        return given
+    flags = command_of(given.resume, script)
+    before, args = parser.parse_args(flags), parser.parse_args([*flags, *argv])
+    differing = [name for name, value in vars(args).items() if vars(before).get(name) != value and name != "resume"]
+    for name in differing:
+        if name not in MAY_CHANGE:
+            raise UsageError(
+                f"--resume {given.resume} with --{name.replace('_', '-')} {getattr(args, name)}: the run was started "
+                f"with {vars(before).get(name, 'the default')}; leave the flag out, or start a new run"
+            )
+    args.argv = [*flags, *_without_resume(argv)] if differing else flags
+    args.changed = bool(differing)
+    return args
+
+
+def _without_resume(argv: list[str]) -> list[str]:
+    words = iter(argv)
+    rest = []
+    for word in words:
+        if word == "--resume":
+            next(words)
+        elif not word.startswith("--resume="):
+            rest.append(word)
+    return rest
 
 
 def _resolve_precision(args: argparse.Namespace) -> None:
@@ -238,7 +248,11 @@ def _resolve_precision(args: argparse.Namespace) -> None:
 
 
 def set_up(args: argparse.Namespace) -> None:
-    """Seed every generator and set what torch keeps per process: determinism, and TF32 on or off."""
+    """Meet the other processes of the run, seed every generator, and set what torch keeps per process.
+
+    That is determinism, and TF32 on or off.
+    """
+    distributed.join(args.device)
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this set only

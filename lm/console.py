@@ -1,41 +1,27 @@
-"""What a run shows on the terminal, and how Ctrl-C stops it."""
+"""What a run shows on the terminal."""
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+from lm import distributed
 from lm.records import perplexity
 
 
 def say(line: str) -> None:
-    """Print one line on stdout, above the progress bar where there is one."""
+    """Print one line on stdout, above the progress bar where there is one; in a distributed run, on rank 0."""
+    if distributed.rank() > 0:
+        return
     with tqdm.external_write_mode():
         print(line, flush=True)
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that a step is never cut in two; the second one ends all at once."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # only the main thread may handle signals
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def progress_bar(batches: range, text: str, done: int = 0, total: int | None = None) -> "tqdm[int]":
+    """`batches` with a bar on stderr, where that is a terminal; `done` of `total` lie behind already."""
+    hidden = None if distributed.rank() == 0 else True
+    total = total or len(batches)
+    return tqdm(batches, desc=text, unit="batch", leave=False, disable=hidden, initial=done, total=total)
 
 
 class Log:

@@ -30,7 +30,7 @@ def exit_code(main: Callable[[], int]) -> int:
     try:
         return main()
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_rank()}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -41,8 +41,13 @@ def exit_code(main: Callable[[], int]) -> int:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's allocators raise these
             raise
         message = (str(error).splitlines() or ["out of memory"])[0]  # Python's own MemoryError has no text
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {_rank()}{message}", file=sys.stderr)
         return RunError.exit_code
+
+
+def _rank() -> str:
+    """Which process of a distributed run speaks."""
+    return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def printable(text: object, limit: int = 200) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 
 from lm import corpora
-from lm.checkpoint import write_atomically
 from lm.config import parse_args
-from lm.console import say, stop_on_interrupt
+from lm.console import say
 from lm.errors import RunError, UsageError, printable
+from lm.files import write_atomically
 from lm.modes import MODES
 from lm.progress import Progress
 from lm.records import to_json
@@ -34,7 +35,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 OWN_FLAGS = ("--run-dir", "--save", "--fp16", "--dtype", "--dynamic-loss-scale")
 """What distinguishes the runs of a comparison, and so cannot be given to all of them."""
 POLL = 0.1  # seconds between two looks at the processes
-GRACE = 10.0  # seconds that an interrupted trainer has to end by itself
+GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes and Slurm give as many
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,21 @@ class Job:
         """`result.json`; None unless the directory holds this very run, and its end."""
         try:
             result = read_object(self.run_dir / "result.json")
-            script, *flags = read_object(self.run_dir / "config.json")["environment"]["command"]
-            # Wherever the scripts and the comparison lay then: the last four words are the places of the results.
-            same = [Path(script).name, *flags[:-4]] == [Path(self.command[1]).name, *self.command[2:-4]]
-            return result if same and isinstance(result["status"], str) else None
+            # Wherever the comparison lay then: the last four words are the places of the results.
+            return result if self._recorded()[:-4] == self.command[2:-4] and isinstance(result["status"], str) else None
         except (UsageError, OSError, ValueError, LookupError, TypeError):
             return None
+
+    def started(self) -> bool:
+        """Whether the directory holds the beginning of this very run, to go on with."""
+        try:
+            return self._recorded() == self.command[2:]
+        except (UsageError, OSError, ValueError, LookupError, TypeError):
+            return False
+
+    def _recorded(self) -> list[str]:
+        command: list[str] = read_object(self.run_dir / "config.json")["environment"]["command"]
+        return [] if Path(command[0]).name != Path(self.command[1]).name else command[1:]
 
     def failure(self, exit_code: int) -> Failure:
         """This job as one that went wrong, with the last line that it said."""
@@ -206,11 +216,14 @@ class _Process:
     def __init__(self, job: Job, environment: dict[str, str], lock: int) -> None:
         self.job = job
         self.start = time.monotonic()
-        if job.run_dir.exists():  # of an attempt that was interrupted
+        command = job.command
+        if job.started():
+            command = [*command[:2], "--resume", str(job.run_dir)]
+        elif job.run_dir.exists():
             shutil.rmtree(job.run_dir)
-        with job.log.open("wb") as log:
+        with job.log.open("ab") as log:
             self.popen = subprocess.Popen(  # noqa: S603
-                job.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -235,25 +248,28 @@ def _ended(job: Job, exit_code: int, how: str) -> list[Failure]:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Any]:
-    """The event of `stop_on_interrupt`, which SIGTERM and SIGHUP set too: either would leave the trainers running."""
-    with stop_on_interrupt() as interrupted:
-        previous = {
-            number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-            for number in (signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-        }
-        try:
-            yield interrupted
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT, SIGTERM and SIGHUP set: each would leave the trainers running. A second SIGINT raises."""
+    stopped = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in numbers}  # nohup ignores SIGHUP
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _stop(running: dict[int, _Process]) -> None:
-    """Let the trainers end by themselves, for a while."""
+    """Let the trainers write their checkpoints and end, for a while."""
     for process in running.values():
-        process.popen.send_signal(signal.SIGINT)
+        process.popen.terminate()
     deadline = time.monotonic() + GRACE
     for process in running.values():
         try:

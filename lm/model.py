@@ -105,11 +105,16 @@ def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: 
     return nn.RNN(emsize, nhid, nlayers, nonlinearity=nonlinearity, dropout=dropout)
 
 
-def next_word_loss(model: RNNModel, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-    """Mean cross entropy in nats a word (fp32, shape ()), and the new state.
+def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+    """Mean cross entropy in nats a word (fp32, shape ()) of an RNNModel, or of one that is wrapped, and the new state.
 
     Logits are cast up before the softmax: a sum over a vocabulary, and a mean over a batch, in fp16 lose the
     digits in which precision modes differ.
     """
     logits, hidden = model(tokens, hidden)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets), hidden
+
+
+def detach(hidden: Hidden) -> Hidden:
+    """`hidden` without its history, so that gradients stop at the batch's first word."""
+    return (hidden[0].detach(), hidden[1].detach()) if isinstance(hidden, tuple) else hidden.detach()

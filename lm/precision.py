@@ -181,12 +181,17 @@ class WrappedOptimizer:
         return StepResult(applied, torch.where(applied, norm, torch.inf), self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the FP16_Optimizer, which holds the masters."""
+        """That of the FP16_Optimizer, which holds the masters; apex's scaler object as its plain values."""
         state: dict[str, Any] = self._optimizer.state_dict()
-        return state
+        scaler = state["loss_scaler"]
+        return state if isinstance(scaler, dict) else state | {"loss_scaler": dict(vars(scaler))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Precision.load_state_dict`."""
+        if not isinstance(self._optimizer, FP16_Optimizer):
+            scaler = self._optimizer.loss_scaler
+            vars(scaler).update(state["loss_scaler"])
+            state = state | {"loss_scaler": scaler}
         self._optimizer.load_state_dict(state)
 
 

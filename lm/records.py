@@ -1,57 +1,112 @@
 """The run directory: everything that is known of a run afterwards, as files that any program can read.
 
 `config.json` is written when training starts, `steps.jsonl` and `epochs.jsonl` grow with it, `result.json` is
-written at its end. JSON has no inf or nan: such values stand as the strings "inf", "-inf" and "nan", which
-Python's float() and JavaScript's Number() (but for "inf") read back.
+written at its end; `resume.py` has `checkpoint.pt`. JSON has no inf or nan: such values stand as the strings
+"inf", "-inf" and "nan", which Python's float() and JavaScript's Number() (but for "inf") read back.
 """
 
 import json
 import math
-import platform
-import subprocess
-import sys
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-import lm
-from lm.checkpoint import write_atomically
+from lm import distributed
 from lm.errors import UsageError
+from lm.files import lock, sync, write_atomically
 from lm.precision import StepResult
 
-FILES = ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")
+LINES = ("steps.jsonl", "epochs.jsonl")
+FILES = ("config.json", *LINES, "result.json", "checkpoint.pt")
 
 
 class RunDirectory:
-    """Creates the directory of one run and writes its records.
+    """Writes the records of one run into its directory, which nobody else may write to until `close`.
 
-    Steps are kept as tensors on the device until `flush` fetches them all with a single wait.
+    Steps are kept as tensors on the device until `flush` fetches them all with a single wait. `create` and
+    `reopen` make one.
 
     Args:
-        path: must not hold a run yet; None gives `runs/<name>-<time>`.
-        name: of the run, used where `path` is None.
-
-    Raises:
-        UsageError: the directory holds a run already, or cannot be made or written to.
+        path: of the directory; None writes nothing, for the processes of a run whose rank is not 0.
     """
 
-    def __init__(self, path: Path | None, name: str) -> None:
-        try:
-            self.path = _new_directory(name) if path is None else path
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any((self.path / file).exists() for file in FILES):
-                raise UsageError(f"--run-dir {self.path} holds a run already; give a new directory")
-            for file in ("steps.jsonl", "epochs.jsonl"):
-                (self.path / file).touch()
-        except OSError as error:
-            where = "runs" if path is None else f"--run-dir {path}"
-            raise UsageError(f"{where}: cannot write there ({error.strerror}); give another directory") from None
-        self._pending: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
         self.steps = 0
         self.skipped = 0
+        self._pending: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
+        self._lock = None if path is None else lock(path)
+
+    @classmethod
+    def create(cls, path: Path | None, name: str) -> Self:
+        """The directory of a new run: `path`, which must not hold one yet, or by default `runs/<name>-<time>`.
+
+        Raises:
+            UsageError: the directory holds a run already or is in use, or cannot be made or written to.
+        """
+        where = "runs" if path is None else f"--run-dir {path}"
+        with _clear_errors(where, f"{where}: cannot write there ({{}}); give another directory"):
+            path = _new_directory(name) if path is None else path
+            path.mkdir(parents=True, exist_ok=True)
+            records = cls(path)
+            if any(os.path.lexists(path / file) for file in FILES):
+                records.close()
+                raise UsageError(
+                    f"--run-dir {path} holds a run already; give a new directory, or --resume {path} to go on with it"
+                )
+            for file in LINES:
+                (path / file).touch()
+        return records
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """The directory of a run that goes on; `go_back` must follow.
+
+        Raises:
+            UsageError: another process is at it, or it cannot be opened.
+        """
+        where = f"--resume {path}"
+        with _clear_errors(where, f"{where}: cannot open it ({{}}); give a run directory"):
+            return cls(path)
+
+    def close(self) -> None:
+        """Let others write to the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def state(self) -> dict[str, int]:
+        """How much has been recorded, for `go_back`; by then it is on the disk."""
+        lengths = {}
+        for name in LINES:
+            lengths[name] = 0
+            if self.path is not None:
+                with (self.path / name).open("ab") as file:
+                    sync(file)
+                    lengths[name] = file.tell()
+        return {"steps": self.steps, "skipped": self.skipped} | lengths
+
+    def go_back(self, state: dict[str, int]) -> None:
+        """Forget what was recorded after `state`, a line that a crash cut in two included.
+
+        Raises:
+            ValueError: less than that has been recorded.
+        """
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        if self.path is None:
+            return
+        for name in LINES:
+            with (self.path / name).open("ab") as file:
+                if not 0 <= state[name] <= file.tell():
+                    raise ValueError(f"{name} has {file.tell()} bytes, not {state[name]}")
+                file.truncate(state[name])
+        (self.path / "result.json").unlink(missing_ok=True)  # that of an interrupted run, or of fewer epochs
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write `config.json`."""
@@ -67,10 +122,10 @@ class RunDirectory:
         """Fetch the steps since the last call from the device, append them to `steps.jsonl`, and return them."""
         if not self._pending:
             return []
-        values = torch.stack([v.detach().float() for _, tensors in self._pending for v in tensors]).tolist()
+        values = torch.stack([torch.stack([v.detach().float() for v in tensors]) for _, tensors in self._pending])
+        values[:, 0] = distributed.mean(values[:, 0])  # the rest is the same in every process
         rows = []
-        for i, (row, tensors) in enumerate(self._pending):
-            loss, grad_norm, loss_scale, applied = values[i * len(tensors) : (i + 1) * len(tensors)]
+        for (row, _), (loss, grad_norm, loss_scale, applied) in zip(self._pending, values.tolist(), strict=True):
             rows.append(
                 {
                     "step": row["step"],
@@ -99,12 +154,26 @@ class RunDirectory:
         self._write("result.json", {"status": status, "test_loss": test_loss, "test_ppl": test_ppl} | counts | figures)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if self.path is None:
+            return
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.writelines(to_json(row) + "\n" for row in rows)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
+        if self.path is None:
+            return
         text = to_json(content, indent=2) + "\n"
         write_atomically(self.path / name, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _clear_errors(where: str, cannot: str) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        raise UsageError(f"{where} is in use by another run; wait for its end, or give another directory") from None
+    except OSError as error:
+        raise UsageError(cannot.format(error.strerror)) from None
 
 
 def _new_directory(name: str) -> Path:
@@ -140,33 +209,3 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def environment() -> dict[str, Any]:
-    """Versions of torch, Python and this project, its git commit where it runs from a checkout, and the system."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "lm_precision": lm.__version__,
-        "git_commit": _git_commit(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "command": sys.argv,
-    }
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():  # installed; a repository further up is not this project's
-        return None
-    try:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(here), "rev-parse", "HEAD"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -1,227 +1,279 @@
 """The training loop. It knows no precision mode: everything that depends on one is behind `Precision`."""
 
 import argparse
+import copy
 import math
 import sys
-import threading
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lm.checkpoint import check_writable, load_weights, save_model
-from lm.console import Log, say, stop_on_interrupt
+from lm import distributed
+from lm.checkpoint import save_model
+from lm.console import Log, progress_bar, say
 from lm.data import Corpus, batchify, get_batch
-from lm.device import device_name, peak_memory_bytes
-from lm.errors import RunError
-from lm.model import Hidden, RNNModel, next_word_loss
+from lm.description import describe
+from lm.device import peak_memory_bytes
+from lm.divergence import diverged
+from lm.errors import RunError, UsageError, printable
+from lm.evaluation import evaluate
+from lm.files import check_writable
+from lm.model import Hidden, RNNModel, detach, next_word_loss
 from lm.precision import Precision
-from lm.records import RunDirectory, environment, perplexity
+from lm.records import RunDirectory, perplexity
+from lm.resume import Position, check_like, read_checkpoint, status_of, write_checkpoint
+from lm.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
+from lm.state import restore_state, take_state
 from lm.trial import try_once
 
 EVAL_BATCH_SIZE = 10
 ANNEAL_FACTOR = 4.0
 
 
-def detach(hidden: Hidden) -> Hidden:
-    """`hidden` without its history, so that gradients stop at the batch's first word."""
-    return (hidden[0].detach(), hidden[1].detach()) if isinstance(hidden, tuple) else hidden.detach()
-
-
-@torch.no_grad()
-def evaluate(model: RNNModel, precision: Precision, source: Tensor, bptt: int, max_batches: int | None = None) -> float:
-    """Mean cross entropy in nats a word over `source` (shape (rows, columns)), summed in float64."""
-    model.eval()
-    losses, words = [], []
-    with precision.forward():
-        hidden = model.init_hidden(source.size(1))
-        starts = range(0, len(source) - 1, bptt)[:max_batches]
-        for i in tqdm(starts, desc="evaluation", unit="batch", leave=False, disable=None):
-            tokens, targets = get_batch(source, i, bptt)
-            loss, hidden = next_word_loss(model, tokens, targets, hidden)
-            losses.append(loss)
-            words.append(targets.numel())
-    weights = torch.tensor(words, dtype=torch.float64)
-    return float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())
-
-
 def fit(args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Precision) -> int:
     """Train, keep the best model, test it, and record the run; return the exit code.
 
     Raises:
-        UsageError: the text is too short for the batch, this machine cannot run the dtype, or a place for the
-            results cannot be written. Nothing was written then.
-        RunError: the run diverged.
+        UsageError: the text is too short for the batch, this machine cannot run the dtype, a place for the
+            results cannot be written, or the run to resume cannot be. Nothing was written then.
+        RunError: the run diverged, its disk is full, or another process of it is lost.
+        Terminated: SIGTERM has come; the run can be resumed.
     """
-    return Training(args, corpus, model, precision).run()
+    training = Training(args, corpus, model, precision)
+    try:
+        return training.run()
+    finally:
+        training.records.close()
+        distributed.leave()
 
 
 class Training:
-    """One run from the first batch to the test perplexity; see `fit`."""
+    """One run from its first batch, or from its checkpoint, to the test perplexity; see `fit`."""
 
     def __init__(self, args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Precision) -> None:
         self.args = args
         self.corpus = corpus
         self.model = model
         self.precision = precision
-        self.train_data = batchify(corpus.train, args.batch_size, args.device, "train")
+        self.train_data = distributed.my_columns(batchify(corpus.train, args.batch_size, args.device, "train"))
         self.valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE, args.device, "valid")
         self.test_data = batchify(corpus.test, EVAL_BATCH_SIZE, args.device, "test")
-        self.dtypes = try_once(model, precision, args)
-        if args.run_dir is None or args.run_dir != args.save.parent:  # which is made, and tried, next
-            check_writable("--save", args.save)
-        self.records = RunDirectory(args.run_dir, f"{args.script}-{args.mode}")
-        self.records.write_config(self.config())
         self.eval_batches = 1 if args.dry_run else None
         self.max_steps: int = 1 if args.dry_run else args.max_steps or sys.maxsize
-        self.lr = args.lr
-        self.best: float | None = None
-        self.skipped_in_a_row = 0
-        self.words = 0
-        self.training_seconds = 0.0
+        self.dtypes = try_once(model, precision, args)
+        self.at = Position(lr=args.lr)
+        self.hidden: Hidden | None = None
+        self.best_weights: dict[str, Tensor] | None = None
+        self.stop = StopSignals()
+        distributed.own_random_numbers(args.seed)
+        writes = distributed.rank() == 0
+        if writes and (args.run_dir is None or args.run_dir != args.save.parent):  # which is made, and tried, next
+            check_writable("--save", args.save)
+        if args.resume is not None:
+            self.resume(writes)
+        elif writes:
+            self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}")
+            self.records.write_config(describe(args, corpus, model, self.dtypes))
+        else:
+            self.records = RunDirectory(None)
+        self.parallel_model = distributed.data_parallel(model)
+        self.clock = time.monotonic()
 
-    def config(self) -> dict[str, Any]:
-        """What `config.json` holds: every flag, and what this run really is."""
-        corpus = self.corpus
-        return vars(self.args) | {
-            "device_name": device_name(self.args.device),
-            "environment": environment(),
-            "dtypes": self.dtypes,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "corpus": {
-                "name": corpus.name,
-                "sha256": corpus.sha256,
-                "train_tokens": len(corpus.train),
-                "valid_tokens": len(corpus.valid),
-                "test_tokens": len(corpus.test),
-                "words": len(corpus.dictionary),
-                "vocab_size": corpus.vocab_size,
-            },
-        }
+    def resume(self, writes: bool) -> None:
+        """Go on from the checkpoint of --resume, or from the beginning where there is none yet."""
+        directory = self.args.resume
+        self.records = RunDirectory.reopen(directory) if writes else RunDirectory(None)
+        try:
+            if status_of(directory) == "diverged":
+                raise ValueError("this run has diverged, and would again")
+            content = read_checkpoint(directory)
+            if content is not None:
+                self.restore(content)
+            elif writes:
+                self.records.go_back(dict.fromkeys(self.records.state(), 0))
+            if self.args.changed:
+                self.records.write_config(describe(self.args, self.corpus, self.model, self.dtypes))
+        except ValueError as error:
+            self.records.close()
+            raise UsageError(f"--resume {directory}: {printable(error)}; start a new run") from None
+        except BaseException:
+            self.records.close()
+            raise
+        say(f"| going on with {directory} at epoch {self.at.epoch}, step {self.records.steps + 1}")
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Be where the checkpoint was written; raise ValueError where it is not of this run."""
+        if content.get("corpus") != self.corpus.sha256:
+            raise ValueError("its corpus was another one")
+        self.at, self.hidden, self.best_weights = restore_state(
+            content, self.model, self.precision, self.args.batch_size
+        )
+        check_like(content.get("records"), self.records.state(), "records")
+        if any(type(count) is not int or count < 0 for count in content["records"].values()):
+            raise ValueError("its records are not counted in whole numbers")
+        if self.best_weights is not None:  # --save may have been lost since, or be of a later epoch or another run
+            current = copy.deepcopy(self.model.state_dict())
+            self.model.load_state_dict(self.best_weights)
+            self.save_model()
+            self.model.load_state_dict(current)
+        if self.at.epoch > self.args.epochs + 1:
+            raise ValueError(
+                f"it has trained for {self.at.epoch - 1} epochs already, and --epochs is {self.args.epochs}"
+            )
+        self.records.go_back(content["records"])
 
     def run(self) -> int:
         """See `fit`."""
-        status = "finished"
-        try:
-            with stop_on_interrupt() as interrupted:
-                self.train(interrupted)
-                if interrupted.is_set():
-                    status = "interrupted"
+        with self.stop:  # to the very end: torchrun sends SIGTERM as soon as one process fails
+            try:
+                interrupted = self.train()
+                if interrupted:
                     say("-" * 89)
                     say("Exiting from training early")
-                self.finish(status)
-        except RunError:
-            self.write_result("diverged", None)
-            raise
-        except KeyboardInterrupt:
-            self.write_result("interrupted", None)
-            raise
-        finally:
-            self.records.flush()
+                self.finish("interrupted" if interrupted else "finished")
+            except (RunError, Terminated) as error:
+                self.write_result("diverged" if isinstance(error, RunError) else "interrupted", None)
+                distributed.meet()
+                raise
+            except (KeyboardInterrupt, BrokenPipeError):
+                self.write_result("interrupted", None)
+                raise
+            except OSError as error:
+                raise RunError(
+                    f"cannot write {error.filename or 'the records'} ({error.strerror}); all up to the last "
+                    f"checkpoint is safe: make room, then go on with --resume {self.records.path}"
+                ) from None
+            except RuntimeError as error:
+                raise distributed.lost(error) or error from None
         return 0
 
-    def train(self, interrupted: threading.Event) -> None:
-        """All epochs, until the last one, --max-steps or an interrupt."""
-        for epoch in range(1, self.args.epochs + 1):
-            start = time.monotonic()
-            try:
-                self.train_epoch(epoch, interrupted)
-            finally:
-                self.training_seconds += time.monotonic() - start
-            if interrupted.is_set():
-                break
-            valid_loss = evaluate(self.model, self.precision, self.valid_data, self.args.bptt, self.eval_batches)
-            seconds = time.monotonic() - start
-            self.records.epoch(epoch, valid_loss, self.lr, seconds)
-            say("-" * 89)
-            say(
-                f"| end of epoch {epoch:3d} | time: {seconds:5.2f}s | valid loss {valid_loss:5.2f} "
-                f"| valid ppl {perplexity(valid_loss):8.2f}"
-            )
-            say("-" * 89)
-            self.keep_or_anneal(valid_loss)
-            if self.records.steps >= self.max_steps or interrupted.is_set():
-                break
+    def train(self) -> bool:
+        """All epochs, until the last one, --max-steps or an interrupt; return whether it was that."""
+        try:
+            while not self.is_trained():
+                if self.train_epoch():
+                    self.write_checkpoint()
+                    return True
+                self.end_epoch()
+                self.write_checkpoint()
+                if self.stop.poll():
+                    return True
+        except Terminated:  # raised between two steps, or in the validation after the last one
+            self.write_checkpoint()
+            say(f"| stopped by SIGTERM; to go on: --resume {self.records.path}")
+            raise
+        return False
 
-    def train_epoch(self, epoch: int, interrupted: threading.Event) -> None:
-        """One pass over the training text."""
-        args, records = self.args, self.records
-        starts = range(0, len(self.train_data) - 1, args.bptt)[: self.max_steps - records.steps]
-        log = Log(epoch, len(self.train_data) // args.bptt)
+    def is_trained(self) -> bool:
+        """Whether no step and no validation is left."""
+        return self.at.epoch > self.args.epochs or (self.records.steps >= self.max_steps and self.at.batch == 0)
+
+    def train_epoch(self) -> bool:
+        """The rest of one pass over the training text; return whether an interrupt came."""
+        args, records, at = self.args, self.records, self.at
+        starts = range(0, len(self.train_data) - 1, args.bptt)[: at.batch + self.max_steps - records.steps]
+        log = Log(at.epoch, len(self.train_data) // args.bptt)
         flush_interval = min(args.log_interval, args.max_skipped)
         self.model.train()
-        with self.precision.forward():
-            hidden = self.model.init_hidden(args.batch_size)
-        with tqdm(starts, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None) as bar:
-            for batch, i in enumerate(bar, 1):
-                hidden = self.train_step(epoch, i, hidden)
+        self.clock = time.monotonic()
+        stop = 0
+        with progress_bar(starts[at.batch :], f"epoch {at.epoch}", at.batch, len(starts)) as bar:
+            for i in bar:
+                self.train_step(i)
+                save = args.checkpoint_interval and records.steps % args.checkpoint_interval == 0
                 # Once steps are skipped, each one is looked at: the run must end while the bad gradients are there.
-                if self.skipped_in_a_row or batch % flush_interval == 0 or batch % args.log_interval == 0:
+                if at.skipped_in_a_row or save or at.batch % flush_interval == 0 or at.batch % args.log_interval == 0:
                     log.add(self.check(records.flush()))
-                if batch % args.log_interval == 0:
-                    log.line(batch, self.lr)
-                if interrupted.is_set():
+                if at.batch % args.log_interval == 0:
+                    log.line(at.batch, at.lr)
+                if save:
+                    self.write_checkpoint()
+                if stop := self.stop.poll():
                     break
         self.check(records.flush())
+        if stop == TERMINATE:
+            raise Terminated
+        return stop == INTERRUPT
 
-    def train_step(self, epoch: int, i: int, hidden: Hidden) -> Hidden:
+    def train_step(self, i: int) -> None:
         """One batch, starting at row `i`."""
         tokens, targets = get_batch(self.train_data, i, self.args.bptt)
         self.model.zero_grad()
         with self.precision.forward():
-            loss, hidden = next_word_loss(self.model, tokens, targets, detach(hidden))
+            hidden = self.model.init_hidden(tokens.size(1)) if self.hidden is None else detach(self.hidden)
+            loss, self.hidden = next_word_loss(self.parallel_model, tokens, targets, hidden)
         self.precision.backward(loss)
         result = self.precision.step(self.args.clip)
-        self.records.step(epoch, self.lr, loss, result)
-        self.words += targets.numel()
-        return hidden
+        self.records.step(self.at.epoch, self.at.lr, loss, result)
+        self.at.batch += 1
+        self.at.words += targets.numel() * distributed.world_size()
+        self.at.training_seconds += self.tick()
+
+    def tick(self) -> float:
+        """Seconds since the last call, which the epoch has taken too."""
+        before, self.clock = self.clock, time.monotonic()
+        self.at.epoch_seconds += self.clock - before
+        return self.clock - before
+
+    def end_epoch(self) -> None:
+        """Validate, record, and keep the model or anneal."""
+        between = self.stop.end_if_terminated
+        loss = evaluate(self.model, self.precision, self.valid_data, self.args.bptt, self.eval_batches, between)
+        loss = distributed.from_rank_0(loss)
+        self.tick()
+        at = self.at
+        self.records.epoch(at.epoch, loss, at.lr, at.epoch_seconds)
+        say("-" * 89)
+        say(
+            f"| end of epoch {at.epoch:3d} | time: {at.epoch_seconds:5.2f}s | valid loss {loss:5.2f} "
+            f"| valid ppl {perplexity(loss):8.2f}"
+        )
+        say("-" * 89)
+        self.keep_or_anneal(loss)
+        at.epoch, at.batch, at.epoch_seconds, self.hidden = at.epoch + 1, 0, 0.0, None
 
     def check(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Give `rows` back, or raise RunError where too many steps in a row came to nothing."""
         for row in rows:
             good = row["applied"] and math.isfinite(row["loss"])
-            self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
-            if self.skipped_in_a_row >= self.args.max_skipped:
-                raise RunError(self.diverged(row))
+            self.at.skipped_in_a_row = 0 if good else self.at.skipped_in_a_row + 1
+            if self.at.skipped_in_a_row >= self.args.max_skipped:
+                raise RunError(diverged(self.args, self.model, row))
         return rows
-
-    def diverged(self, row: dict[str, Any]) -> str:
-        """The message of a run that cannot be saved."""
-        args = self.args
-        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        advice = "a smaller --lr"
-        if args.dtype == "float16":
-            if args.static_loss_scale is not None:
-                dynamic = (
-                    "--dynamic-loss-scale" if args.script == "main_fp16_optimizer" else "main_amp.py's dynamic one"
-                )
-                advice += f", a smaller --static-loss-scale, {dynamic}"
-            advice += ", or main_amp.py --dtype bfloat16"
-        return (
-            f"{args.script}.py in mode {args.mode} has diverged: the loss or a gradient was not finite in "
-            f"{args.max_skipped} steps in a row, up to step {row['step']}, at loss scale {row['loss_scale']:g}; "
-            f"first parameter with a non-finite gradient: {bad[0] if bad else 'none'}; try {advice}"
-        )
 
     def keep_or_anneal(self, valid_loss: float) -> None:
         """Save the model where it is the best so far; divide the learning rate where it is not."""
-        if self.best is None or valid_loss < self.best or not math.isfinite(self.best):
-            save_model(self.args.save, self.model, self.corpus.dictionary.idx2word)
-            self.best = valid_loss
+        if self.at.best is None or valid_loss < self.at.best or not math.isfinite(self.at.best):
+            self.save_model()
+            self.best_weights = {name: weight.cpu().clone() for name, weight in self.model.state_dict().items()}
+            self.at.best = valid_loss
             return
-        self.lr /= ANNEAL_FACTOR
+        self.at.lr /= ANNEAL_FACTOR
         for group in self.precision.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.at.lr
+
+    def save_model(self) -> None:
+        """Write the model as it is now to --save."""
+        if distributed.rank() == 0:
+            save_model(self.args.save, self.model, self.corpus.dictionary.idx2word)
+
+    def write_checkpoint(self) -> None:
+        """Write checkpoint.pt; all processes take part."""
+        state = take_state(self.model, self.precision, self.at, self.hidden, self.best_weights)
+        if self.records.path is not None:
+            records = self.records.state()
+            write_checkpoint(self.records.path, state | {"corpus": self.corpus.sha256, "records": records})
+        self.clock = time.monotonic()
 
     def finish(self, status: str) -> None:
         """Test the best model, say so, and write the result."""
-        if self.best is None:  # stopped before the first validation: the model so far is the best one
-            save_model(self.args.save, self.model, self.corpus.dictionary.idx2word)
+        if self.best_weights is None:  # stopped before the first validation: the model so far is the best one
+            self.save_model()
         else:
-            load_weights(self.args.save, self.model)
-        test_loss = evaluate(self.model, self.precision, self.test_data, self.args.bptt, self.eval_batches)
+            self.model.load_state_dict(self.best_weights)
+        between = self.stop.end_if_terminated
+        test_loss = evaluate(self.model, self.precision, self.test_data, self.args.bptt, self.eval_batches, between)
         say("=" * 89)
         say(f"| End of training | test loss {test_loss:5.2f} | test ppl {perplexity(test_loss):8.2f}")
         say("=" * 89)
@@ -229,10 +281,11 @@ class Training:
 
     def write_result(self, status: str, test_loss: float | None) -> None:
         """Write `result.json`."""
-        self.records.flush()
+        if distributed.world_size() == 1:  # else the other processes, which a flush needs, may have gone
+            self.records.flush()
         self.records.write_result(
             status,
             test_loss,
-            tokens_per_second=self.words / self.training_seconds if self.training_seconds else None,
+            tokens_per_second=self.at.words / self.at.training_seconds if self.at.training_seconds else None,
             peak_memory_bytes=peak_memory_bytes(self.args.device),
         )

@@ -101,6 +101,7 @@ def test_files_left(programs, script):
         "model.pt",
         "run",
         *(f"run/{n}" for n in ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")),
+        *("run/checkpoint.pt", "run/checkpoint.previous.pt"),
     }
     model, vocabulary = load_model(programs.folder / "model.pt")
     assert len(vocabulary) == 18

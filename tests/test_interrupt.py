@@ -13,6 +13,7 @@ import torch
 import lm.train
 from lm.checkpoint import load_model
 from programs import BATCHES, HALF, SCRIPTS, TINY, read_run, start, write_corpus
+from runs import signal_at
 
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
 
@@ -25,27 +26,11 @@ def keep_handler():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def interrupt_at(monkeypatch, name: str, call: int, times: int = 1) -> None:
-    """Let SIGINT come in the middle of a call of `Training.name`, or of lm.train's function of that name."""
-    owner = lm.train.Training if hasattr(lm.train.Training, name) else lm.train
-    original = getattr(owner, name)
-    calls = 0
-
-    def interrupted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        for _ in range(times if calls == call else 0):
-            signal.raise_signal(signal.SIGINT)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, interrupted)
-
-
 @pytest.mark.usefixtures("keep_handler")
 @every_half
 def test_ctrl_c_in_the_first_epoch(programs, script, flags, monkeypatch):
     """The step is finished, the model so far is tested and saved."""
-    interrupt_at(monkeypatch, "train_step", 7)
+    signal_at(monkeypatch, signal.SIGINT, "train_step", 7)
     done = programs.run(script, *TINY, *flags, "--log-interval", "5")
     assert (done.code, done.err) == (0, "")
     run = read_run(programs.folder / "run", done.out)
@@ -67,7 +52,7 @@ def test_ctrl_c_later_tests_the_best_model(programs, script, flags, monkeypatch)
         return 3.0
 
     monkeypatch.setattr(lm.train, "evaluate", keep)
-    interrupt_at(monkeypatch, "train_step", BATCHES + 4)
+    signal_at(monkeypatch, signal.SIGINT, "train_step", BATCHES + 4)
     assert programs.run(script, *TINY, *flags).code == 0
     run = read_run(programs.folder / "run")
     assert (run.result["status"], len(run.steps), len(run.epochs)) == ("interrupted", BATCHES + 4, 1)
@@ -78,7 +63,7 @@ def test_ctrl_c_later_tests_the_best_model(programs, script, flags, monkeypatch)
 
 @pytest.mark.usefixtures("keep_handler")
 def test_ctrl_c_during_validation(programs, monkeypatch):
-    interrupt_at(monkeypatch, "evaluate", 1)
+    signal_at(monkeypatch, signal.SIGINT, "evaluate", 1)
     done = programs.run("main", *TINY)
     run = read_run(programs.folder / "run")
     assert (done.code, run.result["status"], len(run.steps)) == (0, "interrupted", BATCHES)
@@ -87,7 +72,7 @@ def test_ctrl_c_during_validation(programs, monkeypatch):
 
 @pytest.mark.usefixtures("keep_handler")
 def test_ctrl_c_during_the_test_does_not_cost_its_result(programs, monkeypatch):
-    interrupt_at(monkeypatch, "finish", 1)
+    signal_at(monkeypatch, signal.SIGINT, "finish", 1)
     done = programs.run("main", *TINY)
     assert done.code == 0
     assert "| End of training | test loss " in done.out
@@ -98,7 +83,7 @@ def test_ctrl_c_during_the_test_does_not_cost_its_result(programs, monkeypatch):
 @pytest.mark.parametrize("name", ["train_step", "finish"])
 def test_a_second_ctrl_c_ends_at_once(programs, monkeypatch, name):
     """Also in the middle of a step."""
-    interrupt_at(monkeypatch, name, 1, times=2)
+    signal_at(monkeypatch, signal.SIGINT, name, 1, times=2)
     done = programs.run("main", *TINY)
     assert (done.code, done.err) == (130, "")
     assert "End of training" not in done.out

@@ -42,10 +42,8 @@ def record_masks(job: Training, steps: int) -> tuple[list[torch.Tensor], torch.T
 
     job.model.drop.register_forward_hook(hook)
     job.model.train()
-    with job.precision.forward():
-        hidden = job.model.init_hidden(job.args.batch_size)
     for i in range(steps):
-        hidden = job.train_step(1, i * job.args.bptt, hidden)
+        job.train_step(i * job.args.bptt)
     return masks, torch.get_rng_state()
 
 

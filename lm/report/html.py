@@ -15,8 +15,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from lm.checkpoint import write_atomically
 from lm.errors import printable
+from lm.files import write_atomically
 from lm.records import to_json
 from lm.report import curves, page
 from lm.report.figures import Chart, charts

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lm.checkpoint import write_atomically
 from lm.errors import printable
+from lm.files import write_atomically
 from lm.report import curves
 from lm.report.curves import Floats, Mode, Steps
 from lm.report.types import Comparison, Run

@@ -6,8 +6,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from lm.checkpoint import write_atomically
 from lm.errors import printable
+from lm.files import write_atomically
 from lm.records import to_json
 from lm.report.types import BitEquality, Comparison, ModeSummary, Run
 

@@ -138,10 +138,10 @@ def test_a_signal_ends_all_trainers(trainer, tmp_path, monkeypatch, number) -> N
     """One ends by itself, one does not; the third is never started. No process is left, nor a handler."""
     monkeypatch.setattr(launch, "GRACE", 0.2)
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
     obedient = f"""
 def obey(*_): print('obeyed', flush=True); os._exit(0)
-signal.signal(signal.SIGINT, obey)
+signal.signal(signal.SIGTERM, obey)
 while not os.path.exists({str(tmp_path / "out/runs/b-1.log")!r}): time.sleep(0.01)
 while b'deaf' not in open({str(tmp_path / "out/runs/b-1.log")!r}, 'rb').read(): time.sleep(0.01)
 os.kill(os.getppid(), {int(number)})

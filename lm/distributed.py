@@ -1,0 +1,179 @@
+"""One run in several processes, started by torchrun: what each of them sees of the others.
+
+In a single process everything here does nothing, or is the identity.
+"""
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from lm.errors import RunError
+
+TIMEOUT = timedelta(minutes=5)
+"""How long a process waits for the others; writing a checkpoint to a slow disk must fit into it."""
+ROLL_CALL = 3.0  # seconds that the others have to say that they are alive
+
+_store: Any = None
+
+
+def world_size() -> int:
+    """How many processes share this run."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def rank() -> int:
+    """The number of this process among them. Number 0 writes the records and speaks."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def local_rank() -> int:
+    """The number of this process among those on this machine, and of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def join(device: str) -> None:
+    """Meet the other processes, once. On GPUs they talk through nccl, on CPUs through gloo.
+
+    Raises:
+        RunError: they did not all come.
+    """
+    global _store
+    if world_size() == 1 or dist.is_initialized():
+        return
+    backend = "cpu:gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        backend += ",cuda:nccl"
+    try:
+        _store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
+        group = dist.PrefixStore("group", _store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"cannot reach the other processes ({first_line(error)}); see torchrun's options") from None
+
+
+def own_random_numbers(seed: int) -> None:
+    """Let each process draw dropout masks of its own, now that all have drawn the same weights."""
+    if rank() > 0:
+        torch.manual_seed(seed + rank())
+
+
+def meet() -> None:
+    """Wait for the others, where all are known to come: torchrun ends all processes as soon as one fails."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    """Part from the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """`model`, whose gradients are, after backward, the means over all processes, in the dtype of its weights.
+
+    An inf or nan in one process's gradient is one in every process's then: all skip the same steps.
+    """
+    return DistributedDataParallel(model) if world_size() > 1 else model
+
+
+def my_columns(data: Tensor) -> Tensor:
+    """This process's share of the columns of `data`, shape (rows, columns / world_size)."""
+    if world_size() == 1:
+        return data
+    return data.chunk(world_size(), dim=1)[rank()].contiguous()
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of each of `values` (floating point) over all processes."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def from_rank_0(value: float) -> float:
+    """Rank 0's `value`: a decision that hangs on it must be the same everywhere."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(tensor, 0)
+    return float(tensor)
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of each process, in the order of ranks; on others than rank 0, an empty list."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+class Maximum:
+    """The largest value that any process has given, known to all of them at the same step.
+
+    The answer is one call old, so that nobody waits for a message under way, and no GPU at all.
+    """
+
+    def __init__(self) -> None:
+        self._known = 0
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def __call__(self, mine: int) -> int:
+        """Give `mine`; return what all had given by the call before. In a single process that is `mine` itself."""
+        if world_size() == 1:
+            return mine
+        if self._asked:
+            work, answer = self._asked
+            work.wait()
+            self._known = int(answer)
+        answer = torch.tensor(max(mine, self._known))
+        self._asked = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
+        return self._known
+
+
+def lost(error: RuntimeError) -> RunError | None:
+    """The error to show where `error` came of another process that has gone or hangs, naming it; else None."""
+    if world_size() == 1 or not _is_of_communication(error):
+        return None
+    missing = ", ".join(map(str, _roll_call()))
+    who = f"rank {missing} does not answer" if missing else "the connection broke, though all ranks are alive"
+    return RunError(
+        f"cannot go on: {who} (see its own messages, and the exit code that torchrun gives); "
+        "start again with --resume and the run directory"
+    )
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Application timeout" in str(error)
+
+
+def _roll_call() -> list[int]:
+    """The ranks that do not answer; through the store, which torchrun keeps, whoever has died."""
+    if _store is None:
+        return []
+    missing = [n for n in range(world_size()) if n != rank()]
+    deadline = time.monotonic() + ROLL_CALL
+    try:
+        _store.set(f"alive/{rank()}", "")
+        while missing and time.monotonic() < deadline:
+            missing = [n for n in missing if not _store.check([f"alive/{n}"])]
+            time.sleep(0.05)
+    except RuntimeError:
+        return []
+    return missing
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, in short."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

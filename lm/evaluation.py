@@ -1,0 +1,38 @@
+"""The loss of a model over a whole text."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lm.console import progress_bar
+from lm.data import get_batch
+from lm.model import RNNModel, next_word_loss
+from lm.precision import Precision
+
+
+@torch.no_grad()
+def evaluate(
+    model: RNNModel,
+    precision: Precision,
+    source: Tensor,
+    bptt: int,
+    max_batches: int | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean cross entropy in nats a word over `source` (shape (rows, columns)), summed in float64.
+
+    `between` is called before each batch.
+    """
+    model.eval()
+    losses, words = [], []
+    with precision.forward():
+        hidden = model.init_hidden(source.size(1))
+        for i in progress_bar(range(0, len(source) - 1, bptt)[:max_batches], "evaluation"):
+            between()
+            tokens, targets = get_batch(source, i, bptt)
+            loss, hidden = next_word_loss(model, tokens, targets, hidden)
+            losses.append(loss)
+            words.append(targets.numel())
+    weights = torch.tensor(words, dtype=torch.float64)
+    return float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())

@@ -1,0 +1,160 @@
+"""checkpoint.pt: everything that lets a run go on to the bit, and the reading of it, which trusts nothing."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lm.console import say
+from lm.errors import BadFileError, UsageError
+from lm.files import write_atomically
+from lm.tensorfile import load_tensors
+
+FORMAT = "lm-precision checkpoint 1"
+FILE = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+MAX_CONFIG_BYTES = 2**24
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        lr: of the next step.
+        epoch: of the next step, from 1.
+        batch: how many batches of that epoch lie behind; all of them where only the validation is left.
+        best: lowest validation loss so far.
+        skipped_in_a_row: steps up to now without effect.
+        words: trained on, in all.
+        training_seconds: spent on them.
+        epoch_seconds: spent on this epoch.
+    """
+
+    lr: float
+    epoch: int = 1
+    batch: int = 0
+    best: float | None = None
+    skipped_in_a_row: int = 0
+    words: int = 0
+    training_seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+    @classmethod
+    def restore(cls, state: Any) -> Self:
+        """From a checkpoint.
+
+        Raises:
+            ValueError: `state` is no position.
+        """
+        types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+        if not isinstance(state, dict) or state.keys() != types.keys():
+            raise ValueError("its position has other fields")
+        for name, value in state.items():
+            allowed = (float, type(None)) if name == "best" else (types[name],)
+            negative = isinstance(value, int | float) and not value >= 0 and name != "best"
+            if type(value) not in allowed or negative:
+                raise ValueError(f"{name} is {str(value)[:20]}")
+        position = cls(**state)
+        if position.epoch < 1 or not 0 < position.lr < math.inf:
+            raise ValueError(f"epoch is {position.epoch}, lr is {position.lr}")
+        return position
+
+
+def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:
+    """Make `content` the run's checkpoint.pt, and keep the one before it."""
+    path, previous = directory / FILE, directory / PREVIOUS
+    if path.exists():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)  # so that there is a whole checkpoint.pt at every moment
+        except OSError:  # a file system without hard links
+            path.replace(previous)
+    write_atomically(path, lambda file: torch.save(content | {"format": FORMAT}, file))
+
+
+def read_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """The run's last checkpoint, or the one before it where that is damaged; None before the first one.
+
+    Raises:
+        UsageError: those that are there cannot be used.
+    """
+    damaged = ""
+    for path in (directory / FILE, directory / PREVIOUS):
+        if not os.path.lexists(path):
+            continue
+        try:
+            content = load_tensors(path)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise BadFileError("no checkpoint of this project")
+        except (BadFileError, FileNotFoundError) as error:  # a link to nothing is there, and is not found
+            damaged = damaged or f"{path} cannot be used ({error})"
+            continue
+        if damaged:
+            say(f"| {damaged}; going on from the one before it, {path.name}")
+            path.replace(directory / FILE)  # the next write must not put the damaged one in its place
+        return content
+    if damaged:
+        raise UsageError(f"--resume: {damaged}; delete it to start the run from its beginning")
+    return None
+
+
+def check_like(value: Any, template: Any, where: str) -> None:
+    """Raise ValueError unless `value` is built as `template` is: same keys, same types, same shapes and dtypes."""
+    if isinstance(template, Tensor):
+        fits = isinstance(value, Tensor) and value.shape == template.shape and value.dtype == template.dtype
+        if not fits:
+            raise ValueError(f"{where} is not a {tuple(template.shape)} tensor of {template.dtype}")
+    elif isinstance(template, dict):
+        if not isinstance(value, dict) or not value.keys() >= template.keys():
+            raise ValueError(f"{where} has other entries")
+        for key, part in template.items():
+            check_like(value[key], part, f"{where}.{key}")
+    elif isinstance(template, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(template):
+            raise ValueError(f"{where} has not {len(template)} elements")
+        for i, part in enumerate(template):
+            check_like(value[i], part, f"{where}.{i}")
+    elif not (isinstance(value, type(template)) or {type(value), type(template)} <= {int, float}):
+        raise ValueError(f"{where} is {str(value)[:20]}")
+
+
+def command_of(directory: Path, script: str) -> list[str]:
+    """The flags that the run in `directory` was started with.
+
+    Raises:
+        UsageError: it holds no run of `script`.
+    """
+    path = directory / "config.json"
+    try:
+        if path.exists() and not path.is_file():
+            raise TypeError(path)
+        with path.open("rb") as file:
+            config = json.loads(file.read(MAX_CONFIG_BYTES))
+        ran: Any = config["script"]
+        flags: list[str] = config["environment"]["command"][1:]
+    except FileNotFoundError:
+        raise UsageError(f"--resume {directory} holds no run (there is no config.json); give a run directory") from None
+    except OSError as error:
+        raise UsageError(f"--resume {directory}: cannot read config.json ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UsageError(f"--resume {directory}: config.json is not what a trainer wrote; start a new run") from None
+    if not all(type(flag) is str for flag in flags) or {"-h", "--help", "--version"} & set(flags):
+        raise UsageError(f"--resume {directory}: config.json holds no command line of a trainer; start a new run")
+    if ran != script:
+        raise UsageError(f"--resume {directory} holds a run of {str(ran)[:40]!r}, not of {script}.py; use that script")
+    return flags
+
+
+def status_of(directory: Path) -> str | None:
+    """How the run ended: "finished", "interrupted" or "diverged"; None where it has not, or nothing says so."""
+    try:
+        status = json.loads((directory / "result.json").read_bytes())["status"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return status if isinstance(status, str) else None

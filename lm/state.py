@@ -1,0 +1,113 @@
+"""All that a run is between two steps, as plain values and tensors, taken and put back to the bit."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm import distributed
+from lm.errors import printable
+from lm.model import Hidden, RNNModel
+from lm.precision import Precision
+from lm.resume import Position, check_like
+
+
+def take_state(
+    model: RNNModel,
+    precision: Precision,
+    position: Position,
+    hidden: Hidden | None,
+    best_weights: dict[str, Tensor] | None,
+) -> dict[str, Any]:
+    """The state of a run, on rank 0 that of all processes; they must all ask. Tensors are not copied.
+
+    hidden        before the next batch, whose shape is (nlayers, columns of this process, nhid); None at the first
+    best_weights  on the CPU, those with the lowest validation loss; None before the first validation
+    """
+    parts = distributed.gather((_tuple(hidden), _random_states(model)))
+    columns = [part for part, _ in parts if part is not None]
+    return {
+        "model": model.state_dict(),
+        "precision": precision.state_dict(),
+        "position": asdict(position),
+        "hidden": [torch.cat(tensors, dim=1) for tensors in zip(*columns, strict=True)] if columns else None,
+        "random": [random for _, random in parts],
+        "best_weights": best_weights,
+    }
+
+
+def restore_state(
+    state: dict[str, Any], model: RNNModel, precision: Precision, batch_size: int
+) -> tuple[Position, Hidden | None, dict[str, Tensor] | None]:
+    """Put `state` back into `model`, `precision` and the random generators; return the rest of it.
+
+    With another number of processes than it was taken in, each takes its columns of the hidden state, and the
+    generators of those that were not there before stay as a new run has them.
+
+    Raises:
+        ValueError: `state` is not that of such a run; what was put back until then stays.
+    """
+    try:
+        with precision.forward():
+            expected_hidden = list(_tuple(model.init_hidden(batch_size)) or ())
+        weights = model.state_dict()
+        check_like(state["model"], weights, "model")
+        check_like(state["precision"], precision.state_dict(), "precision")
+        if "optimizer" in state["precision"]:  # FP16_Optimizer checks its own
+            params = [p for group in precision.param_groups for p in group["params"]]
+            _check_optimizer_state(state["precision"]["optimizer"], params)
+        position = Position.restore(state["position"])
+        if state["hidden"] is not None:
+            check_like(state["hidden"], expected_hidden, "hidden")
+        if state["best_weights"] is not None:
+            check_like(state["best_weights"], weights, "best_weights")
+        if not isinstance(state["random"], list):
+            raise TypeError("random is no list")
+        for random in state["random"][distributed.rank() :][:1]:
+            check_like(random, _random_states(model), "random")
+        model.load_state_dict(state["model"])
+        precision.load_state_dict(state["precision"])
+        if distributed.rank() < len(state["random"]):
+            _set_random_states(state["random"][distributed.rank()], model)
+        return position, _my_hidden(state["hidden"], model), state["best_weights"]
+    except Exception as error:  # the content of a hostile checkpoint can make any of these fail in any way
+        reason = printable(" ".join(str(error).split()), 160)
+        raise ValueError(f"its checkpoint is not of this run ({reason})") from None
+
+
+def _tuple(hidden: Hidden | None) -> tuple[Tensor, ...] | None:
+    if hidden is None:
+        return None
+    return tuple(h.detach().cpu() for h in (hidden if isinstance(hidden, tuple) else (hidden,)))
+
+
+def _my_hidden(saved: list[Tensor] | None, model: RNNModel) -> Hidden | None:
+    if saved is None:
+        return None
+    mine = [h.chunk(distributed.world_size(), dim=1)[distributed.rank()] for h in saved]
+    device = model.decoder.weight.device
+    tensors = tuple(h.contiguous().to(device) for h in mine)
+    return tensors if len(tensors) == 2 else tensors[0]
+
+
+def _random_states(model: RNNModel) -> dict[str, Tensor]:
+    """Dropout draws from the generator of the device that the model is on; sampling and start-up from the CPU's."""
+    device = model.decoder.weight.device
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _set_random_states(states: dict[str, Tensor], model: RNNModel) -> None:
+    torch.set_rng_state(states["cpu"])
+    device = model.decoder.weight.device
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _check_optimizer_state(saved: Any, params: list[Tensor]) -> None:
+    """Buffers such as momentum have the shape of their weight, or are counters; load_state_dict takes any."""
+    for index, buffers in saved["state"].items():
+        for name, buffer in buffers.items():
+            if isinstance(buffer, Tensor) and buffer.numel() > 1 and buffer.shape != params[index].shape:
+                raise ValueError(f"the optimizer's {name} has shape {tuple(buffer.shape)}")

@@ -1,0 +1,74 @@
+"""What two runs must have in common to be the same run, and ways to end one early."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lm.train
+from programs import Done, Programs, read_rows, strict_json
+
+MEASURED = ("tokens_per_second", "peak_memory_bytes")
+
+
+class KilledError(BaseException):
+    """Stands for kill -9: nothing catches it, nothing is tidied up."""
+
+
+def outcome(folder: Path, run: str = "run", model: str = "model.pt") -> dict[str, Any]:
+    """All that a run leaves, byte for byte; without times, rates and memory."""
+    epochs = [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in read_rows(folder / run / "epochs.jsonl")
+    ]
+    result = strict_json((folder / run / "result.json").read_text())
+    return {
+        "steps": (folder / run / "steps.jsonl").read_bytes(),
+        "epochs": json.dumps(epochs),
+        "result": {name: value for name, value in result.items() if name not in MEASURED},
+        "model": (folder / model).read_bytes(),
+    }
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, programs: Programs, name: str, call: int, *command: str) -> None:
+    """Run `command` and kill it as `Training.name`, or lm.train's function of that name, is called for that time."""
+    owner = lm.train.Training if hasattr(lm.train.Training, name) else lm.train
+    original = getattr(owner, name)
+    calls = 0
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KilledError
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(KilledError):
+            programs.run(*command)
+
+
+def resume(programs: Programs, script: str, *flags: str) -> Done:
+    """`python script.py --resume run`, which must succeed."""
+    done = programs.run(script, "--resume", "run", *flags)
+    assert (done.code, done.err) == (0, ""), done
+    return done
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, name: str, call: int, times: int = 1) -> None:
+    """Let a signal come at the beginning of a call of `Training.name`, or of lm.train's function of that name."""
+    owner = lm.train.Training if hasattr(lm.train.Training, name) else lm.train
+    original = getattr(owner, name)
+    calls = 0
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for _ in range(times if calls == call else 0):
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, signalled)
