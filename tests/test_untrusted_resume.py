@@ -100,6 +100,30 @@ def test_a_changed_checkpoint_is_gone_on_with_or_refused(
     assert ends.count(2) > len(ends) / 4
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("precision/optimizer/param_groups/0/lr", "\x1b[2J\n", r"lr is \\x1b\[2J"),
+        ("records/steps", "\x1b[2J\n", r"steps is \\x1b\[2J"),
+        ("records/steps", 1.5, "not counted in whole numbers"),
+        ("random", torch.zeros(3), "random is no list"),
+        ("random/0/cpu", torch.zeros(3), "random.cpu is not a"),
+    ],
+)
+def test_what_once_went_through(stopped: Programs, path: str, value: Any, said: str) -> None:
+    """Or reached the terminal as it was."""
+    file = stopped.folder / "run" / "checkpoint.pt"
+    content = place = torch.load(file, weights_only=True)
+    *way, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+    for key in way:
+        place = place[key]
+    place[last] = value
+    torch.save(content, file)
+    error = stopped.refuse("main", "--resume", "run")
+    assert re.search(said, error), error
+    assert error[:-1].isprintable()
+
+
 def test_the_folder_is_as_it_was(stopped: Programs) -> None:
     """A refusal leaves all that was there, so that the run can be looked at."""
     path: Path = stopped.folder / "run" / "checkpoint.pt"
