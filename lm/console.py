@@ -30,24 +30,30 @@ class Log:
     def __init__(self, epoch: int, batches: int) -> None:
         self.epoch = epoch
         self.batches = batches
-        self.rows: list[dict[str, Any]] = []
+        self._start_line()
+
+    def _start_line(self) -> None:
+        self.steps = self.skipped = 0
+        self.loss = 0.0
         self.start = time.monotonic()
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Count these steps in the next line."""
-        self.rows += rows
+        for row in rows:
+            self.steps += 1
+            self.loss += row["loss"]
+            self.skipped += not row["applied"]
+            self.loss_scale = row["loss_scale"]
 
     def line(self, batch: int, lr: float) -> None:
         """Print the mean over the steps since the last line."""
-        ms = (time.monotonic() - self.start) * 1000 / len(self.rows)
-        loss = sum(row["loss"] for row in self.rows) / len(self.rows)
-        skipped = sum(not row["applied"] for row in self.rows)
+        ms = (time.monotonic() - self.start) * 1000 / self.steps
+        loss = self.loss / self.steps
         text = (
             f"| epoch {self.epoch:3d} | {batch:5d}/{self.batches:5d} batches | lr {lr:02.2f} "
             f"| ms/batch {ms:5.2f} | loss {loss:5.2f} | ppl {perplexity(loss):8.2f}"
         )
-        if skipped:
-            text += f" | skipped {skipped} | loss scale {self.rows[-1]['loss_scale']:g}"
+        if self.skipped:
+            text += f" | skipped {self.skipped} | loss scale {self.loss_scale:g}"
         say(text)
-        self.rows = []
-        self.start = time.monotonic()
+        self._start_line()

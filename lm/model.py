@@ -116,5 +116,14 @@ def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hi
 
 
 def detach(hidden: Hidden) -> Hidden:
-    """`hidden` without its history, so that gradients stop at the batch's first word."""
-    return (hidden[0].detach(), hidden[1].detach()) if isinstance(hidden, tuple) else hidden.detach()
+    """`hidden` without its history, so that gradients stop at the batch's first word.
+
+    What is not finite starts anew at 0, as all of it does in each epoch: one bad batch must not spoil every later one.
+    """
+    if isinstance(hidden, tuple):
+        return _finite(hidden[0].detach()), _finite(hidden[1].detach())
+    return _finite(hidden.detach())
+
+
+def _finite(state: Tensor) -> Tensor:
+    return state.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # without a wait for the device

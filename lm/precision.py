@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from fp16_utils import FP16_Optimizer, fused, master_params_to_model_params, model_grads_to_master_grads
+from fp16_utils.checks import LARGEST_SCALE, SMALLEST_SCALE
 
 
 class StepResult(NamedTuple):
@@ -175,9 +176,11 @@ class WrappedOptimizer:
     def step(self, max_norm: float) -> StepResult:
         """See `Precision.step`."""
         self._optimizer.update_master_grads()
+        # Finite gradients whose norm is inf are clipped to 0 by a finite max_norm; inf / inf would make them nan.
+        max_norm = min(max_norm, torch.finfo(torch.float32).max)
         norm = torch.as_tensor(self._optimizer.clip_master_grads(max_norm), dtype=torch.float32, device=self._device)
         self._optimizer.step()
-        applied = norm >= 0  # clip_master_grads says -1 on overflow
+        applied = norm.isfinite() & (norm >= 0)  # clip_master_grads says -1 on overflow
         return StepResult(applied, torch.where(applied, norm, torch.inf), self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,8 +192,7 @@ class WrappedOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Precision.load_state_dict`."""
         if not isinstance(self._optimizer, FP16_Optimizer):
-            scaler = self._optimizer.loss_scaler
-            vars(scaler).update(state["loss_scaler"])
+            vars(scaler := self._optimizer.loss_scaler).update(state["loss_scaler"])
             state = state | {"loss_scaler": scaler}
         self._optimizer.load_state_dict(state)
 
@@ -204,8 +206,8 @@ class Autocast:
     3. `GradScaler.unscale_` multiplies them by 1/S and checks them.
     4. Their norm is taken, and they are clipped.
     5. `GradScaler.step` updates the weights, unless a gradient was not finite.
-    6. `GradScaler.update` halves S after a skipped step and doubles it after a window without one, or, with a
-       static scale, sets it to what it was.
+    6. `GradScaler.update` halves S after a skipped step and doubles it after a window without one, within
+       [2**-100, 2**127], since GradScaler alone would take it to 0 and never back; a static scale stays.
 
     bfloat16 and float32 need no loss scale. They run at a static scale of 1, for the check of step 3.
 
@@ -257,6 +259,8 @@ class Autocast:
             torch.maximum(flag, found_inf.float(), out=flag)
         self._scaler.step(self._optimizer)
         self._scaler.update(self._static_scale)
+        if self._static_scale is None:
+            self._scaler.update(self._scaler.scale(self._one).clamp_(SMALLEST_SCALE, LARGEST_SCALE))
         return StepResult(~found_inf, norm, self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,8 +280,7 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 def _clip_if_finite(params: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip the gradients as `clip_grad_norm_` does; return their norm (fp32) and whether it is not finite (bool).
 
-    Non-finite gradients stay as they are, so that one can still see which they were; clipping by a nan norm
-    would make all of them nan.
+    Non-finite gradients stay as they are, to be seen; clipping by a nan norm would make all of them nan.
     """
     norm = get_total_norm([p.grad for p in params if p.grad is not None])
     found_inf = ~norm.isfinite()
