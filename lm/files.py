@@ -1,36 +1,97 @@
 """Files that are written whole or not at all, and directories that one process at a time may write to."""
 
 import fcntl
+import glob
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from lm.errors import UsageError
 
+BESIDE = ".tmp"
+"""How the name of a file ends that is being written."""
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Path | None = None) -> None:
     """Let `write` fill a file beside `path`, then put it in place in one step.
 
     Whoever reads `path`, also after a crash or a power cut, finds the old content or the new, never a part. A link
-    stays a link.
+    stays a link. The old content goes to `keep`, if that is given, and not before the new is on the disk. What a
+    writer that was killed has left beside `path` is removed.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `path`.
     """
-    path = path.resolve()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    beside = Path(name)
+    with naming(path):
+        path = path.resolve()
+        remove_leftovers(path)
+        handle, beside = _create_beside(path)
+        try:
+            with os.fdopen(handle, "wb") as file:  # open, and so locked, until the name is gone
+                _fill(file, write)
+                sync(file)
+                umask = os.umask(0)
+                os.umask(umask)
+                beside.chmod(0o666 & ~umask)  # as open() would have made it; mkstemp's are private
+                if keep is not None and path.exists():
+                    _keep(path, keep)
+                beside.replace(path)
+            sync_directory(path.parent)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let every OSError name `path`: those of a write or a flush name no file, and others the file beside it."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            sync(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)  # as open() would have made it; mkstemp's are private
-        beside.replace(path)
-        sync_directory(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers of `path` that were killed have left beside it; living ones hold a lock on theirs."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{BESIDE}"):
+        with suppress(OSError):  # locked, gone by now, or another user's
+            handle = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(handle)
+
+
+def _create_beside(path: Path) -> tuple[int, Path]:
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=BESIDE)
+        with suppress(OSError):  # no locks on this file system: leftovers stay there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.lexists(name):
+            return handle, Path(name)
+        os.close(handle)  # another process took it for a leftover before the lock was on it
+
+
+def _fill(file: IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
+    try:
+        write(file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save hides what the file raised
+            raise error.__context__ from None
+        raise
+
+
+def _keep(path: Path, keep: Path) -> None:
+    keep.unlink(missing_ok=True)
+    try:
+        os.link(path, keep)  # so that `path` is there at every moment
+    except OSError:  # a file system without hard links
+        path.replace(keep)
 
 
 def sync(file: IO[bytes]) -> None:

@@ -25,10 +25,10 @@ from lm.config import parse_args
 from lm.console import say
 from lm.errors import RunError, UsageError, printable
 from lm.files import write_atomically
+from lm.jsonfile import read_object
 from lm.modes import MODES
 from lm.progress import Progress
 from lm.records import to_json
-from lm.report.runs import read_object
 from lm.report.types import Failure
 
 SCRIPTS = Path(__file__).resolve().parent.parent

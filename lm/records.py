@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from lm import distributed
 from lm.errors import UsageError
-from lm.files import lock, sync, write_atomically
+from lm.files import lock, naming, remove_leftovers, sync, write_atomically
 from lm.precision import StepResult
 
 LINES = ("steps.jsonl", "epochs.jsonl")
 FILES = ("config.json", *LINES, "result.json", "checkpoint.pt")
+START = dict.fromkeys(("steps", "skipped", *LINES), 0)
+"""The `RunDirectory.state` of a run that has recorded nothing."""
 
 
 class RunDirectory:
@@ -44,24 +46,34 @@ class RunDirectory:
         self._lock = None if path is None else lock(path)
 
     @classmethod
-    def create(cls, path: Path | None, name: str) -> Self:
+    def create(cls, path: Path | None, name: str, config: dict[str, Any]) -> Self:
         """The directory of a new run: `path`, which must not hold one yet, or by default `runs/<name>-<time>`.
+
+        `config.json` is its first file: from then on the run can be resumed.
 
         Raises:
             UsageError: the directory holds a run already or is in use, or cannot be made or written to.
         """
         where = "runs" if path is None else f"--run-dir {path}"
         with _clear_errors(where, f"{where}: cannot write there ({{}}); give another directory"):
+            new = path is None or not path.exists()
             path = _new_directory(name) if path is None else path
             path.mkdir(parents=True, exist_ok=True)
             records = cls(path)
-            if any(os.path.lexists(path / file) for file in FILES):
+            try:
+                if any(os.path.lexists(path / file) for file in FILES):
+                    raise UsageError(
+                        f"--run-dir {path} holds a run already; give a new one, or --resume {path} to go on with it"
+                    )
+                records.write_config(config)
+                for file in LINES:
+                    (path / file).touch()
+            except BaseException:
+                if new:
+                    with suppress(OSError):
+                        path.rmdir()
                 records.close()
-                raise UsageError(
-                    f"--run-dir {path} holds a run already; give a new directory, or --resume {path} to go on with it"
-                )
-            for file in LINES:
-                (path / file).touch()
+                raise
         return records
 
     @classmethod
@@ -73,7 +85,10 @@ class RunDirectory:
         """
         where = f"--resume {path}"
         with _clear_errors(where, f"{where}: cannot open it ({{}}); give a run directory"):
-            return cls(path)
+            records = cls(path)
+        for file in FILES:
+            remove_leftovers(path / file)
+        return records
 
     def close(self) -> None:
         """Let others write to the directory."""
@@ -87,7 +102,7 @@ class RunDirectory:
         for name in LINES:
             lengths[name] = 0
             if self.path is not None:
-                with (self.path / name).open("ab") as file:
+                with naming(self.path / name), (self.path / name).open("ab") as file:
                     sync(file)
                     lengths[name] = file.tell()
         return {"steps": self.steps, "skipped": self.skipped} | lengths
@@ -102,9 +117,11 @@ class RunDirectory:
         if self.path is None:
             return
         for name in LINES:
+            size = (self.path / name).stat().st_size if (self.path / name).exists() else 0
+            if not 0 <= state[name] <= size:
+                raise ValueError(f"{name} has {size} bytes, not {state[name]}")
+        for name in LINES:
             with (self.path / name).open("ab") as file:
-                if not 0 <= state[name] <= file.tell():
-                    raise ValueError(f"{name} has {file.tell()} bytes, not {state[name]}")
                 file.truncate(state[name])
         (self.path / "result.json").unlink(missing_ok=True)  # that of an interrupted run, or of fewer epochs
 
@@ -156,7 +173,7 @@ class RunDirectory:
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.path is None:
             return
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.writelines(to_json(row) + "\n" for row in rows)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """checkpoint.pt: everything that lets a run go on to the bit, and the reading of it, which trusts nothing."""
 
-import json
 import math
 import os
 from dataclasses import dataclass, fields
@@ -11,14 +10,17 @@ import torch
 from torch import Tensor
 
 from lm.console import say
-from lm.errors import BadFileError, UsageError
+from lm.errors import BadFileError, UsageError, printable
 from lm.files import write_atomically
+from lm.jsonfile import read_object
 from lm.tensorfile import load_tensors
 
 FORMAT = "lm-precision checkpoint 1"
 FILE = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
-MAX_CONFIG_BYTES = 2**24
+DAMAGED = "checkpoint.damaged.pt"
+NO_RUN = {"-h", "--help", "--version"}
+"""Flags that start none."""
 
 
 @dataclass
@@ -68,14 +70,9 @@ class Position:
 
 def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:
     """Make `content` the run's checkpoint.pt, and keep the one before it."""
-    path, previous = directory / FILE, directory / PREVIOUS
-    if path.exists():
-        previous.unlink(missing_ok=True)
-        try:
-            os.link(path, previous)  # so that there is a whole checkpoint.pt at every moment
-        except OSError:  # a file system without hard links
-            path.replace(previous)
-    write_atomically(path, lambda file: torch.save(content | {"format": FORMAT}, file))
+    write_atomically(
+        directory / FILE, lambda file: torch.save(content | {"format": FORMAT}, file), keep=directory / PREVIOUS
+    )
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any] | None:
@@ -84,23 +81,28 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: those that are there cannot be used.
     """
-    damaged = ""
-    for path in (directory / FILE, directory / PREVIOUS):
+    newest = directory / FILE
+    problem = f"{newest} is missing"
+    damaged: list[str] = []
+    for path in (newest, directory / PREVIOUS):
         if not os.path.lexists(path):
             continue
         try:
             content = load_tensors(path)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise BadFileError("no checkpoint of this project")
-        except (BadFileError, FileNotFoundError) as error:  # a link to nothing is there, and is not found
-            damaged = damaged or f"{path} cannot be used ({error})"
+        except (BadFileError, FileNotFoundError) as error:  # no such file: a link to one that is gone
+            damaged.append(str(path))
+            problem = f"{path} cannot be used ({error})" if len(damaged) == 1 else problem
             continue
-        if damaged:
-            say(f"| {damaged}; going on from the one before it, {path.name}")
-            path.replace(directory / FILE)  # the next write must not put the damaged one in its place
+        if path != newest:
+            say(f"| {problem}; going on from the one before it, {path.name}")
+            if damaged:  # out of the way, but not lost
+                newest.replace(directory / DAMAGED)
+            path.replace(newest)
         return content
     if damaged:
-        raise UsageError(f"--resume: {damaged}; delete it to start the run from its beginning")
+        raise UsageError(f"--resume: {problem}; delete {' and '.join(damaged)} to start the run from its beginning")
     return None
 
 
@@ -130,31 +132,27 @@ def command_of(directory: Path, script: str) -> list[str]:
     Raises:
         UsageError: it holds no run of `script`.
     """
-    path = directory / "config.json"
+    where = f"--resume {printable(directory)}"
+    if not (directory / "config.json").exists():
+        raise UsageError(f"{where} holds no run (there is no config.json); give a run directory")
     try:
-        if path.exists() and not path.is_file():
-            raise TypeError(path)
-        with path.open("rb") as file:
-            config = json.loads(file.read(MAX_CONFIG_BYTES))
-        ran: Any = config["script"]
-        flags: list[str] = config["environment"]["command"][1:]
-    except FileNotFoundError:
-        raise UsageError(f"--resume {directory} holds no run (there is no config.json); give a run directory") from None
+        config = read_object(directory / "config.json")
+        ran, flags = config["script"], config["environment"]["command"][1:]
     except OSError as error:
-        raise UsageError(f"--resume {directory}: cannot read config.json ({error.strerror})") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise UsageError(f"--resume {directory}: config.json is not what a trainer wrote; start a new run") from None
-    if not all(type(flag) is str for flag in flags) or {"-h", "--help", "--version"} & set(flags):
-        raise UsageError(f"--resume {directory}: config.json holds no command line of a trainer; start a new run")
+        raise UsageError(f"{where}: cannot read config.json ({error.strerror})") from None
+    except (LookupError, TypeError):
+        flags = None
+    if not isinstance(flags, list) or not all(type(flag) is str for flag in flags) or NO_RUN & set(flags):
+        raise UsageError(f"{where}: config.json holds no command line of a trainer; start a new run")
     if ran != script:
-        raise UsageError(f"--resume {directory} holds a run of {str(ran)[:40]!r}, not of {script}.py; use that script")
+        raise UsageError(f"{where} holds a run of {printable(ran, 40)}, not of {script}.py; use that script")
     return flags
 
 
 def status_of(directory: Path) -> str | None:
     """How the run ended: "finished", "interrupted" or "diverged"; None where it has not, or nothing says so."""
     try:
-        status = json.loads((directory / "result.json").read_bytes())["status"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        status = read_object(directory / "result.json").get("status")
+    except (OSError, UsageError):
         return None
     return status if isinstance(status, str) else None

@@ -5,6 +5,7 @@ import copy
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from lm.evaluation import evaluate
 from lm.files import check_writable
 from lm.model import Hidden, RNNModel, detach, next_word_loss
 from lm.precision import Precision
-from lm.records import RunDirectory, perplexity
+from lm.records import START, RunDirectory, perplexity
 from lm.resume import Position, check_like, read_checkpoint, status_of, write_checkpoint
 from lm.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.state import restore_state, take_state
@@ -73,8 +74,8 @@ class Training:
         if args.resume is not None:
             self.resume(writes)
         elif writes:
-            self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}")
-            self.records.write_config(describe(args, corpus, model, self.dtypes))
+            config = describe(args, corpus, model, self.dtypes)
+            self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}", config)
         else:
             self.records = RunDirectory(None)
         self.parallel_model = distributed.data_parallel(model)
@@ -91,14 +92,18 @@ class Training:
             if content is not None:
                 self.restore(content)
             elif writes:
-                self.records.go_back(dict.fromkeys(self.records.state(), 0))
+                self.records.go_back(START)
             if self.args.changed:
                 self.records.write_config(describe(self.args, self.corpus, self.model, self.dtypes))
-        except ValueError as error:
+        except BaseException as error:
             self.records.close()
-            raise UsageError(f"--resume {directory}: {printable(error)}; start a new run") from None
-        except BaseException:
-            self.records.close()
+            if isinstance(error, ValueError):
+                raise UsageError(f"--resume {directory}: {printable(error)}; start a new run") from None
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise UsageError(
+                    f"--resume {directory}: cannot write {error.filename or 'standard output'} ({error.strerror}); "
+                    "make that possible, then resume again"
+                ) from None
             raise
         say(f"| going on with {directory} at epoch {self.at.epoch}, step {self.records.steps + 1}")
 
@@ -109,19 +114,19 @@ class Training:
         self.at, self.hidden, self.best_weights = restore_state(
             content, self.model, self.precision, self.args.batch_size
         )
-        check_like(content.get("records"), self.records.state(), "records")
+        check_like(content.get("records"), START, "records")
         if any(type(count) is not int or count < 0 for count in content["records"].values()):
             raise ValueError("its records are not counted in whole numbers")
-        if self.best_weights is not None:  # --save may have been lost since, or be of a later epoch or another run
-            current = copy.deepcopy(self.model.state_dict())
-            self.model.load_state_dict(self.best_weights)
-            self.save_model()
-            self.model.load_state_dict(current)
         if self.at.epoch > self.args.epochs + 1:
             raise ValueError(
                 f"it has trained for {self.at.epoch - 1} epochs already, and --epochs is {self.args.epochs}"
             )
         self.records.go_back(content["records"])
+        if self.best_weights is not None:  # --save may have been lost since, or be of a later epoch or another run
+            current = copy.deepcopy(self.model.state_dict())
+            self.model.load_state_dict(self.best_weights)
+            self.save_model()
+            self.model.load_state_dict(current)
 
     def run(self) -> int:
         """See `fit`."""
@@ -133,15 +138,17 @@ class Training:
                     say("Exiting from training early")
                 self.finish("interrupted" if interrupted else "finished")
             except (RunError, Terminated) as error:
-                self.write_result("diverged" if isinstance(error, RunError) else "interrupted", None)
+                with suppress(OSError):  # a full disk may not hide the reason
+                    self.write_result("diverged" if isinstance(error, RunError) else "interrupted", None)
                 distributed.meet()
                 raise
             except (KeyboardInterrupt, BrokenPipeError):
-                self.write_result("interrupted", None)
+                with suppress(OSError):
+                    self.write_result("interrupted", None)
                 raise
             except OSError as error:
                 raise RunError(
-                    f"cannot write {error.filename or 'the records'} ({error.strerror}); all up to the last "
+                    f"cannot write {error.filename or 'standard output'} ({error.strerror}); all up to the last "
                     f"checkpoint is safe: make room, then go on with --resume {self.records.path}"
                 ) from None
             except RuntimeError as error:

@@ -1,13 +1,17 @@
 """Set-up shared by all tests."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import jobs
+from disks import START, clear
 from lm.checkpoint import save_model
-from programs import WORDS, Programs, make_model
+from programs import WORDS, Programs, make_model, write_corpus
+from runs import outcome
 
 # The suite runs one process a core; more threads than cores only get in each other's way.
 torch.set_num_threads(1)
@@ -45,3 +49,20 @@ def saved(programs: Programs) -> Programs:
     """Programs, with a model in model.pt."""
     save_model(programs.folder / "model.pt", make_model(), WORDS)
     return programs
+
+
+@pytest.fixture
+def tiny(programs: Programs) -> Programs:
+    """Programs, with a corpus of 9 batches an epoch."""
+    shutil.rmtree(programs.folder / "corpus")
+    write_corpus(programs.folder / "corpus", train=20)
+    return programs
+
+
+@pytest.fixture
+def expected(tiny: Programs) -> dict[str, Any]:
+    """The outcome of the run that nobody disturbs, of which nothing is left."""
+    assert tiny.run(*START).code == 0
+    result = outcome(tiny.folder)
+    clear(tiny.folder)
+    return result

@@ -54,7 +54,7 @@ def test_json_of_the_rest():
 @given(st.floats(width=32), st.floats(width=32), st.sampled_from([2.0**n for n in range(-20, 30)]), st.booleans())
 def test_a_step_is_recorded_to_the_bit(loss, norm, scale, applied):
     with tempfile.TemporaryDirectory() as folder:
-        records = RunDirectory.create(Path(folder), "")
+        records = RunDirectory.create(Path(folder), "", {})
         records.step(3, 20.0 / 4**3, torch.tensor(loss), step_result(norm, scale, applied))
         records.flush()
         (row,) = read_rows(Path(folder) / "steps.jsonl")
@@ -86,7 +86,7 @@ def test_the_loss_of_a_run_is_the_exact_fp32_value(programs, script, flags, monk
 
 
 def test_rows_are_in_the_file_after_flush_and_counted(tmp_path):
-    records = RunDirectory.create(tmp_path / "run", "")
+    records = RunDirectory.create(tmp_path / "run", "", {})
     for applied in (True, False, False):
         records.step(1, 1.0, torch.tensor(2.0), step_result(applied=applied))
     assert (tmp_path / "run" / "steps.jsonl").read_text() == ""
@@ -102,8 +102,7 @@ def test_rows_are_in_the_file_after_flush_and_counted(tmp_path):
 
 
 def test_epochs_and_result(tmp_path):
-    records = RunDirectory.create(tmp_path / "run", "")
-    records.write_config({"clip": math.inf, "save": Path("model.pt")})
+    records = RunDirectory.create(tmp_path / "run", "", {"clip": math.inf, "save": Path("model.pt")})
     records.epoch(1, 5.0, 20.0, 1.5)
     assert read_rows(tmp_path / "run" / "epochs.jsonl") == [
         {"epoch": 1, "valid_loss": 5.0, "valid_ppl": math.exp(5.0), "lr": 20.0, "seconds": 1.5}
@@ -169,12 +168,12 @@ def test_names_run_out_with_a_clear_line(tmp_path, monkeypatch):
     for name in (stamped, *(f"{stamped}-{n}" for n in range(2, 1000))):
         (tmp_path / "runs" / name).mkdir(parents=True)
     with pytest.raises(UsageError, match=r"--run-dir"):
-        RunDirectory.create(None, "x")
+        RunDirectory.create(None, "x", {})
 
 
 def test_a_directory_that_is_there_but_empty_is_used(tmp_path):
     (tmp_path / "run").mkdir()
-    RunDirectory.create(tmp_path / "run", "")
+    RunDirectory.create(tmp_path / "run", "", {})
     assert (tmp_path / "run" / "steps.jsonl").exists()
 
 
@@ -183,7 +182,7 @@ def test_a_directory_with_any_file_of_a_run_is_refused(tmp_path, rest):
     """Rows of two runs in one file could not be told apart."""
     (tmp_path / rest).write_text("{}\n")
     with pytest.raises(UsageError, match="holds a run already"):
-        RunDirectory.create(tmp_path, "")
+        RunDirectory.create(tmp_path, "", {})
     assert [path.name for path in tmp_path.iterdir()] == [rest]
 
 

@@ -164,7 +164,7 @@ def test_nothing_to_resume(programs):
     Path("empty").mkdir()
     assert "holds no run" in programs.refuse("main", "--resume", "empty")
     assert programs.run("main", *FLAGS).code == 0
-    assert "a run of 'main', not of main_amp.py" in programs.refuse("main_amp", "--resume", "run")
+    assert "a run of main, not of main_amp.py" in programs.refuse("main_amp", "--resume", "run")
     assert "--resume run" in programs.refuse("main", *FLAGS)
 
 

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UsageError, printable
+from lm.jsonfile import read_object, reason, require_file
 from lm.modes import label
 from lm.report.types import Run
 
-MAX_BYTES = 2**20
-"""Of config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
-
 MAX_LINE_BYTES = 2**16
 """Of a row of steps.jsonl or epochs.jsonl, which holds some hundred."""
-
-MAX_DEPTH = 20
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -188,46 +184,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config | checked
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        what = "this is no file" if path.exists() else "there is no such file"
-        raise UsageError(f"{printable(path)}: {what}; give a directory that a trainer's --run-dir wrote")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused.
-
-    Raises:
-        UsageError: there is no such file, or something else is in it.
-        OSError: it cannot be read.
-    """
-    _require_file(path)
-    with path.open("rb") as file:
-        text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes; no trainer wrote it")
-    try:
-        content = _clean(json.loads(text.decode()))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{printable(path)} cannot be read as JSON ({_reason(error)})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{printable(path)} holds {reprlib.repr(content)}, not an object")
-    return content
-
-
-def _clean(value: Any, depth: int = 0) -> Any:
-    """`value`, of at most `MAX_DEPTH` levels, without lone surrogates, which no file or terminal can take."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, list):
-        return [_clean(v, depth + 1) for v in value]
-    if isinstance(value, dict):
-        return {_clean(k): _clean(v, depth + 1) for k, v in value.items()}
-    return value
-
-
 def _checked(path: Path | str, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
     """Those `fields` of `content`, each converted by its check; one that may be null may be missing."""
     checked = {}
@@ -245,7 +201,7 @@ def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, lis
 
     Read a line at a time, and only the fields kept, so that the columns are no larger than a few times the file.
     """
-    _require_file(path)
+    require_file(path)
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
@@ -258,7 +214,7 @@ def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, lis
                 if not file.read(1):
                     problems.append(f"the last line of {path.name} is cut off, and is passed over")
                     break
-                raise UsageError(f"{where} cannot be read as JSON ({_reason(error)}); leave this run out") from None
+                raise UsageError(f"{where} cannot be read as JSON ({reason(error)}); leave this run out") from None
             if type(row) is not dict:
                 raise UsageError(f"{where} is {reprlib.repr(row)}, where an object belongs")
             for name, value in _checked(f"{path}, line {number}", row, fields).items():
@@ -281,7 +237,3 @@ def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list
     if missing < order[-1]:
         problems.append(f"{file} has no {key} {missing}, though it goes to {order[-1]}")
     return {name: [column[last[k]] for k in order] for name, column in columns.items()}
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)

@@ -4,8 +4,9 @@ import json
 import sys
 
 import torch
-from fp16_cases import loss_of, mlp, problem, wrap
 from torch import distributed
+
+from fp16_cases import loss_of, mlp, problem, wrap
 
 
 def report(rank, dtype):

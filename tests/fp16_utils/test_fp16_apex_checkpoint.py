@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from fp16_cases import loss_of, mlp, problem, same, snapshot, train, wrap
 
 import fp16_utils
+from fp16_cases import loss_of, mlp, problem, same, snapshot, train, wrap
 
 AMP_DYNAMIC = {
     "dynamic": True,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, wrap
 from torch import nn
+
+from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, wrap
 
 
 def lbfgs(params, **kwargs):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from fp16_cases import loss_of, mixed, mlp, problem, train, wrap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp16_cases import loss_of, mixed, mlp, problem, train, wrap
 
 
 class DeviceSkippingSGD(torch.optim.SGD):

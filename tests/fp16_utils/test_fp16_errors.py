@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, wrap
 from torch import nn
 
 import fp16_utils
+from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, wrap
 
 NAN, INF = float("nan"), float("inf")
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fp16_cases import same, snapshot, wrap
 from torch import nn
+
+from fp16_cases import same, snapshot, wrap
 
 BAD = [float("inf"), float("-inf"), float("nan")]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

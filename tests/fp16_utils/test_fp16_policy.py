@@ -4,12 +4,12 @@ import struct
 
 import pytest
 import torch
-from fp16_cases import wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import fp16_utils
+from fp16_cases import wrap
 
 PATTERNS = st.lists(st.booleans(), max_size=40)
 FACTORS = st.sampled_from([2.0, 4.0, 1.5, 3.0, 1.001])

@@ -4,8 +4,9 @@ import io
 
 import pytest
 import torch
-from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, train, wrap
 from torch.optim.lr_scheduler import StepLR
+
+from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, train, wrap
 
 STEPS = 30
 OVERFLOWS = {0, 1, 7, 16, 17, 25}

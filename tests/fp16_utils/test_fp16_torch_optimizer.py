@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, train, wrap
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import fp16_utils
+from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, train, wrap
 
 OPTIMIZERS = {
     "sgd": lambda p, **kw: torch.optim.SGD(p, lr=0.1, **kw),

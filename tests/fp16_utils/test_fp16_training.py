@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, train, wrap
 from torch import nn
+
+from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot, train, wrap
 
 SCALES = [1.0, 1024.0, 2.0**-8, 2.0**16]
 

@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot
 from torch import nn
 
 import fp16_utils
+from fp16_cases import loss_of, mixed, mlp, problem, same, snapshot
 from fp16_utils import (
     BN_convert_float,
     DynamicLossScaler,

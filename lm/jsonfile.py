@@ -1,0 +1,59 @@
+"""The one reader of files that hold a JSON object: config.json, result.json, compare.json. It trusts none of them."""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from lm.errors import UsageError, printable
+
+MAX_BYTES = 2**20
+"""Of config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
+
+MAX_DEPTH = 20
+
+
+def require_file(path: Path) -> None:
+    """Raise UsageError unless `path` is a regular file, or a link to one; a pipe would be waited for."""
+    if not path.is_file():
+        what = "this is no file" if path.exists() else "there is no such file"
+        raise UsageError(f"{printable(path)}: {what}; give a directory that a trainer's --run-dir wrote")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused.
+
+    Raises:
+        UsageError: there is no such file, or something else is in it.
+        OSError: it cannot be read.
+    """
+    require_file(path)
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes; no trainer wrote it")
+    try:
+        content = _clean(json.loads(text.decode()))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{printable(path)} cannot be read as JSON ({reason(error)})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{printable(path)} holds {reprlib.repr(content)}, not an object")
+    return content
+
+
+def _clean(value: Any, depth: int = 0) -> Any:
+    """`value`, of at most `MAX_DEPTH` levels, without lone surrogates, which no file or terminal can take."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_clean(v, depth + 1) for v in value]
+    if isinstance(value, dict):
+        return {_clean(k): _clean(v, depth + 1) for k, v in value.items()}
+    return value
+
+
+def reason(error: Exception) -> str:
+    """Why JSON cannot be read, in short."""
+    return "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)
