@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lm import distributed
+from lm.errors import printable
 from lm.model import Hidden, RNNModel
 from lm.precision import Precision
 from lm.resume import Position, check_like
@@ -61,14 +62,18 @@ def restore_state(
             check_like(state["hidden"], expected_hidden, "hidden")
         if state["best_weights"] is not None:
             check_like(state["best_weights"], weights, "best_weights")
+        if not isinstance(state["random"], list):
+            raise TypeError("random is no list")
+        for random in state["random"][distributed.rank() :][:1]:
+            check_like(random, _random_states(model), "random")
         model.load_state_dict(state["model"])
         precision.load_state_dict(state["precision"])
         if distributed.rank() < len(state["random"]):
             _set_random_states(state["random"][distributed.rank()], model)
         return position, _my_hidden(state["hidden"], model), state["best_weights"]
     except Exception as error:  # the content of a hostile checkpoint can make any of these fail in any way
-        reason = str(error).replace("\n", " ").replace("\t", "")
-        raise ValueError(f"its checkpoint is not of this run ({reason[:160]})") from None
+        reason = printable(" ".join(str(error).split()), 160)
+        raise ValueError(f"its checkpoint is not of this run ({reason})") from None
 
 
 def _tuple(hidden: Hidden | None) -> tuple[Tensor, ...] | None:

@@ -17,7 +17,7 @@ from lm.data import Corpus, batchify, get_batch
 from lm.description import describe
 from lm.device import peak_memory_bytes
 from lm.divergence import diverged
-from lm.errors import RunError, UsageError
+from lm.errors import RunError, UsageError, printable
 from lm.evaluation import evaluate
 from lm.files import check_writable
 from lm.model import Hidden, RNNModel, detach, next_word_loss
@@ -99,7 +99,7 @@ class Training:
         except BaseException as error:
             self.records.close()
             if isinstance(error, ValueError):
-                raise UsageError(f"--resume {directory}: {error}; start a new run") from None
+                raise UsageError(f"--resume {directory}: {printable(error)}; start a new run") from None
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise UsageError(
                     f"--resume {directory}: cannot write {error.filename or 'standard output'} ({error.strerror}); "
@@ -116,6 +116,8 @@ class Training:
             content, self.model, self.precision, self.args.batch_size
         )
         check_like(content.get("records"), START, "records")
+        if any(type(count) is not int or count < 0 for count in content["records"].values()):
+            raise ValueError("its records are not counted in whole numbers")
         if self.at.epoch > self.args.epochs + 1:
             raise ValueError(
                 f"it has trained for {self.at.epoch - 1} epochs already, and --epochs is {self.args.epochs}"
