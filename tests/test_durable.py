@@ -13,6 +13,7 @@ import pytest
 import lm.train
 from disks import MODE, RUN_FILES, START, FailingCall, FullDisk, ReadOnly, check_whole, clear, one_line
 from forks import Forks
+from lm.records import RunDirectory
 from programs import Done, Programs, start, write_corpus
 from runs import KilledError, outcome, resume
 
@@ -240,6 +241,17 @@ def test_a_directory_that_can_no_longer_be_changed(tiny, monkeypatch, expected, 
         check_whole(tiny.folder)
         clear(tiny.folder)
     assert n > 60
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(tiny, monkeypatch):
+    """Here that it diverged."""
+    tiny.spoil_gradients(set(range(1, 99)), "decoder.bias")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunDirectory, "write_result", full)
+    one_line(tiny.run(*START, "--max-skipped", "4"), 1, "4 steps in a row")
 
 
 def test_an_output_that_is_full(tiny, expected):

@@ -46,11 +46,11 @@ class Run:
             assert end.out.startswith("| going on with run at epoch "), end
             assert end.out.partition("\n")[0].endswith(f", step {max(self.saved, 0) + 1}"), (self.saved, end)
         assert (end.code, end.err) in ((0, ""), (None, "")), end
-        self.check()
+        self.check(end.at)
         return end
 
-    def check(self) -> None:
-        """Every file is whole."""
+    def check(self, at: str) -> None:
+        """Every file is whole, and the two checkpoints are of two moments, but `at` the one switch between them."""
         run = self.folder / "run"
         checkpoints = {path.name: load_tensors(path) for path in run.glob("checkpoint*.pt")}
         if self.saved >= 0 or "checkpoint.previous.pt" in checkpoints:
@@ -59,6 +59,8 @@ class Run:
             steps = {name: content["records"]["steps"] for name, content in checkpoints.items()}
             assert steps["checkpoint.pt"] >= max(self.saved, steps.get("checkpoint.previous.pt", 0))
             self.saved = steps["checkpoint.pt"]
+            if at not in (ANYWHERE, "after link", "before replace"):
+                assert len(set(steps.values())) == len(steps)
         if (self.folder / "model.pt").exists():
             load_model(self.folder / "model.pt")
         for path in run.glob("*.json"):
