@@ -24,8 +24,8 @@ def main() -> int:
 
     # --- precision -----------------------------------------------------------
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, fused=True)
-    init_scale = args.static_loss_scale or args.init_scale
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init_scale, growth_interval=args.scale_window)
+    init = args.static_loss_scale or args.init_scale
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
     precision = Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)
     # -------------------------------------------------------------------------
 
