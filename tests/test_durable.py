@@ -1,7 +1,9 @@
 """Full disks and read-only disks: the last good state stays, and is gone on from when there is room again."""
 
 import errno
+import io
 import os
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lm.train
 from disks import MODE, RUN_FILES, START, FailingCall, FullDisk, ReadOnly, check_whole, clear, one_line
 from forks import Forks
+from lm.files import write_atomically
 from lm.records import RunDirectory
 from programs import Done, Programs, start, write_corpus
 from runs import KilledError, outcome, resume
@@ -232,6 +236,7 @@ def test_a_directory_that_can_no_longer_be_changed(tiny, monkeypatch, expected, 
                 again = tiny.run(MODE[0], "--resume", "run")
             assert again.code in (1, 2)
             one_line(again, again.code, os.strerror(number))
+            assert re.search(r"--resume run|--save model\.pt", again.err)
             resume(tiny, MODE[0])
         else:
             one_line(done, 2, os.strerror(number), "give")
@@ -241,6 +246,21 @@ def test_a_directory_that_can_no_longer_be_changed(tiny, monkeypatch, expected, 
         check_whole(tiny.folder)
         clear(tiny.folder)
     assert n > 60
+
+
+def test_what_torch_makes_of_a_failed_write(tmp_path):
+    """A RuntimeError of its own, but the error of the disk is what is told."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left") as failed:
+        write_atomically(tmp_path / "model.pt", lambda file: torch.save({"weight": torch.zeros(5000)}, Full()))
+    assert failed.value.filename == str(tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(tiny, monkeypatch):
