@@ -5,13 +5,16 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
+from lm.errors import UsageError, complain
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit with 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        complain(f"{message} (see {self.prog} --help)")
+        self.exit(UsageError.exit_code)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -16,16 +16,16 @@ from lm.data import Corpus, batchify, get_batch
 from lm.description import describe
 from lm.device import peak_memory_bytes
 from lm.divergence import diverged
-from lm.errors import RunError, UsageError
+from lm.errors import RunError, UsageError, own
 from lm.evaluation import evaluate
 from lm.files import check_writable
 from lm.model import Hidden, RNNModel, detach, next_word_loss
 from lm.precision import Precision
 from lm.records import RunDirectory, perplexity
-from lm.resume import Position, check_like, read_checkpoint, status_of, write_checkpoint
+from lm.resume import Position, check_like, processes_of, read_checkpoint, status_of, write_checkpoint
 from lm.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.state import restore_state, take_state
-from lm.trial import try_once
+from lm.trial import settle, try_once
 
 EVAL_BATCH_SIZE = 10
 ANNEAL_FACTOR = 4.0
@@ -40,7 +40,10 @@ def fit(args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Pr
         RunError: the run diverged, its disk is full, or another process of it is lost.
         Terminated: SIGTERM has come; the run can be resumed.
     """
-    training = Training(args, corpus, model, precision)
+    try:
+        training = Training(args, corpus, model, precision)
+    except RuntimeError as error:
+        raise distributed.lost(error) or error from None
     try:
         return training.run()
     finally:
@@ -78,6 +81,7 @@ class Training:
         else:
             self.records = RunDirectory(None)
         self.parallel_model = distributed.data_parallel(model)
+        settle(self.parallel_model, model, precision, args)
         self.clock = time.monotonic()
 
     def resume(self, writes: bool) -> None:
@@ -87,12 +91,13 @@ class Training:
         try:
             if status_of(directory) == "diverged":
                 raise ValueError("this run has diverged, and would again")
-            content = read_checkpoint(directory)
+            with distributed.rank_0_first():  # it mends what it finds damaged
+                content = read_checkpoint(directory)
             if content is not None:
                 self.restore(content)
             elif writes:
                 self.records.go_back(dict.fromkeys(self.records.state(), 0))
-            if self.args.changed:
+            if self.args.changed or processes_of(directory) != distributed.world_size():
                 self.records.write_config(describe(self.args, self.corpus, self.model, self.dtypes))
         except ValueError as error:
             self.records.close()
@@ -138,10 +143,11 @@ class Training:
                 self.write_result("interrupted", None)
                 raise
             except OSError as error:
-                raise RunError(
+                message = (
                     f"cannot write {error.filename or 'the records'} ({error.strerror}); all up to the last "
                     f"checkpoint is safe: make room, then go on with --resume {self.records.path}"
-                ) from None
+                )
+                raise RunError(own(message)) from None
             except RuntimeError as error:
                 raise distributed.lost(error) or error from None
         return 0

@@ -7,6 +7,7 @@ Starting a process costs the seconds of `import torch`; forking one costs none. 
 function of this file to its arguments.
 """
 
+import faulthandler
 import hashlib
 import importlib
 import json
@@ -35,7 +36,7 @@ GRACE = 10.0
 
 def main(faults: str, script: str, *flags: str) -> int:
     """Run `script` with `flags` and `faults`."""
-    signal.alarm(int(PATIENCE))  # nothing stays behind, whatever happens
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # nothing stays behind, whatever happens
     for name, arguments in json.loads(faults).items():
         globals()[name](**arguments)
     sys.argv = [f"{script}.py", *flags]
@@ -158,6 +159,7 @@ def timeout(seconds: float) -> None:
 
 def serve() -> None:
     """Answer requests until stdin ends."""
+    importlib.import_module("torch._dynamo")  # by DistributedDataParallel, which takes seconds
     for script in ("main", "main_fp16_optimizer", "main_amp"):
         importlib.import_module(script)
     for line in sys.stdin:
@@ -218,7 +220,7 @@ class _Agent:
 
     def run(self) -> list[int]:
         """The exit codes, in the order of ranks; that of a signal is negative."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE + GRACE
         failed = False
         while self.running:
             child, status = os.waitpid(-1, os.WNOHANG)

@@ -51,7 +51,7 @@ class Ranks:
         where = ["--run-dir", name, "--save", f"{name}.pt"]
         ended = self.run(processes, script, *TINY, *where, *flags, **faults)
         assert ended.codes == [0] * processes, ended
-        assert ended.err == [""] * processes
+        assert ended.err == [""] * processes, ended.err
         return read_rows(self.folder / name / "steps.jsonl")
 
     def close(self) -> None:
