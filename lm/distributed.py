@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -131,12 +131,16 @@ def my_columns(data: Tensor) -> Tensor:
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of each of `values` (floating point) over all processes."""
-    if world_size() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
+    """The mean of each of `values` (fp32) over all processes.
+
+    It is summed in float64: there the sum does not depend on its order, which with more than two processes depends
+    on a value's place among the others.
+    """
+    if world_size() == 1:
+        return values
+    sums = values.double()
+    dist.all_reduce(sums)
+    return (sums / world_size()).float()
 
 
 def from_rank_0(value: float) -> float:
@@ -180,15 +184,25 @@ class Maximum:
         return self._known
 
 
-def first_to_say(text: str) -> bool:
-    """Whether no other process of this run has said `text`; also before `join`, and where the others have gone."""
+def once(text: str, say: Callable[[], object]) -> None:
+    """Call `say`, which says `text`, in the first of all processes that asks for it; in the others return after it.
+
+    It can be asked before `join`, and where others have gone.
+    """
     if world_size() == 1:
-        return True
+        say()
+        return
     try:
         store = _store or next(rendezvous("env://", timeout=STORE_TIMEOUT))[0]
-        return int(store.add(f"said/{text}", 1)) == 1
-    except (RuntimeError, ValueError):
-        return True
+        if store.add(f"claimed/{text}", 1) > 1:
+            store.wait([f"said/{text}"], STORE_TIMEOUT)
+            return
+    except (RuntimeError, ValueError):  # better twice than never
+        store = None
+    say()
+    if store is not None:
+        with suppress(RuntimeError):
+            store.set(f"said/{text}", "")
 
 
 def lost(error: RuntimeError) -> RunError | None:
@@ -197,7 +211,7 @@ def lost(error: RuntimeError) -> RunError | None:
         return None
     _hang_up()
     missing = ", ".join(map(str, _roll_call()))
-    who = f"rank {missing} does not answer" if missing else "the connection broke, though all ranks are alive"
+    who = f"no answer from rank {missing}" if missing else "the connection broke, though all ranks are alive"
     return RunError(
         f"cannot go on: {who} (see its own messages, and the exit code that torchrun gives); "
         "start again with --resume and the run directory"

@@ -44,8 +44,7 @@ def complain(message: str) -> None:
     """Print `message` on stderr as an error; in a distributed run, once for all processes that find the same."""
     from lm import distributed  # which needs this module
 
-    if distributed.first_to_say(message):
-        print(f"error: {message}", file=sys.stderr)
+    distributed.once(message, lambda: print(f"error: {message}", file=sys.stderr, flush=True))
 
 
 def own(message: str) -> str:

@@ -1,13 +1,16 @@
 """Set-up shared by all tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import jobs
+import ranks as several
 from lm.checkpoint import save_model
 from programs import WORDS, Programs, make_model
+from programs import write_corpus as write_sentences
 
 # The suite runs one process a core; more threads than cores only get in each other's way.
 torch.set_num_threads(1)
@@ -45,3 +48,19 @@ def saved(programs: Programs) -> Programs:
     """Programs, with a model in model.pt."""
     save_model(programs.folder / "model.pt", make_model(), WORDS)
     return programs
+
+
+@pytest.fixture(scope="session")
+def all_ranks() -> Iterator[several.Ranks]:
+    """The process that distributed runs are forked from."""
+    ranks = several.Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def ranks(all_ranks: several.Ranks, tmp_path: Path) -> several.Ranks:
+    """The trainers in several processes, in a folder of their own with a small corpus."""
+    all_ranks.folder = tmp_path
+    write_sentences(tmp_path / "corpus")
+    return all_ranks

@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-import lm.train
 from lm import distributed
 from lm.errors import exit_code
 from lm.train import Training
 
 PATIENCE = 60.0
 """Seconds after which a run of these tests has hung."""
-GRACE = 10.0
+GRACE = 6.0
 """Seconds between SIGTERM and SIGKILL for the other processes when one has failed, where torchrun waits for 30."""
 
 
@@ -60,27 +59,20 @@ def before(name: str, act: Callable[..., object]) -> None:
     setattr(Training, name, acting)
 
 
-def spoil(ranks: list[int], steps: list[int], parameter: str) -> None:
-    """Let these ranks alone have an inf in the gradient of `parameter` at these steps."""
+def spoil(steps: dict[str, list[int]], parameter: str) -> None:
+    """Let a rank, alone, have an inf in the gradient of `parameter` at its steps."""
     count = 0
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
         nonlocal count
         count += 1
-        if distributed.rank() not in ranks or count not in steps:
+        if count not in steps.get(str(distributed.rank()), []):
             return gradient
         gradient = gradient.clone()
         gradient.view(-1)[-1] = torch.inf
         return gradient
 
-    try_once = lm.train.try_once
-
-    def try_then_register(model: torch.nn.Module, *rest: Any) -> dict[str, str]:
-        dtypes = try_once(model, *rest)
-        dict(model.named_parameters())[parameter].register_hook(hook)
-        return dtypes
-
-    lm.train.try_once = try_then_register
+    before("run", lambda _, training: dict(training.model.named_parameters())[parameter].register_hook(hook))
 
 
 def dump(name: str) -> None:
@@ -118,7 +110,6 @@ def fail(rank: int, name: str, call: int, error: str) -> None:
         "disk": OSError(28, "No space left on device", "steps.jsonl"),
         "runtime": RuntimeError("a kernel failed"),
         "memory": RuntimeError("not enough memory: you tried to allocate 1 TB"),
-        "value": ValueError("a mistake in the program"),
     }
 
     def act(calls: int, *_: Any) -> None:
@@ -128,8 +119,8 @@ def fail(rank: int, name: str, call: int, error: str) -> None:
     before(name, act)
 
 
-def kill(rank: int, name: str, call: int, number: int) -> None:
-    """Let `rank` send itself a signal as `Training.name` is called for that time; SIGKILL and SIGSTOP work too."""
+def kill(rank: int, name: str, call: int, number: int = signal.SIGKILL) -> None:
+    """Let `rank` send itself a signal as `Training.name` is called for that time."""
 
     def act(calls: int, *_: Any) -> None:
         if distributed.rank() == rank and calls == call:
@@ -155,6 +146,11 @@ def signal_torchrun(name: str, call: int, number: int) -> None:
 def timeout(seconds: float) -> None:
     """How long processes wait for each other."""
     distributed.TIMEOUT = timedelta(seconds=seconds)
+
+
+def gpus(count: int) -> None:
+    """Let this machine seem to have as many GPUs."""
+    torch.cuda.device_count = lambda: count  # type: ignore[assignment]
 
 
 def serve() -> None:
@@ -222,16 +218,19 @@ class _Agent:
         """The exit codes, in the order of ranks; that of a signal is negative."""
         deadline = time.monotonic() + PATIENCE + GRACE
         failed = False
+        stopped = set()
         while self.running:
-            child, status = os.waitpid(-1, os.WNOHANG)
-            if child:
+            child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            if child and os.WIFSTOPPED(status):
+                stopped.add(child)
+            elif child:
                 code = os.waitstatus_to_exitcode(status)
                 self.codes[self.running.pop(child)] = code
                 if code and not failed:
                     failed = True
                     self._signal(signal.SIGTERM)
                     deadline = time.monotonic() + GRACE
-            elif time.monotonic() > deadline:
+            elif time.monotonic() > deadline or self.running.keys() <= stopped:
                 self._signal(signal.SIGKILL)
             else:
                 time.sleep(0.005)

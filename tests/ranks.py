@@ -49,7 +49,7 @@ class Ranks:
     def train(self, processes: int, script: str, *flags: str, name: str = "run", **faults: Any) -> list[dict[str, Any]]:
         """A tiny run into `name` and `name`.pt, which must succeed; return its steps."""
         where = ["--run-dir", name, "--save", f"{name}.pt"]
-        ended = self.run(processes, script, *TINY, *where, *flags, **faults)
+        ended = self.run(processes, script, *TINY, *flags, *where, **faults)
         assert ended.codes == [0] * processes, ended
         assert ended.err == [""] * processes, ended.err
         return read_rows(self.folder / name / "steps.jsonl")
