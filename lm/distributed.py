@@ -23,6 +23,7 @@ from lm.errors import RunError
 TIMEOUT = timedelta(minutes=5)
 """How long a process waits for the others; writing a checkpoint to a slow disk must fit into it."""
 ROLL_CALL = 3.0  # seconds that the others have to say that they are alive
+RELEASE = 1.0  # seconds that the group's thread has to release a message
 STORE_TIMEOUT = timedelta(seconds=3)  # for torchrun's store, which is there before any process
 
 _store: Any = None
@@ -109,7 +110,7 @@ def leave() -> None:
         with suppress(RuntimeError):
             work.wait()
         del work
-        deadline = time.monotonic() + ROLL_CALL
+        deadline = time.monotonic() + RELEASE
         while answer._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]
             time.sleep(0.001)
     dist.destroy_process_group()
@@ -176,9 +177,8 @@ class Maximum:
             return mine
         global _under_way
         if _under_way:
-            work, answer = _under_way
-            work.wait()
-            self._known = int(answer)
+            _under_way[0].wait()  # in no variable of this frame: a traceback would keep it from being released
+            self._known = int(_under_way[1])
         answer = torch.tensor(max(mine, self._known))
         _under_way = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
         return self._known

@@ -29,7 +29,7 @@ from lm.train import Training
 
 PATIENCE = 60.0
 """Seconds after which a run of these tests has hung."""
-GRACE = 6.0
+GRACE = 8.0
 """Seconds between SIGTERM and SIGKILL for the other processes when one has failed, where torchrun waits for 30."""
 
 

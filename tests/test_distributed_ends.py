@@ -69,7 +69,7 @@ def test_kill_9_of_a_rank_under_torchrun(ranks):
 # With forked processes, in whose place a parent does what torchrun does.
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [2])
 def test_kill_9_names_nobody_else(ranks, rank):
     ended = ranks.run(4, "main", *TRAIN, kill={"rank": rank, **STOP})
     assert ended.codes == [-9 if n == rank else 1 for n in range(4)]
@@ -117,11 +117,11 @@ def test_a_full_disk_when_the_run_has_diverged(ranks):
     assert "Traceback" not in "".join(ended.err)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0])
 def test_a_rank_that_hangs(ranks, rank):
     """Stopped dead; what ends it is the parent's SIGKILL, as torchrun's would."""
     hang = {"rank": rank, **STOP, "number": signal.SIGSTOP}
-    ended = ranks.run(3, "main", *TRAIN, "--batch_size", "6", kill=hang, timeout={"seconds": 4})
+    ended = ranks.run(4, "main", *TRAIN, kill=hang, timeout={"seconds": 4})
     assert ended.codes[rank] == -signal.SIGKILL
     assert 0 not in ended.codes
     (line,) = errors(ended)
