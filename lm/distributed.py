@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ def _hang_up() -> None:
     out when it ends, or the roll call would miss them.
     """
     store = int(os.environ["MASTER_PORT"])
-    for descriptor in map(int, os.listdir("/dev/fd")):
+    for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
         with suppress(OSError):  # no longer open, or not connected
             if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as connection:

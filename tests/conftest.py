@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ranks as several
 import torch
 
 import jobs
-import ranks as several
 from lm.checkpoint import save_model
 from programs import WORDS, Programs, make_model
 from programs import write_corpus as write_sentences

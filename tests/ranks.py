@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from programs import ROOT, TINY, read_rows
 from rank import PATIENCE
+
+from programs import ROOT, TINY, read_rows
 
 RANK = Path(__file__).with_name("rank.py")
 
