@@ -118,7 +118,7 @@ def test_all_ranks_skip_together(ranks, mode):
             scale *= 0.5 if not row["applied"] else 2.0 if good % 6 == 0 else 1.0
 
 
-@every_half_mode
+@pytest.mark.parametrize("mode", ["manual", "fp16-optimizer-dynamic", "amp-fp16"])
 def test_an_overflow_that_stays_ends_all(ranks, mode):
     script, *flags = HALF[mode]
     spoil = {"steps": {"1": list(range(5, 99))}, "parameter": "decoder.bias"}

@@ -63,7 +63,6 @@ def test_kill_9_of_a_rank_under_torchrun(ranks):
     assert line.startswith("error: cannot go on: no answer from rank 1 (")
     assert "--resume" in line
     assert not (ranks.folder / "run" / "result.json").exists()
-    check_resumed(ranks)
 
 
 # With forked processes, in whose place a parent does what torchrun does.
@@ -78,7 +77,7 @@ def test_kill_9_names_nobody_else(ranks):
     assert "Traceback" not in "".join(ended.err)
 
 
-@pytest.mark.parametrize("name", ["train_step", "end_epoch", "write_checkpoint"])
+@pytest.mark.parametrize("name", ["end_epoch", "write_checkpoint"])
 def test_an_error_of_one_rank(ranks, name):
     ended = ranks.run(2, "main", *TRAIN, fail={"rank": 1, "name": name, "call": 2, "error": "memory"})
     assert ended.codes == [1, 1]
@@ -132,7 +131,6 @@ def test_sigterm_to_one_rank_stops_all(ranks):
     assert 143 in ended.codes
     assert set(ended.codes) <= {143, -signal.SIGTERM}
     assert ended.err == ["", ""]
-    check_resumed(ranks)
 
 
 # Mistakes: what all processes find is said once; where only one finds it, the others do not wait for ever.
