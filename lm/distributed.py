@@ -24,11 +24,13 @@ from lm.errors import RunError
 TIMEOUT = timedelta(minutes=5)
 """How long a process waits for the others; writing a checkpoint to a slow disk must fit into it."""
 ROLL_CALL = 3.0  # seconds that the others have to say that they are alive
-RELEASE = 1.0  # seconds that the group's thread has to release a message
 STORE_TIMEOUT = timedelta(seconds=3)  # for torchrun's store, which is there before any process
 
 _store: Any = None
-_under_way: tuple[Any, Tensor] | None = None  # the message that nobody has waited for yet
+_under_way: tuple[Any, Tensor] | None = None
+"""The message that nobody has waited for yet. It outlives the process group, whose thread else might be the last to
+hold it and, to delete its tensor, wait for Python's lock - while the main thread has that, deletes the group, and waits
+for the thread."""
 
 
 def world_size() -> int:
@@ -100,21 +102,8 @@ def rank_0_first() -> Iterator[None]:
 
 def leave() -> None:
     """Part from the others."""
-    global _under_way
-    if not dist.is_initialized():
-        return
-    if _under_way:
-        # The group's thread releases the tensor, for which it needs Python's lock. The main thread holds that when it
-        # deletes the group, and waits for the thread: the last message must be released before.
-        work, answer = _under_way
-        _under_way = None
-        with suppress(RuntimeError):
-            work.wait()
-        del work
-        deadline = time.monotonic() + RELEASE
-        while answer._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]
-            time.sleep(0.001)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
@@ -178,7 +167,7 @@ class Maximum:
             return mine
         global _under_way
         if _under_way:
-            _under_way[0].wait()  # in no variable of this frame: a traceback would keep it from being released
+            _under_way[0].wait()
             self._known = int(_under_way[1])
         answer = torch.tensor(max(mine, self._known))
         _under_way = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
