@@ -218,9 +218,9 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         raise UsageError(
             f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
         )
-    args.device = find_device(getattr(args, "device", None), cuda=args.cuda)
+    args.device = find_device(getattr(args, "device", None), cuda=args.cuda, processes=distributed.local_world_size())
     if args.device == "cuda" and distributed.world_size() > 1:
-        args.device = find_device(f"cuda:{distributed.local_rank()}")
+        args.device = f"cuda:{distributed.local_rank()}"
     if args.tf32 and not args.device.startswith("cuda"):
         raise UsageError(f"--tf32 on device {args.device}: TF32 is a format of CUDA GPUs; leave the flag out")
     args.run_dir = args.resume or getattr(args, "run_dir", None)

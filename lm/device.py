@@ -13,8 +13,10 @@ from lm.errors import UsageError
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def find_device(name: str | None, *, cuda: bool = False) -> str:
+def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
     """The device that --device `name` and --cuda ask for, as torch spells it; "cpu" where neither is given.
+
+    Each of several `processes` on this machine takes a GPU of its own.
 
     Raises:
         UsageError: the two contradict each other, torch does not know `name`, or this machine has no such device.
@@ -34,6 +36,11 @@ def find_device(name: str | None, *, cuda: bool = False) -> str:
         raise UsageError(f"{asked}: torch finds no CUDA GPU here; to run on the CPU, leave the flag out")
     if (device.index or 0) >= present:
         raise UsageError(f"{asked}: this machine has {present}; the last one is {device.type}:{present - 1}")
+    if device.type == "cuda" and processes > 1 and (device.index is not None or processes > present):
+        raise UsageError(
+            f"{asked} with {processes} processes on this machine, which has {present} GPUs: each process takes one of "
+            f"its own; give --device cuda and at most {present} processes"
+        )
     return name
 
 

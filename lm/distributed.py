@@ -4,8 +4,13 @@ In a single process everything here does nothing, or is the identity.
 """
 
 import os
+import socket
+import stat
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +24,13 @@ from lm.errors import RunError
 TIMEOUT = timedelta(minutes=5)
 """How long a process waits for the others; writing a checkpoint to a slow disk must fit into it."""
 ROLL_CALL = 3.0  # seconds that the others have to say that they are alive
+STORE_TIMEOUT = timedelta(seconds=3)  # for torchrun's store, which is there before any process
 
 _store: Any = None
+_under_way: tuple[Any, Tensor] | None = None
+"""The message that nobody has waited for yet. It outlives the process group, whose thread else might be the last to
+hold it and, to delete its tensor, wait for Python's lock - while the main thread has that, deletes the group, and waits
+for the thread."""
 
 
 def world_size() -> int:
@@ -38,6 +48,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
 
 
+def local_world_size() -> int:
+    """How many processes of this run are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
 def join(device: str) -> None:
     """Meet the other processes, once. On GPUs they talk through nccl, on CPUs through gloo.
 
@@ -47,10 +62,10 @@ def join(device: str) -> None:
     global _store
     if world_size() == 1 or dist.is_initialized():
         return
-    backend = "cpu:gloo"
+    backend = "gloo"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        backend += ",cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"
     try:
         _store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
         group = dist.PrefixStore("group", _store)  # type: ignore[attr-defined]
@@ -66,9 +81,23 @@ def own_random_numbers(seed: int) -> None:
 
 
 def meet() -> None:
-    """Wait for the others, where all are known to come: torchrun ends all processes as soon as one fails."""
+    """Wait for the others: torchrun ends all processes as soon as one has ended badly.
+
+    One that has failed on its way here says so itself.
+    """
     if world_size() > 1:
-        dist.barrier()
+        with suppress(RuntimeError):
+            dist.barrier()
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let rank 0 do alone what is in the block, then the others."""
+    if rank() > 0:
+        meet()
+    yield
+    if rank() == 0:
+        meet()
 
 
 def leave() -> None:
@@ -93,12 +122,16 @@ def my_columns(data: Tensor) -> Tensor:
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of each of `values` (floating point) over all processes."""
-    if world_size() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
+    """The mean of each of `values` (fp32) over all processes.
+
+    It is summed in float64: there the sum does not depend on its order, which with more than two processes depends
+    on a value's place among the others.
+    """
+    if world_size() == 1:
+        return values
+    sums = values.double()
+    dist.all_reduce(sums)
+    return (sums / world_size()).float()
 
 
 def from_rank_0(value: float) -> float:
@@ -127,27 +160,48 @@ class Maximum:
 
     def __init__(self) -> None:
         self._known = 0
-        self._asked: tuple[Any, Tensor] | None = None
 
     def __call__(self, mine: int) -> int:
         """Give `mine`; return what all had given by the call before. In a single process that is `mine` itself."""
         if world_size() == 1:
             return mine
-        if self._asked:
-            work, answer = self._asked
-            work.wait()
-            self._known = int(answer)
+        global _under_way
+        if _under_way:
+            _under_way[0].wait()
+            self._known = int(_under_way[1])
         answer = torch.tensor(max(mine, self._known))
-        self._asked = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
+        _under_way = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
         return self._known
+
+
+def once(text: str, say: Callable[[], object]) -> None:
+    """Call `say`, which says `text`, in the first of all processes that asks for it; in the others return after it.
+
+    It can be asked before `join`, and where others have gone.
+    """
+    if world_size() == 1:
+        say()
+        return
+    try:
+        store = _store or next(rendezvous("env://", timeout=STORE_TIMEOUT))[0]
+        if store.add(f"claimed/{text}", 1) > 1:
+            store.wait([f"said/{text}"], STORE_TIMEOUT)
+            return
+    except (RuntimeError, ValueError):  # better twice than never
+        store = None
+    say()
+    if store is not None:
+        with suppress(RuntimeError):
+            store.set(f"said/{text}", "")
 
 
 def lost(error: RuntimeError) -> RunError | None:
     """The error to show where `error` came of another process that has gone or hangs, naming it; else None."""
     if world_size() == 1 or not _is_of_communication(error):
         return None
+    _hang_up()
     missing = ", ".join(map(str, _roll_call()))
-    who = f"rank {missing} does not answer" if missing else "the connection broke, though all ranks are alive"
+    who = f"no answer from rank {missing}" if missing else "the connection broke, though all ranks are alive"
     return RunError(
         f"cannot go on: {who} (see its own messages, and the exit code that torchrun gives); "
         "start again with --resume and the run directory"
@@ -156,6 +210,22 @@ def lost(error: RuntimeError) -> RunError | None:
 
 def _is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Application timeout" in str(error)
+
+
+def _hang_up() -> None:
+    """Break the connections to the other processes, all but that to the store.
+
+    A process fails at once only if the one that it waits for has gone. Those that wait for this one must not find
+    out when it ends, or the roll call would miss them.
+    """
+    store = int(os.environ["MASTER_PORT"])
+    for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+        with suppress(OSError):  # no longer open, or not connected
+            if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                    if internet and store not in (connection.getpeername()[1], connection.getsockname()[1]):
+                        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _roll_call() -> list[int]:

@@ -30,7 +30,7 @@ def exit_code(main: Callable[[], int]) -> int:
     try:
         return main()
     except (UsageError, RunError) as error:
-        print(f"error: {_rank()}{error}", file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -41,13 +41,20 @@ def exit_code(main: Callable[[], int]) -> int:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's allocators raise these
             raise
         message = (str(error).splitlines() or ["out of memory"])[0]  # Python's own MemoryError has no text
-        print(f"error: {_rank()}{message}", file=sys.stderr)
+        complain(own(message))
         return RunError.exit_code
 
 
-def _rank() -> str:
-    """Which process of a distributed run speaks."""
-    return f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
+def complain(message: str) -> None:
+    """Print `message` on stderr as an error; in a distributed run, once for all processes that find the same."""
+    from lm import distributed  # which needs this module
+
+    distributed.once(message, lambda: print(f"error: {message}", file=sys.stderr, flush=True))
+
+
+def own(message: str) -> str:
+    """`message` of an error that one process of a distributed run has for itself, with the name of that process."""
+    return f"rank {os.environ['RANK']}: {message}" if "TORCHELASTIC_RUN_ID" in os.environ else message
 
 
 def printable(text: object, limit: int = 200) -> str:

@@ -151,8 +151,17 @@ def command_of(directory: Path, script: str) -> list[str]:
 
 def status_of(directory: Path) -> str | None:
     """How the run ended: "finished", "interrupted" or "diverged"; None where it has not, or nothing says so."""
+    status = _entry(directory / "result.json", "status")
+    return status if isinstance(status, str) else None
+
+
+def processes_of(directory: Path) -> Any:
+    """How many processes the run had when its config.json was written."""
+    return _entry(directory / "config.json", "processes")
+
+
+def _entry(path: Path, name: str) -> Any:
     try:
-        status = read_object(directory / "result.json").get("status")
+        return read_object(path).get(name)
     except (OSError, UsageError):
         return None
-    return status if isinstance(status, str) else None

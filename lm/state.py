@@ -68,8 +68,11 @@ def restore_state(
             check_like(random, _random_states(model), "random")
         model.load_state_dict(state["model"])
         precision.load_state_dict(state["precision"])
-        if distributed.rank() < len(state["random"]):
-            _set_random_states(state["random"][distributed.rank()], model)
+        mine = _random_states(model)
+        for rank, states in enumerate(state["random"]):
+            _set_random_states(states, model)  # those of all, so that all find a mistake, or none
+            mine = states if rank == distributed.rank() else mine
+        _set_random_states(mine, model)
         return position, _my_hidden(state["hidden"], model), state["best_weights"]
     except Exception as error:  # the content of a hostile checkpoint can make any of these fail in any way
         reason = printable(" ".join(str(error).split()), 160)

@@ -1,7 +1,6 @@
 """The training loop. It knows no precision mode: everything that depends on one is behind `Precision`."""
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -17,16 +16,17 @@ from lm.data import Corpus, batchify, get_batch
 from lm.description import describe
 from lm.device import peak_memory_bytes
 from lm.divergence import diverged
-from lm.errors import RunError, UsageError, printable
+from lm.errors import RunError, own
 from lm.evaluation import evaluate
 from lm.files import check_writable
 from lm.model import Hidden, RNNModel, detach, next_word_loss
 from lm.precision import Precision
-from lm.records import START, RunDirectory, perplexity
-from lm.resume import Position, check_like, read_checkpoint, status_of, write_checkpoint
+from lm.records import RunDirectory, perplexity
+from lm.restart import go_on
+from lm.resume import Position, write_checkpoint
 from lm.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
-from lm.state import restore_state, take_state
-from lm.trial import try_once
+from lm.state import take_state
+from lm.trial import settle, try_once
 
 EVAL_BATCH_SIZE = 10
 ANNEAL_FACTOR = 4.0
@@ -41,7 +41,10 @@ def fit(args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Pr
         RunError: the run diverged, its disk is full, or another process of it is lost.
         Terminated: SIGTERM has come; the run can be resumed.
     """
-    training = Training(args, corpus, model, precision)
+    try:
+        training = Training(args, corpus, model, precision)
+    except RuntimeError as error:
+        raise distributed.lost(error) or error from None
     try:
         return training.run()
     finally:
@@ -73,61 +76,15 @@ class Training:
             check_writable("--save", args.save)
         config = describe(args, corpus, model, self.dtypes)
         if args.resume is not None:
-            self.resume(writes, config)
+            go_on(self, config, writes)
         elif writes:
             self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}", config)
         else:
             self.records = RunDirectory(None)
         self.records.start(config)
         self.parallel_model = distributed.data_parallel(model)
+        settle(self.parallel_model, model, precision, args)
         self.clock = time.monotonic()
-
-    def resume(self, writes: bool, config: dict[str, Any]) -> None:
-        """Go on from the checkpoint of --resume, or from the beginning where there is none yet."""
-        directory = self.args.resume
-        self.records = RunDirectory.reopen(directory) if writes else RunDirectory(None)
-        try:
-            if status_of(directory) == "diverged":
-                raise ValueError("this run has diverged, and would again")
-            content = read_checkpoint(directory)
-            if content is not None:
-                self.restore(content)
-            elif writes:
-                self.records.go_back(START)
-            if self.args.changed:
-                self.records.write_config(config)
-        except BaseException as error:
-            self.records.close()
-            if isinstance(error, ValueError):
-                raise UsageError(f"--resume {directory}: {printable(error)}; start a new run") from None
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise UsageError(
-                    f"--resume {directory}: cannot write {error.filename or 'standard output'} ({error.strerror}); "
-                    "make that possible, then resume again"
-                ) from None
-            raise
-        say(f"| going on with {directory} at epoch {self.at.epoch}, step {self.records.steps + 1}")
-
-    def restore(self, content: dict[str, Any]) -> None:
-        """Be where the checkpoint was written; raise ValueError where it is not of this run."""
-        if content.get("corpus") != self.corpus.sha256:
-            raise ValueError("its corpus was another one")
-        self.at, self.hidden, self.best_weights = restore_state(
-            content, self.model, self.precision, self.args.batch_size
-        )
-        check_like(content.get("records"), START, "records")
-        if any(type(count) is not int or count < 0 for count in content["records"].values()):
-            raise ValueError("its records are not counted in whole numbers")
-        if self.at.epoch > self.args.epochs + 1:
-            raise ValueError(
-                f"it has trained for {self.at.epoch - 1} epochs already, and --epochs is {self.args.epochs}"
-            )
-        self.records.go_back(content["records"])
-        if self.best_weights is not None:  # --save may have been lost since, or be of a later epoch or another run
-            current = copy.deepcopy(self.model.state_dict())
-            self.model.load_state_dict(self.best_weights)
-            self.save_model()
-            self.model.load_state_dict(current)
 
     def run(self) -> int:
         """See `fit`."""
@@ -148,10 +105,11 @@ class Training:
                     self.write_result("interrupted", None)
                 raise
             except OSError as error:
-                raise RunError(
+                message = (
                     f"cannot write {error.filename or 'standard output'} ({error.strerror}); all up to the last "
                     f"checkpoint is safe: make room, then go on with --resume {self.records.path}"
-                ) from None
+                )
+                raise RunError(own(message)) from None
             except RuntimeError as error:
                 raise distributed.lost(error) or error from None
         return 0

@@ -3,7 +3,9 @@
 import argparse
 
 import torch
+from torch import nn
 
+from lm import distributed
 from lm.device import device_name
 from lm.errors import UsageError
 from lm.model import RNNModel, next_word_loss
@@ -18,8 +20,7 @@ def try_once(model: RNNModel, precision: Precision, args: argparse.Namespace) ->
     Raises:
         UsageError: this device has no kernels for the half dtype.
     """
-    devices = [torch.device(args.device)] if args.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(_cuda_devices(args)):
         try:
             return _dtypes(model, precision)
         except RuntimeError as error:
@@ -30,6 +31,27 @@ def try_once(model: RNNModel, precision: Precision, args: argparse.Namespace) ->
                 f"{device_name(args.device)} cannot run {args.model} in {args.dtype} "
                 f"({str(error).splitlines()[0][:120]}); try {half}, or fp32 (main.py without --fp16)"
             ) from None
+
+
+def settle(parallel_model: nn.Module, model: RNNModel, precision: Precision, args: argparse.Namespace) -> None:
+    """Let DistributedDataParallel see a backward pass that counts for nothing; a single process needs none.
+
+    By its first one it chooses the order in which it sums gradients. Now that is behind every run, a resumed one
+    too, which otherwise would sum its first step in another order than the run that it goes on with.
+    Changes no weight and no random state.
+    """
+    if distributed.world_size() == 1:
+        return
+    tokens = torch.zeros((3, 2), dtype=torch.int64, device=model.decoder.weight.device)
+    model.train()
+    with torch.random.fork_rng(_cuda_devices(args)), precision.forward():
+        loss, _ = next_word_loss(parallel_model, tokens[:-1], tokens[1:].flatten(), model.init_hidden(2))
+    loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+
+
+def _cuda_devices(args: argparse.Namespace) -> list[torch.device]:
+    return [torch.device(args.device)] if args.device.startswith("cuda") else []
 
 
 def _dtypes(model: RNNModel, precision: Precision) -> dict[str, str]:

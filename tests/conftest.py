@@ -1,6 +1,7 @@
 """Set-up shared by all tests."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 import jobs
+import ranks as several
 from disks import START, clear
 from lm.checkpoint import save_model
 from programs import WORDS, Programs, make_model, write_corpus
+from programs import write_corpus as write_sentences
 from runs import outcome
 
 # The suite runs one process a core; more threads than cores only get in each other's way.
@@ -66,3 +69,19 @@ def expected(tiny: Programs) -> dict[str, Any]:
     result = outcome(tiny.folder)
     clear(tiny.folder)
     return result
+
+
+@pytest.fixture(scope="session")
+def all_ranks() -> Iterator[several.Ranks]:
+    """The process that distributed runs are forked from."""
+    ranks = several.Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def ranks(all_ranks: several.Ranks, tmp_path: Path) -> several.Ranks:
+    """The trainers in several processes, in a folder of their own with a small corpus."""
+    all_ranks.folder = tmp_path
+    write_sentences(tmp_path / "corpus")
+    return all_ranks
