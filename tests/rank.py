@@ -143,9 +143,10 @@ def signal_torchrun(name: str, call: int, number: int) -> None:
     before(name, act)
 
 
-def timeout(seconds: float) -> None:
-    """How long processes wait for each other."""
-    distributed.TIMEOUT = timedelta(seconds=seconds)
+def patience(timeout: float = 60.0, roll_call: float = 0.3) -> None:
+    """How many seconds processes wait for each other."""
+    distributed.TIMEOUT = timedelta(seconds=timeout)
+    distributed.ROLL_CALL = roll_call
 
 
 def gpus(count: int) -> None:
@@ -186,12 +187,13 @@ class _Agent:
             os.write(write, str(self.store.port).encode())
 
     def _fork(self, rank: int, processes: int, port: int, faults: str, command: list[str]) -> int:
+        names = ((1, self.folder / f"out-{rank}"), (2, self.folder / f"err-{rank}"))
+        files = {number: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for number, path in names}
         if child := os.fork():
             return child
         code = 70
         try:
-            for number, name in ((1, "out"), (2, "err")):
-                file = os.open(self.folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for number, file in files.items():
                 os.dup2(file, number)
             os.chdir(self.folder)
             if processes > 1:

@@ -144,7 +144,7 @@ def config(ranks):
 def killed(ranks, processes: int, script: str, *flags: str) -> None:
     """A run that kill -9 ends at step 25, after a checkpoint at step 21."""
     kill = {"rank": processes - 1, "name": "train_step", "call": 25, "number": signal.SIGKILL}
-    ended = ranks.run(processes, script, *TINY, "--checkpoint-interval", "7", *flags, kill=kill)
+    ended = ranks.run(processes, script, *TINY, "--checkpoint-interval", "7", *flags, kill=kill, patience={})
     assert ended.codes == [1] * (processes - 1) + [-9]
 
 

@@ -79,7 +79,7 @@ def test_kill_9_names_nobody_else(ranks):
 
 @pytest.mark.parametrize("name", ["end_epoch", "write_checkpoint"])
 def test_an_error_of_one_rank(ranks, name):
-    ended = ranks.run(2, "main", *TRAIN, fail={"rank": 1, "name": name, "call": 2, "error": "memory"})
+    ended = ranks.run(2, "main", *TRAIN, fail={"rank": 1, "name": name, "call": 2, "error": "memory"}, patience={})
     assert ended.codes == [1, 1]
     lost, own = errors(ended)
     assert own == "error: rank 1: not enough memory: you tried to allocate 1 TB"
@@ -89,7 +89,7 @@ def test_an_error_of_one_rank(ranks, name):
 
 def test_a_mistake_in_the_program_on_one_rank(ranks):
     """That rank shows where; the others name it."""
-    ended = ranks.run(2, "main", *TRAIN, fail={"rank": 1, **STOP, "error": "runtime"})
+    ended = ranks.run(2, "main", *TRAIN, fail={"rank": 1, **STOP, "error": "runtime"}, patience={})
     assert 0 not in ended.codes
     assert "Traceback" in ended.err[1]
     (line,) = ended.err[0].splitlines()
@@ -97,7 +97,8 @@ def test_a_mistake_in_the_program_on_one_rank(ranks):
 
 
 def test_a_full_disk_on_rank_0(ranks):
-    ended = ranks.run(2, "main", *TRAIN, fail={"rank": 0, "name": "write_checkpoint", "call": 4, "error": "disk"})
+    fail = {"rank": 0, "name": "write_checkpoint", "call": 4, "error": "disk"}
+    ended = ranks.run(2, "main", *TRAIN, fail=fail, patience={})
     assert ended.codes == [1, 1]
     lost, own = errors(ended)
     assert own.startswith("error: rank 0: cannot write steps.jsonl (No space left on device); all up to the last ")
@@ -110,7 +111,7 @@ def test_a_full_disk_when_the_run_has_diverged(ranks):
     """The other rank waits for the result to be written."""
     spoil = {"steps": {"1": list(range(5, 99))}, "parameter": "decoder.bias"}
     fail = {"rank": 0, "name": "write_result", "call": 1, "error": "disk"}
-    ended = ranks.run(2, "main", *TRAIN, "--max-skipped", "4", spoil=spoil, fail=fail)
+    ended = ranks.run(2, "main", *TRAIN, "--max-skipped", "4", spoil=spoil, fail=fail, patience={})
     assert ended.codes in ([1, 1], [1, -signal.SIGTERM])
     assert "error: rank 0: [Errno 28] No space left on device: 'steps.jsonl'" in errors(ended)
     assert "Traceback" not in "".join(ended.err)
@@ -119,7 +120,7 @@ def test_a_full_disk_when_the_run_has_diverged(ranks):
 def test_a_rank_that_hangs(ranks):
     """Stopped dead; what ends it is the parent's SIGKILL, as torchrun's would."""
     hang = {"rank": 0, **STOP, "number": signal.SIGSTOP}
-    ended = ranks.run(4, "main", *TRAIN, kill=hang, timeout={"seconds": 4})
+    ended = ranks.run(4, "main", *TRAIN, kill=hang, patience={"timeout": 4, "roll_call": 3})
     assert ended.codes[0] == -signal.SIGKILL
     assert 0 not in ended.codes
     (line,) = errors(ended)
@@ -179,7 +180,7 @@ def test_no_run_to_resume(ranks):
 
 def test_a_damaged_checkpoint(ranks):
     """Both read the one before it, which rank 0 alone puts in its place; without that one, it is said once."""
-    ranks.run(2, "main", *TRAIN, kill={"rank": 0, **STOP})
+    ranks.run(2, "main", *TRAIN, kill={"rank": 0, **STOP}, patience={})
     checkpoint = ranks.folder / "run" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     previous = ranks.folder / "run" / "checkpoint.previous.pt"
