@@ -15,6 +15,8 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
+from lm.decoder_loss import decoder_loss
+from lm.kernels import linear
 from lm.model import RNNModel
 from lm.precision import Precision
 
@@ -38,8 +40,9 @@ class Faults:
         model.encoder.register_forward_hook(lambda _, __, out: self.at("encoder", out, (0, 0)))
         model.rnn.register_forward_hook(self._after_rnn)
         model.register_forward_hook(self._after_model)
-        cross_entropy = F.cross_entropy
-        monkeypatch.setattr(F, "cross_entropy", lambda *args: self._after_loss(cross_entropy(*args)))
+        self.cross_entropy = F.cross_entropy
+        monkeypatch.setattr(F, "cross_entropy", lambda *args: self._after_loss(self.cross_entropy(*args)))
+        monkeypatch.setattr("lm.model.decoder_loss", self._decoder_loss)
 
     def value(self, place: str) -> float | None:
         """What is to be put there in this step."""
@@ -63,8 +66,18 @@ class Faults:
         return self.at("rnn", output, (0, 0)), hidden
 
     def _after_model(self, model: Any, inputs: Any, outputs: Any) -> Any:
-        logits, hidden = outputs
-        return self.at("scores", self.at("score", logits, (0, 0, 0)), (0, 0)), hidden
+        scores, hidden = outputs
+        if scores.dim() == 0:
+            return self._after_loss(scores), hidden
+        return self.at("scores", self.at("score", scores, (0, 0, 0)), (0, 0)), hidden
+
+    def _decoder_loss(self, *args: Tensor) -> Tensor:
+        """That of the model, but in a step with a fault in its logits the plain one, which lets them be reached."""
+        if self.value("score") is None and self.value("scores") is None:
+            return decoder_loss(*args)
+        *factors, targets = args
+        logits = self.at("scores", self.at("score", linear(*factors), (0, 0)), (0,))
+        return self.cross_entropy(logits.float(), targets)
 
     def _after_loss(self, loss: Tensor) -> Tensor:
         factor, offset = self.value("loss"), self.value("loss-offset")
