@@ -14,6 +14,7 @@ from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
+from lm.listeners import event_files
 from lm.model import KINDS
 
 FP16_STATIC_LOSS_SCALE = 128.0
@@ -174,6 +175,11 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         metavar="BATCHES",
         help="batches from one line of the log to the next",
     )
+    group.add_argument(
+        "--tensorboard",
+        action=Switch,
+        help="write event files into the run directory too, for tensorboard --logdir runs",
+    )
     group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
     group.add_argument(
         "--run-dir",
@@ -214,6 +220,8 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         raise SystemExit(run_sacred(script_file, description, sys.argv[1:]))
     args = read_flags(parser, script, sys.argv[1:] if argv is None else list(argv))
     args.script = script
+    if args.tensorboard:
+        event_files()  # to refuse it before anything is written
     if args.tied and args.emsize != args.nhid:
         raise UsageError(
             f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
