@@ -10,7 +10,7 @@ import torch
 
 from lm import distributed
 from lm.cli import HelpFormatter, OneLineParser, Switch, add_version, complete, finite_above_0, number, whole
-from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred
+from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred, to_flags
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
@@ -18,6 +18,7 @@ from lm.listeners import event_files
 from lm.model import KINDS
 
 FP16_STATIC_LOSS_SCALE = 128.0
+SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -239,6 +240,20 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         )
     _resolve_precision(args)
     return args
+
+
+def make_args(script: str, **options: bool | int | float | str | Path | None) -> argparse.Namespace:
+    """What `set_up` and `fit` need to know, without a command line: the options of the trainer `script`.
+
+    `script` is "main", "main_fp16_optimizer" or "main_amp", and says which precision options there are; `options` are
+    named as the flags, with "_" for "-". All others have their defaults.
+
+    Raises:
+        UsageError: there is no such script or option, or as for `parse_args`.
+    """
+    if script not in SCRIPTS:
+        raise UsageError(f"script is {script!r}; allowed are {', '.join(SCRIPTS)}")
+    return parse_args(script, None, to_flags(make_parser(script, None), options))
 
 
 def _resolve_precision(args: argparse.Namespace) -> None:
