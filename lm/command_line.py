@@ -4,13 +4,15 @@ import argparse
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lm.cli import OneLineParser, as_flags
 from lm.errors import UsageError
 from lm.resume import command_of
 
-MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "data", "save")
+MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "tensorboard", "data", "save")
 """What a resumed run may be given anew: where it ends, what it shows, and where its files are now."""
 
 
@@ -72,21 +74,30 @@ def expand(parser: OneLineParser, argv: list[str]) -> list[str]:
         raise UsageError(f"--config {path}: cannot read it ({error.strerror})") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--config {path} is no TOML file: {error}") from None
+    try:
+        flags = to_flags(parser, content)
+        parser.parse_args(flags)
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    return [*flags, *without(argv, "--config")]
+
+
+def to_flags(parser: OneLineParser, content: Mapping[str, Any]) -> list[str]:
+    """The flags that say the same as `content`: a value, or None, for each name, which is spelt with "-" or "_".
+
+    Raises:
+        UsageError: a name is no option's or is there twice, or a value is no option's.
+    """
     options = parser.options()
     values = {}
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in options:
-            raise UsageError(f"--config {path}: there is no option {key!r}; {_nearest(name, list(options))}")
+            raise UsageError(f"there is no option {key!r}; {_nearest(name, list(options))}")
         if name in values:
-            raise UsageError(f"--config {path}: {key!r} stands there twice, with - and with _")
+            raise UsageError(f"{key!r} stands there twice, with - and with _")
         values[name] = value
-    try:
-        flags = as_flags(options, values)
-        parser.parse_args(flags)
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from None
-    return [*flags, *without(argv, "--config")]
+    return as_flags(options, values)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -10,13 +10,15 @@ import torch
 
 from lm import distributed
 from lm.cli import HelpFormatter, OneLineParser, Switch, add_version, complete, finite_above_0, number, whole
-from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred
+from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred, to_flags
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
+from lm.listeners import event_files
 from lm.model import KINDS
 
 FP16_STATIC_LOSS_SCALE = 128.0
+SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -174,6 +176,11 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         metavar="BATCHES",
         help="batches from one line of the log to the next",
     )
+    group.add_argument(
+        "--tensorboard",
+        action=Switch,
+        help="write event files into the run directory too, for tensorboard --logdir runs",
+    )
     group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
     group.add_argument(
         "--run-dir",
@@ -214,6 +221,8 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         raise SystemExit(run_sacred(script_file, description, sys.argv[1:]))
     args = read_flags(parser, script, sys.argv[1:] if argv is None else list(argv))
     args.script = script
+    if args.tensorboard:
+        event_files()  # to refuse it before anything is written
     if args.tied and args.emsize != args.nhid:
         raise UsageError(
             f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
@@ -231,6 +240,20 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         )
     _resolve_precision(args)
     return args
+
+
+def make_args(script: str, **options: bool | int | float | str | Path | None) -> argparse.Namespace:
+    """What `set_up` and `fit` need to know, without a command line: the options of the trainer `script`.
+
+    `script` is "main", "main_fp16_optimizer" or "main_amp", and says which precision options there are; `options` are
+    named as the flags, with "_" for "-". All others have their defaults.
+
+    Raises:
+        UsageError: there is no such script or option, or as for `parse_args`.
+    """
+    if script not in SCRIPTS:
+        raise UsageError(f"script is {script!r}; allowed are {', '.join(SCRIPTS)}")
+    return parse_args(script, None, to_flags(make_parser(script, None), options))
 
 
 def _resolve_precision(args: argparse.Namespace) -> None:

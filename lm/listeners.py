@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from lm.errors import UsageError
+
 
 class Listener(Protocol):
     """Whoever wants to know of a run as it goes, beside its directory. Called in the process of rank 0 alone.
@@ -43,6 +45,24 @@ def listening(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def current_listeners() -> list[Listener]:
-    """Those of the blocks around."""
-    return list(_listeners)
+def current_listeners(config: dict[str, Any]) -> list[Listener]:
+    """Those of the blocks around, and those that the flags in `config` ask for."""
+    return [*_listeners, event_files()] if config["tensorboard"] else list(_listeners)
+
+
+def event_files() -> Listener:
+    """Whom --tensorboard asks for.
+
+    Raises:
+        UsageError: TensorBoard is not installed.
+    """
+    try:
+        from lm.tensorboard import EventFiles
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("lm", "torch"):
+            raise
+        raise UsageError(
+            f"--tensorboard without TensorBoard (no {error.name} here): pip install 'lm-precision[tensorboard]', "
+            "or leave the flag out: steps.jsonl in the run directory has the same numbers"
+        ) from None
+    return EventFiles()

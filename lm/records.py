@@ -20,7 +20,7 @@ from torch import Tensor
 from lm import distributed
 from lm.errors import UsageError
 from lm.files import lock, naming, remove_leftovers, sync, write_atomically
-from lm.listeners import current_listeners
+from lm.listeners import Listener, current_listeners
 from lm.precision import StepResult
 
 LINES = ("steps.jsonl", "epochs.jsonl")
@@ -39,14 +39,14 @@ class RunDirectory:
         path: of the directory; None writes nothing, for the processes of a run whose rank is not 0.
 
     Attributes:
-        listeners: hear of all that is recorded; see `lm.listeners`.
+        listeners: hear of all that is recorded from `start` on; see `lm.listeners`.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.steps = 0
         self.skipped = 0
-        self.listeners = [] if path is None else current_listeners()
+        self.listeners: list[Listener] = []
         self._pending: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
         self._lock = None if path is None else lock(path)
 
@@ -137,6 +137,7 @@ class RunDirectory:
     def start(self, config: dict[str, Any]) -> None:
         """Tell the listeners that training begins, or goes on from here."""
         if self.path is not None:
+            self.listeners = current_listeners(config)
             for listener in self.listeners:
                 listener.start(self.path, config, self.steps)
 
