@@ -46,7 +46,7 @@ class Corpus:
     sha256      split -> hex digest of its text
     dictionary  the words
     train, valid, test
-                int64 token ids on the CPU, shape (tokens,)
+                int32 token ids on the CPU, shape (tokens,)
     vocab_size  length of the dictionary rounded up to a multiple of 8: tensor cores want the dimensions of
                 half matrices to be so (NVIDIA, "Train With Mixed Precision"); the ids on top are no words
     """
@@ -67,9 +67,9 @@ def _token_ids(text: str, numbers: defaultdict[str, int]) -> Tensor:
     """Number the words of `text`; `numbers` gives an unseen word the next number by itself.
 
     No Python statement runs for each word or line, which makes this fast. Words exist as strings for the
-    length of a piece only, and their ids take 8 bytes each, which keeps the memory low.
+    length of a piece only, and their ids take 4 bytes each, which keeps the memory low.
     """
-    ids = array("q")
+    ids = array("i")
     start = 0
     while start < len(text):
         end = text.find("\n", start + PIECE) + 1 or len(text)
@@ -78,15 +78,15 @@ def _token_ids(text: str, numbers: defaultdict[str, int]) -> Tensor:
         start = end
     if not text.endswith("\n"):
         ids.append(numbers[EOS])
-    return torch.frombuffer(ids, dtype=torch.int64)
+    return torch.frombuffer(ids, dtype=torch.int32)
 
 
 def batchify(data: Tensor, batch_size: int, device: str | torch.device, split: str = "train") -> Tensor:
     """Cut a text into `batch_size` columns of equal length, which a model reads side by side.
 
-    data   int64, shape (tokens,)
+    data   whole numbers of any dtype, shape (tokens,)
     split  "train", "valid" or "test", for the error
-    Returns int64 on `device`, shape (tokens // batch_size, batch_size): column j is the j-th part of the
+    Returns the dtype of `data` on `device`, shape (tokens // batch_size, batch_size): column j is the j-th part of the
     text, read downwards; up to batch_size - 1 tokens at the end are left out.
 
     Raises UsageError where that is fewer than 2 rows: a token and its successor to predict.
@@ -104,9 +104,10 @@ def batchify(data: Tensor, batch_size: int, device: str | torch.device, split: s
 def get_batch(source: Tensor, i: int, bptt: int) -> tuple[Tensor, Tensor]:
     """Take `bptt` rows of `source` from row `i` on, or as many as have a successor, and their successors.
 
-    source  int64, shape (rows, batch_size), from `batchify`; 0 <= i < rows - 1
-    Returns the input, shape (seq_len, batch_size), and the target, shape (seq_len * batch_size,), both views
-    of `source`, with seq_len = min(bptt, rows - 1 - i).
+    source  whole numbers, shape (rows, batch_size), from `batchify`; 0 <= i < rows - 1
+    Returns the input, shape (seq_len, batch_size), and the target, shape (seq_len * batch_size,), both int64,
+    with seq_len = min(bptt, rows - 1 - i).
     """
     seq_len = min(bptt, len(source) - 1 - i)
-    return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len].view(-1)
+    rows = source[i : i + seq_len + 1].long()  # what the loss takes; a whole text in it would be twice as large
+    return rows[:-1], rows[1:].view(-1)

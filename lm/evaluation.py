@@ -22,9 +22,10 @@ def evaluate(
 ) -> float:
     """Mean cross entropy in nats a word over `source` (shape (rows, columns)), summed in float64.
 
-    `between` is called before each batch.
+    `between` is called before each batch. The model's gradients are dropped, for their memory.
     """
     model.eval()
+    model.zero_grad()
     losses, words = [], []
     with precision.forward():
         hidden = model.init_hidden(source.size(1))

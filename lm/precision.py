@@ -115,11 +115,11 @@ class MasterWeights:
         return StepResult(~found_inf, norm, self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """`optimizer`, `loss_scale`, and `masters` in the order of the optimizer's groups."""
+        """`optimizer`, `loss_scale`, and `masters` (not copied) in the order of the optimizer's groups."""
         return {
             "optimizer": self._optimizer.state_dict(),
             "loss_scale": self._loss_scale.item(),
-            "masters": [m.detach().clone() for m in self._masters],
+            "masters": [m.detach() for m in self._masters],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

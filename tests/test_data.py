@@ -61,7 +61,7 @@ def test_corpus_equals_the_tutorials_line_by_line(folder: Path, train: str, vali
     assert len(corpus.dictionary) == len(words)
     for split in ("train", "valid", "test"):
         tokens = getattr(corpus, split)
-        assert tokens.dtype == torch.int64
+        assert tokens.dtype == torch.int32
         assert tokens.tolist() == ids[split]
 
 
@@ -125,7 +125,7 @@ def test_python_docs_is_a_corpus() -> None:
 @given(tokens=st.integers(0, 200), batch_size=st.integers(1, 20))
 @settings(deadline=None)
 def test_batchify_cuts_a_text_into_columns(tokens: int, batch_size: int) -> None:
-    text = torch.arange(tokens)  # a token is its place in the text
+    text = torch.arange(tokens, dtype=torch.int32)  # a token is its place in the text
     rows = tokens // batch_size
     if rows < 2:
         with pytest.raises(UsageError) as caught:
@@ -136,7 +136,7 @@ def test_batchify_cuts_a_text_into_columns(tokens: int, batch_size: int) -> None
         assert len(line.splitlines()) == 1
         return
     source = batchify(text, batch_size, "cpu")
-    assert source.dtype == torch.int64
+    assert source.dtype == torch.int32
     assert source.is_contiguous()
     assert source.shape == (rows, batch_size)
     for j in range(batch_size):
@@ -146,10 +146,11 @@ def test_batchify_cuts_a_text_into_columns(tokens: int, batch_size: int) -> None
 @given(rows=st.integers(2, 40), batch_size=st.integers(1, 7), bptt=st.integers(1, 45))
 @settings(deadline=None)
 def test_batches_hold_every_token_once_and_predict_its_successor(rows: int, batch_size: int, bptt: int) -> None:
-    source = batchify(torch.arange(rows * batch_size), batch_size, "cpu")
+    source = batchify(torch.arange(rows * batch_size, dtype=torch.int32), batch_size, "cpu")
     inputs, targets = [], []
     for i in range(0, rows - 1, bptt):
         x, y = get_batch(source, i, bptt)
+        assert (x.dtype, y.dtype) == (torch.int64, torch.int64)
         seq_len = min(bptt, rows - 1 - i)
         assert x.shape == (seq_len, batch_size)
         assert y.shape == (seq_len * batch_size,)

@@ -34,6 +34,7 @@ def loss_and_grads(function: Any, dtype: torch.dtype, autocast: torch.dtype | No
 @pytest.fixture(params=[1, 5, ROWS, 10_000], ids="{}-rows".format)
 def slices(request, monkeypatch) -> None:
     monkeypatch.setattr(module, "SLICE_BYTES", request.param * VOCABULARY * 4)
+    monkeypatch.setattr(module, "CACHED_BYTES", min(request.param, 7) * VOCABULARY * 4)
 
 
 DTYPES = [

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import jobs
+from lm.data import get_batch
+from lm.evaluation import evaluate
 from lm.model import next_word_loss
 from lm.train import Training
 
@@ -55,8 +57,7 @@ OPTIMIZERS = {"fused-sgd": None, "momentum": momentum, "adamw": adamw, "fused-ad
 def backward(job: Training, batch: int) -> None:
     """Gradients of one batch, from a zero state."""
     bptt = job.args.bptt
-    tokens = job.train_data[batch * bptt : (batch + 1) * bptt]
-    targets = job.train_data[batch * bptt + 1 : (batch + 1) * bptt + 1].flatten()
+    tokens, targets = get_batch(job.train_data, batch * bptt, bptt)
     with job.precision.forward():
         hidden = job.model.init_hidden(job.args.batch_size)
         loss, _ = next_word_loss(job.model, tokens, targets, hidden)
@@ -290,3 +291,13 @@ def test_apex_that_is_not_there_is_said_clearly(monkeypatch, tmp_path, corpus, c
     assert error.count("\n") == 1
     assert "apex.fp16_utils" in error
     assert not Path(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["fp32", "manual"])
+def test_evaluation_and_checkpoint_take_no_memory_that_they_need_not(make, mode) -> None:
+    job = make(mode)
+    step(job, 0)
+    evaluate(job.model, job.precision, job.valid_data, job.args.bptt, 1)
+    assert [p.grad for p in job.model.parameters()] == [None] * len(list(job.model.parameters()))
+    saved = job.precision.state_dict()["masters"]
+    assert [m.data_ptr() for m in saved] == [m.data_ptr() for m in masters(job)]
