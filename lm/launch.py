@@ -258,8 +258,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handle) for number in numbers}  # nohup ignores SIGHUP
+    others = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup sets it
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *others)}
     try:
         yield stopped
     finally:
