@@ -250,7 +250,10 @@ def _ended(job: Job, exit_code: int, how: str) -> list[Failure]:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set: each would leave the trainers running. A second SIGINT raises."""
+    """An event that SIGINT, SIGTERM and SIGHUP set: each would leave the trainers running. A second SIGINT raises.
+
+    SIGTERM and SIGHUP stay ignored where they are, as under nohup.
+    """
     stopped = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
@@ -258,7 +261,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    others = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup sets it
+    others = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *others)}
     try:
         yield stopped
