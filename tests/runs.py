@@ -2,8 +2,9 @@
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -32,23 +33,42 @@ def outcome(folder: Path, run: str = "run", model: str = "model.pt") -> dict[str
     }
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, programs: Programs, name: str, call: int, *command: str) -> None:
-    """Run `command` and kill it as `Training.name`, or lm.train's function of that name, is called for that time."""
+def act_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, act: Callable[[], object]) -> None:
+    """Let `act` come at the beginning of a call of `Training.name`, or of lm.train's function of that name."""
     owner = lm.train.Training if hasattr(lm.train.Training, name) else lm.train
     original = getattr(owner, name)
     calls = 0
 
-    def killed(*args: Any, **kwargs: Any) -> Any:
+    def acted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
-            raise KilledError
+            act()
         return original(*args, **kwargs)
 
+    monkeypatch.setattr(owner, name, acted)
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, programs: Programs, name: str, call: int, *command: str) -> None:
+    """Run `command` and kill it there; see `act_at`."""
+
+    def kill() -> NoReturn:
+        raise KilledError
+
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, killed)
+        act_at(patch, name, call, kill)
         with pytest.raises(KilledError):
             programs.run(*command)
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, name: str, call: int, times: int = 1) -> None:
+    """Let a signal come there, as often as `times` says; see `act_at`."""
+
+    def send() -> None:
+        for _ in range(times):
+            signal.raise_signal(number)
+
+    act_at(monkeypatch, name, call, send)
 
 
 def resume(programs: Programs, script: str, *flags: str) -> Done:
@@ -56,19 +76,3 @@ def resume(programs: Programs, script: str, *flags: str) -> Done:
     done = programs.run(script, "--resume", "run", *flags)
     assert (done.code, done.err) == (0, ""), done
     return done
-
-
-def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, name: str, call: int, times: int = 1) -> None:
-    """Let a signal come at the beginning of a call of `Training.name`, or of lm.train's function of that name."""
-    owner = lm.train.Training if hasattr(lm.train.Training, name) else lm.train
-    original = getattr(owner, name)
-    calls = 0
-
-    def signalled(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        for _ in range(times if calls == call else 0):
-            signal.raise_signal(number)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, signalled)
