@@ -9,6 +9,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from lm.errors import UsageError
+from lm.jsonfile import read_object
+
 
 class Progress:
     """Two bars on stderr where that is a terminal; nothing elsewhere.
@@ -68,8 +71,8 @@ class Progress:
 def batches_expected(run_dir: Path) -> int | None:
     """How many batches the run takes if nothing stops it; None while it has not started."""
     try:
-        config = json.loads((run_dir / "config.json").read_bytes())
-    except (OSError, ValueError):
+        config = read_object(run_dir / "config.json")
+    except (OSError, UsageError):
         return None
     rows = config["corpus"]["train_tokens"] // config["batch_size"]
     batches: int = config["epochs"] * -(-(rows - 1) // config["bptt"])

@@ -184,11 +184,14 @@ class Training:
         self.at.epoch_seconds += self.clock - before
         return self.clock - before
 
+    def evaluate(self, data: Tensor) -> float:
+        """The model's loss on `data` now; SIGTERM is heard between two batches."""
+        between = self.stop.end_if_terminated
+        return evaluate(self.model, self.precision, data, self.args.bptt, self.eval_batches, between)
+
     def end_epoch(self) -> None:
         """Validate, record, and keep the model or anneal."""
-        between = self.stop.end_if_terminated
-        loss = evaluate(self.model, self.precision, self.valid_data, self.args.bptt, self.eval_batches, between)
-        loss = distributed.from_rank_0(loss)
+        loss = distributed.from_rank_0(self.evaluate(self.valid_data))
         self.tick()
         at = self.at
         self.records.epoch(at.epoch, loss, at.lr, at.epoch_seconds)
@@ -240,8 +243,7 @@ class Training:
             self.save_model()
         else:
             self.model.load_state_dict(self.best_weights)
-        between = self.stop.end_if_terminated
-        test_loss = evaluate(self.model, self.precision, self.test_data, self.args.bptt, self.eval_batches, between)
+        test_loss = self.evaluate(self.test_data)
         say("=" * 89)
         say(f"| End of training | test loss {test_loss:5.2f} | test ppl {perplexity(test_loss):8.2f}")
         say("=" * 89)
