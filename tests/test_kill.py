@@ -27,13 +27,20 @@ FILES = {
 
 
 class Run:
-    """One run in a folder of its own, as often as it takes."""
+    """One run in a folder of its own, as often as it takes.
+
+    Attributes:
+        saved: how many steps the last checkpoint holds; -1 for none.
+        switching: the inode that bore both checkpoints' names when a kill came between link and replace. It may still
+            do so after later kills, until the next checkpoint is in place.
+    """
 
     def __init__(self, forks: Forks, folder: Path, mode: str) -> None:
         self.forks = forks
         self.folder = folder
         self.script, *self.flags = jobs.MODES[mode]
         self.saved = -1
+        self.switching = 0
         folder.mkdir()
         write_corpus(folder / "corpus", train=24)
 
@@ -59,8 +66,10 @@ class Run:
             steps = {name: content["records"]["steps"] for name, content in checkpoints.items()}
             assert steps["checkpoint.pt"] >= max(self.saved, steps.get("checkpoint.previous.pt", 0))
             self.saved = steps["checkpoint.pt"]
-            if at not in (ANYWHERE, "after link", "before replace"):
-                assert len(set(steps.values())) == len(steps)
+            if len(set(steps.values())) < len(steps):
+                one = (run / "checkpoint.pt").stat().st_ino
+                assert at in (ANYWHERE, "after link", "before replace") or one == self.switching
+                self.switching = one
         if (self.folder / "model.pt").exists():
             load_model(self.folder / "model.pt")
         for path in run.glob("*.json"):
