@@ -9,6 +9,7 @@ from lm.config import parse_args, set_up
 from lm.data import Corpus
 from lm.errors import exit_code
 from lm.model import RNNModel
+from lm.optimizers import make_optimizer
 from lm.precision import Autocast
 from lm.train import fit
 
@@ -23,7 +24,7 @@ def main() -> int:
     )
 
     # --- precision -----------------------------------------------------------
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, fused=True)
+    optimizer = make_optimizer(args.optimizer, model.parameters(), args.lr)
     init = args.static_loss_scale or args.init_scale
     scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
     precision = Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)

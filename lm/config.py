@@ -15,6 +15,7 @@ from lm.corpora import BUILT_IN, DEFAULT
 from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.model import KINDS
+from lm.optimizers import DEFAULT_LR, resolve_optimizer
 
 FP16_STATIC_LOSS_SCALE = 128.0
 DTYPES = ("float16", "bfloat16", "float32")
@@ -86,7 +87,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=finite_above_0, default=20.0, metavar="RATE", help="initial learning rate (SGD)")
+    group.add_argument(
+        "--optimizer",
+        choices=tuple(DEFAULT_LR),
+        default=argparse.SUPPRESS,
+        help="plain SGD, or AdamW with its weight decay of 0.01 (default: sgd)",
+    )
+    group.add_argument("--use-optimizer", action=Switch, help="the same as --optimizer adamw")
+    group.add_argument(
+        "--lr",
+        type=finite_above_0,
+        default=argparse.SUPPRESS,
+        metavar="RATE",
+        help=f"initial learning rate (default: {', '.join(f'{lr:g} for {name}' for name, lr in DEFAULT_LR.items())})",
+    )
     group.add_argument(
         "--clip",
         type=number(float, 0, above=True),
@@ -229,6 +243,7 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
             f"--batch_size {args.batch_size} cannot be divided among {distributed.world_size()} processes; "
             "give a multiple of their number"
         )
+    resolve_optimizer(args)
     _resolve_precision(args)
     return args
 

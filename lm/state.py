@@ -54,9 +54,8 @@ def restore_state(
         weights = model.state_dict()
         check_like(state["model"], weights, "model")
         check_like(state["precision"], precision.state_dict(), "precision")
-        if "optimizer" in state["precision"]:  # FP16_Optimizer checks its own
-            params = [p for group in precision.param_groups for p in group["params"]]
-            _check_optimizer_state(state["precision"]["optimizer"], params)
+        for name in {"optimizer", "optimizer_state_dict"} & state["precision"].keys():
+            _check_optimizer_state(state["precision"][name], precision.param_groups)
         position = Position.restore(state["position"])
         if state["hidden"] is not None:
             check_like(state["hidden"], expected_hidden, "hidden")
@@ -105,9 +104,23 @@ def _set_random_states(states: dict[str, Tensor], model: RNNModel) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _check_optimizer_state(saved: Any, params: list[Tensor]) -> None:
-    """Buffers such as momentum have the shape of their weight, or are counters; load_state_dict takes any."""
+def _check_optimizer_state(saved: Any, groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless `saved` is the state of an optimizer with `groups`; load_state_dict takes any.
+
+    A fused kernel trusts the shapes, and follows each group's switches to buffers that may not be there.
+    """
+    for group, theirs in zip(groups, saved["param_groups"], strict=True):
+        for name, value in group.items():
+            if name not in ("params", "lr") and theirs[name] != value:
+                raise ValueError(f"the optimizer's {name} is {str(theirs[name])[:20]}")
+    params = [p for group in groups for p in group["params"]]
+    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in groups[0] else {"momentum_buffer"}
     for index, buffers in saved["state"].items():
+        if buffers and buffers.keys() != names:
+            raise ValueError(f"the optimizer's buffers are {', '.join(map(str, buffers))}")
         for name, buffer in buffers.items():
-            if isinstance(buffer, Tensor) and buffer.numel() > 1 and buffer.shape != params[index].shape:
-                raise ValueError(f"the optimizer's {name} has shape {tuple(buffer.shape)}")
+            if name == "momentum_buffer" and buffer is None:
+                continue
+            shape = torch.Size() if name == "step" else params[index].shape
+            if not isinstance(buffer, Tensor) or buffer.shape != shape or not buffer.is_floating_point():
+                raise ValueError(f"the optimizer's {name} has the wrong shape or type")
