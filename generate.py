@@ -49,15 +49,18 @@ def generate(model: RNNModel, words: int, temperature: float, log_interval: int,
     """
     device = model.decoder.weight.device
     hidden = model.init_hidden(1)
+    context = model.options.get("context", 1)  # recurrent layers remember the words before the last
     token = torch.randint(vocabulary_size, (1, 1))  # drawn on the CPU, so that every device draws the same
+    tokens = token
     ids = []
     for i in range(1, words + 1):
-        logits, hidden = model(token.to(device), hidden)
-        scores = logits[0, 0, :vocabulary_size].double().cpu()
+        logits, hidden = model(tokens.to(device), hidden)
+        scores = logits[-1, 0, :vocabulary_size].double().cpu()
         if not scores.isfinite().all():
             raise UsageError(f"--checkpoint: the model's scores of word {i} are not finite numbers; train it again")
         probabilities = torch.softmax(scores / temperature, dim=0)
         token = torch.multinomial(probabilities, 1).view(1, 1)
+        tokens = torch.cat((tokens, token))[-context:]
         ids.append(int(token))
         if i % log_interval == 0:
             say(f"| Generated {i}/{words} words")

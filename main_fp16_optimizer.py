@@ -7,7 +7,7 @@ from lm.apex import import_fp16_utils
 from lm.config import parse_args, set_up
 from lm.data import Corpus
 from lm.errors import exit_code
-from lm.model import RNNModel
+from lm.model import make_model
 from lm.optimizers import make_optimizer
 from lm.precision import WrappedOptimizer
 from lm.train import fit
@@ -18,9 +18,7 @@ def main() -> int:
     args = parse_args(__file__, __doc__)
     set_up(args)
     corpus = Corpus(args.data)
-    model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied).to(
-        args.device
-    )
+    model = make_model(args, corpus.vocab_size).to(args.device)
 
     # --- precision -----------------------------------------------------------
     if args.fp16:

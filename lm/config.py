@@ -14,7 +14,7 @@ from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.device import find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
-from lm.model import KINDS
+from lm.model import KINDS, check_model_flags
 from lm.optimizers import DEFAULT_LR, resolve_optimizer
 
 FP16_STATIC_LOSS_SCALE = 128.0
@@ -71,10 +71,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="LSTM", choices=KINDS, help="kind of recurrent layer")
+    group.add_argument("--model", default="LSTM", choices=KINDS, help="kind of layer")
     group.add_argument("--emsize", type=whole, default=200, metavar="UNITS", help="size of the word embeddings")
     group.add_argument("--nhid", type=whole, default=200, metavar="UNITS", help="hidden units a layer")
-    group.add_argument("--nlayers", type=whole, default=2, metavar="LAYERS", help="recurrent layers")
+    group.add_argument(
+        "--nlayers", type=whole, default=2, metavar="LAYERS", help="layers between embedding and decoder"
+    )
+    group.add_argument(
+        "--nhead", type=whole, default=2, metavar="HEADS", help="of the attention; only a Transformer has them"
+    )
     group.add_argument(
         "--dropout",
         type=number(float, 0, 1, below=True),
@@ -228,10 +233,7 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
         raise SystemExit(run_sacred(script_file, description, sys.argv[1:]))
     args = read_flags(parser, script, sys.argv[1:] if argv is None else list(argv))
     args.script = script
-    if args.tied and args.emsize != args.nhid:
-        raise UsageError(
-            f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
-        )
+    check_model_flags(args)
     args.device = find_device(getattr(args, "device", None), cuda=args.cuda)
     if args.device == "cuda" and distributed.world_size() > 1:
         args.device = find_device(f"cuda:{distributed.local_rank()}")

@@ -22,7 +22,8 @@ def take_state(
 ) -> dict[str, Any]:
     """The state of a run, on rank 0 that of all processes; they must all ask. Tensors are not copied.
 
-    hidden        before the next batch, whose shape is (nlayers, columns of this process, nhid); None at the first
+    hidden        before the next batch, whose shape is (nlayers, columns of this process, nhid); None at the first,
+                  an empty list for a model that has none
     best_weights  on the CPU, those with the lowest validation loss; None before the first validation
     """
     parts = distributed.gather((_tuple(hidden), _random_states(model)))
@@ -87,7 +88,7 @@ def _my_hidden(saved: list[Tensor] | None, model: RNNModel) -> Hidden | None:
     mine = [h.chunk(distributed.world_size(), dim=1)[distributed.rank()] for h in saved]
     device = model.decoder.weight.device
     tensors = tuple(h.contiguous().to(device) for h in mine)
-    return tensors if len(tensors) == 2 else tensors[0]
+    return tensors[0] if len(tensors) == 1 else tensors
 
 
 def _random_states(model: RNNModel) -> dict[str, Tensor]:
