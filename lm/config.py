@@ -12,7 +12,7 @@ from lm import distributed
 from lm.cli import HelpFormatter, OneLineParser, Switch, add_version, complete, finite_above_0, number, whole
 from lm.command_line import MAY_CHANGE, is_for_sacred, read_flags, run_sacred
 from lm.corpora import BUILT_IN, DEFAULT
-from lm.device import find_device, keep_freed_memory, set_tf32
+from lm.device import find_accelerator, find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.model import KINDS, check_model_flags
 from lm.optimizers import DEFAULT_LR, resolve_optimizer
@@ -133,8 +133,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="give up after this many steps in a row with a non-finite loss or gradient",
     )
     group.add_argument("--cuda", action=Switch, help="the same as --device cuda")
+    group.add_argument("--accel", action=Switch, help="run on this machine's accelerator: CUDA, XPU or MPS")
     group.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)", default=argparse.SUPPRESS
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)", default=argparse.SUPPRESS
     )
     group.add_argument("--deterministic", action=Switch, help="allow no operation that can differ between runs")
 
@@ -234,7 +235,8 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
     args = read_flags(parser, script, sys.argv[1:] if argv is None else list(argv))
     args.script = script
     check_model_flags(args)
-    args.device = find_device(getattr(args, "device", None), cuda=args.cuda)
+    device = getattr(args, "device", None)
+    args.device = find_accelerator(device, cuda=args.cuda) if args.accel else find_device(device, cuda=args.cuda)
     if args.device == "cuda" and distributed.world_size() > 1:
         args.device = find_device(f"cuda:{distributed.local_rank()}")
     if args.tf32 and not args.device.startswith("cuda"):

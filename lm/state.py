@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lm import distributed
+from lm.device import get_random_state, set_random_state
 from lm.errors import printable
 from lm.model import Hidden, RNNModel
 from lm.precision import Precision
@@ -95,14 +96,15 @@ def _random_states(model: RNNModel) -> dict[str, Tensor]:
     """Dropout draws from the generator of the device that the model is on; sampling and start-up from the CPU's."""
     device = model.decoder.weight.device
     states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+    of_device = get_random_state(device)
+    return states if of_device is None else states | {device.type: of_device}
 
 
 def _set_random_states(states: dict[str, Tensor], model: RNNModel) -> None:
     torch.set_rng_state(states["cpu"])
     device = model.decoder.weight.device
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type in states and device.type != "cpu":
+        set_random_state(states[device.type], device)
 
 
 def _check_optimizer_state(saved: Any, groups: list[dict[str, Any]]) -> None:
