@@ -3,6 +3,7 @@
 # PYTHON_ARGCOMPLETE_OK
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from lm.checkpoint import load_model
 from lm.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from lm.console import say
 from lm.device import find_device
-from lm.errors import UsageError, exit_code
+from lm.errors import UsageError, exit_code, printable
 from lm.files import check_writable, write_atomically
 from lm.model import RNNModel
 
@@ -23,7 +24,9 @@ def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add_version(parser)
     parser.add_argument("--checkpoint", type=Path, default=Path("model.pt"), metavar="FILE", help="what --save wrote")
-    parser.add_argument("--outf", type=Path, default=Path("generated.txt"), metavar="FILE", help="the text goes here")
+    parser.add_argument(
+        "--outf", default="generated.txt", metavar="FILE", help="the text goes here; - for the terminal, word by word"
+    )
     parser.add_argument("--words", type=whole, default=1000, metavar="N", help="how many to write")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1111, help="of the random choice")
     parser.add_argument(
@@ -39,8 +42,8 @@ def parse_args() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def generate(model: RNNModel, words: int, temperature: float, log_interval: int, vocabulary_size: int) -> list[int]:
-    """Draw ids of `words` words, each from softmax(logits / temperature) after all before it; the first at random.
+def generate(model: RNNModel, words: int, temperature: float, vocabulary_size: int) -> Iterator[int]:
+    """Draw the ids of `words` words, each from softmax(logits / temperature) after all before it; the first at random.
 
     Ids from `vocabulary_size` on only pad the decoder to a round size, and are never drawn.
 
@@ -49,38 +52,63 @@ def generate(model: RNNModel, words: int, temperature: float, log_interval: int,
     """
     device = model.decoder.weight.device
     hidden = model.init_hidden(1)
+    context = model.options.get("context", 1)  # recurrent layers remember the words before the last
     token = torch.randint(vocabulary_size, (1, 1))  # drawn on the CPU, so that every device draws the same
-    ids = []
+    tokens = token
     for i in range(1, words + 1):
-        logits, hidden = model(token.to(device), hidden)
-        scores = logits[0, 0, :vocabulary_size].double().cpu()
+        logits, hidden = model(tokens.to(device), hidden)
+        scores = logits[-1, 0, :vocabulary_size].double().cpu()
         if not scores.isfinite().all():
             raise UsageError(f"--checkpoint: the model's scores of word {i} are not finite numbers; train it again")
         probabilities = torch.softmax(scores / temperature, dim=0)
         token = torch.multinomial(probabilities, 1).view(1, 1)
-        ids.append(int(token))
+        tokens = torch.cat((tokens, token))[-context:]
+        yield int(token)
+
+
+def as_text(words: Iterable[str]) -> Iterator[str]:
+    """`words` in pieces of text as they come: separated by spaces, `WORDS_A_LINE` a line."""
+    column = 0
+    for word in words:
+        yield f" {word}" if column else word
+        column = (column + 1) % WORDS_A_LINE
+        if column == 0:
+            yield "\n"
+    if column:
+        yield "\n"
+
+
+def show(text: Iterable[str]) -> None:
+    """Print each piece at once; what the terminal's encoding lacks as an escape."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for piece in text:
+        sys.stdout.write(piece.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+
+
+def with_progress(words: Iterable[str], count: int, log_interval: int) -> Iterator[str]:
+    """`words`, of which there are `count`, and a line after each `log_interval` of them."""
+    for i, word in enumerate(words, 1):
         if i % log_interval == 0:
-            say(f"| Generated {i}/{words} words")
-    return ids
-
-
-def as_text(words: list[str]) -> str:
-    """`words` separated by spaces, `WORDS_A_LINE` a line."""
-    lines = [words[i : i + WORDS_A_LINE] for i in range(0, len(words), WORDS_A_LINE)]
-    return "".join(" ".join(line) + "\n" for line in lines)
+            say(f"| Generated {i}/{count} words")
+        yield word
 
 
 def main() -> int:
     """Load, draw, write."""
     args = parse_args()
     device = find_device(None, cuda=args.cuda)
-    check_writable("--outf", args.outf)
+    if args.outf != "-":
+        check_writable("--outf", Path(args.outf))
     model, vocabulary = load_model(args.checkpoint)
     torch.manual_seed(args.seed)
     model.eval().to(device)
-    ids = generate(model, args.words, args.temperature, args.log_interval, len(vocabulary))
-    text = as_text([vocabulary[i] for i in ids])
-    write_atomically(args.outf, lambda file: file.write(text.encode()))
+    words = (vocabulary[i] for i in generate(model, args.words, args.temperature, len(vocabulary)))
+    if args.outf == "-":
+        show(as_text(map(printable, words)))  # a model file may come from anywhere
+        return 0
+    text = "".join(as_text(with_progress(words, args.words, args.log_interval)))
+    write_atomically(Path(args.outf), lambda file: file.write(text.encode()))
     return 0
 
 

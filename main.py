@@ -3,13 +3,12 @@
 # PYTHON_ARGCOMPLETE_OK
 import sys
 
-import torch
-
 from fp16_utils import prep_param_lists
 from lm.config import parse_args, set_up
 from lm.data import Corpus
 from lm.errors import exit_code
-from lm.model import RNNModel
+from lm.model import make_model
+from lm.optimizers import make_optimizer
 from lm.precision import MasterWeights
 from lm.train import fit
 
@@ -19,15 +18,13 @@ def main() -> int:
     args = parse_args(__file__, __doc__)
     set_up(args)
     corpus = Corpus(args.data)
-    model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied).to(
-        args.device
-    )
+    model = make_model(args, corpus.vocab_size).to(args.device)
 
     # --- precision -----------------------------------------------------------
     params = masters = list(model.parameters())
     if args.fp16:
         params, masters = prep_param_lists(model.half())
-    optimizer = torch.optim.SGD(masters, lr=args.lr, fused=True)
+    optimizer = make_optimizer(args.optimizer, masters, args.lr)
     precision = MasterWeights(params, optimizer, args.static_loss_scale)
     # -------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import torch
 from lm.config import parse_args, set_up
 from lm.data import Corpus
 from lm.errors import exit_code
-from lm.model import RNNModel
+from lm.model import make_model
+from lm.optimizers import make_optimizer
 from lm.precision import Autocast
 from lm.train import fit
 
@@ -18,12 +19,10 @@ def main() -> int:
     args = parse_args(__file__, __doc__)
     set_up(args)
     corpus = Corpus(args.data)
-    model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied).to(
-        args.device
-    )
+    model = make_model(args, corpus.vocab_size).to(args.device)
 
     # --- precision -----------------------------------------------------------
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, fused=True)
+    optimizer = make_optimizer(args.optimizer, model.parameters(), args.lr)
     init = args.static_loss_scale or args.init_scale
     scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
     precision = Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)

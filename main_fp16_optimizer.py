@@ -3,13 +3,12 @@
 # PYTHON_ARGCOMPLETE_OK
 import sys
 
-import torch
-
 from lm.apex import import_fp16_utils
 from lm.config import parse_args, set_up
 from lm.data import Corpus
 from lm.errors import exit_code
-from lm.model import RNNModel
+from lm.model import make_model
+from lm.optimizers import make_optimizer
 from lm.precision import WrappedOptimizer
 from lm.train import fit
 
@@ -19,15 +18,13 @@ def main() -> int:
     args = parse_args(__file__, __doc__)
     set_up(args)
     corpus = Corpus(args.data)
-    model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied).to(
-        args.device
-    )
+    model = make_model(args, corpus.vocab_size).to(args.device)
 
     # --- precision -----------------------------------------------------------
     if args.fp16:
         model.half()
     optimizer = import_fp16_utils(args.fp16_utils).FP16_Optimizer(
-        torch.optim.SGD(model.parameters(), lr=args.lr, fused=True),
+        make_optimizer(args.optimizer, model.parameters(), args.lr),
         static_loss_scale=args.static_loss_scale or 1.0,
         dynamic_loss_scale=args.dynamic_loss_scale,
         dynamic_loss_args={

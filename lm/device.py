@@ -10,6 +10,7 @@ import torch
 
 from lm.errors import UsageError
 
+ACCELERATORS = ("cuda", "xpu", "mps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -28,12 +29,13 @@ def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> 
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name!r} is no device of torch; give cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name} is not supported; give cpu, cuda or cuda:N")
-    present = torch.cuda.device_count() if device.type == "cuda" else 1
+        raise UsageError(f"--device {name!r} is no device of torch; give cpu, cuda, cuda:N, xpu or mps") from None
+    if device.type not in ("cpu", *ACCELERATORS):
+        raise UsageError(f"--device {name} is not supported; give cpu, cuda, cuda:N, xpu or mps")
+    present = 1 if device.type == "cpu" else torch.get_device_module(device.type).device_count()
     if present == 0:
-        raise UsageError(f"{asked}: torch finds no CUDA GPU here; to run on the CPU, leave the flag out")
+        kind = "CUDA GPU" if device.type == "cuda" else f"{device.type} device"
+        raise UsageError(f"{asked}: torch finds no {kind} here; to run on the CPU, leave the flag out")
     if (device.index or 0) >= present:
         raise UsageError(f"{asked}: this machine has {present}; the last one is {device.type}:{present - 1}")
     if device.type == "cuda" and processes > 1 and (device.index is not None or processes > present):
@@ -42,6 +44,39 @@ def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> 
             f"its own; give --device cuda and at most {present} processes"
         )
     return name
+
+
+def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
+    """The device that --accel asks for beside --device `name` and --cuda: the one that torch names.
+
+    The rest is as for `find_device`.
+
+    Raises:
+        UsageError: there is none, it is of a kind that this project does not support, or another one was asked for.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        raise UsageError("--accel: torch finds no accelerator here; to run on the CPU, leave the flag out")
+    if found.type not in ACCELERATORS:
+        raise UsageError(f"--accel: {found.type} is not supported ({', '.join(ACCELERATORS)} are); leave the flag out")
+    if name is not None and name.partition(":")[0] != found.type:
+        raise UsageError(f"--accel ({found.type}) and --device {name} contradict each other: give one of them")
+    return find_device(name or found.type, cuda=cuda, processes=processes)  # which refuses --cuda beside another kind
+
+
+def get_random_state(device: torch.device) -> torch.Tensor | None:
+    """The state of the accelerator's generator, uint8 on the CPU; None where `device` is none."""
+    if device.type not in ACCELERATORS:
+        return None
+    module = torch.get_device_module(device)
+    state: torch.Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Put back what `get_random_state` returned."""
+    module = torch.get_device_module(device)
+    module.set_rng_state(*([state] if device.type == "mps" else [state, device]))
 
 
 def set_tf32(allowed: bool) -> None:

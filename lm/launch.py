@@ -22,12 +22,13 @@ import torch
 
 from lm import corpora
 from lm.command_line import expand, without
-from lm.config import make_parser, parse_args
+from lm.config import parse_args
 from lm.console import say
 from lm.errors import RunError, UsageError, printable
 from lm.files import write_atomically
 from lm.jsonfile import read_object
 from lm.modes import MODES
+from lm.options import make_parser
 from lm.progress import Progress
 from lm.records import to_json
 from lm.report.types import Failure

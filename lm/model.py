@@ -1,37 +1,44 @@
 """The language model. It knows no precision mode: dtypes follow from its weights and from autocast."""
 
+import argparse
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm.decoder_loss import decoder_loss
+from lm.errors import UsageError
 from lm.kernels import compute_dtype, linear
 from lm.recurrent import GRU, LSTM, RNN
+from lm.transformer import Transformer, positions
 
-KINDS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
+KINDS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")
 INIT_RANGE = 0.1
 
-Hidden = Tensor | tuple[Tensor, Tensor]
-"""State of the recurrent layers, each tensor of shape (nlayers, batch, nhid); a pair (h, c) for LSTM."""
+Hidden = Tensor | tuple[Tensor, ...]
+"""State of the recurrent layers, each tensor of shape (nlayers, batch, nhid); a pair (h, c) for LSTM, () for none."""
 
 
 class RNNModel(nn.Module):
-    """Embedding, recurrent layers, and a linear decoder over the vocabulary.
+    """Embedding, recurrent or Transformer layers, and a linear decoder over the vocabulary.
 
-    Weights start uniform in +-0.1 (embedding, decoder) and as torch.nn draws them (recurrent layers), in fp32.
+    Weights start uniform in +-0.1 (embedding, decoder) and as torch.nn draws them (the layers between), in fp32.
 
     Args:
         kind: one of `KINDS`.
         ntokens: size of the vocabulary.
         emsize: size of the word embeddings.
-        nhid: hidden units a layer.
-        nlayers: recurrent layers.
-        dropout: probability, on the embeddings, between the layers and on the output.
-        tied: share the embedding with the decoder; needs `emsize == nhid`.
+        nhid: hidden units a layer; of a Transformer, whose width is `emsize`, those of its feed-forward networks.
+        nlayers: layers between embedding and decoder.
+        dropout: probability, on the embeddings, between the layers and on the output; of a Transformer, on the
+            embeddings with their positions and within the layers.
+        tied: share the embedding with the decoder; recurrent layers need `emsize == nhid` for that.
+        nhead: heads of a Transformer's attention.
+        context: how many words at a time a Transformer is trained on, and sees when it writes text.
 
     Raises:
-        ValueError: unknown `kind`, or `tied` with `emsize != nhid`.
+        ValueError: unknown `kind`, `tied` with `emsize != nhid`, `emsize` no multiple of `nhead`, or no `context`.
     """
 
     def __init__(
@@ -43,11 +50,16 @@ class RNNModel(nn.Module):
         nlayers: int,
         dropout: float,
         tied: bool = False,
+        nhead: int = 2,
+        context: int = 35,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
-        if tied and emsize != nhid:
+        is_transformer = kind == "Transformer"
+        if is_transformer and (emsize % nhead or context < 1):
+            raise ValueError(f"emsize {emsize} is no multiple of nhead {nhead}, or context {context} is not above 0")
+        if tied and emsize != nhid and not is_transformer:
             raise ValueError(f"tied needs emsize equal to nhid; they are {emsize} and {nhid}")
         self.options: dict[str, Any] = {
             "kind": kind,
@@ -58,10 +70,16 @@ class RNNModel(nn.Module):
             "dropout": dropout,
             "tied": tied,
         }
+        if is_transformer:
+            self.options |= {"nhead": nhead, "context": context}
         self.drop = nn.Dropout(dropout)
         self.encoder = nn.Embedding(ntokens, emsize)
-        self.rnn = _recurrent_layers(kind, emsize, nhid, nlayers, dropout)
-        self.decoder = nn.Linear(nhid, ntokens)
+        self.rnn: nn.RNNBase | Transformer
+        if is_transformer:
+            self.rnn = Transformer(emsize, nhead, nhid, nlayers, dropout)
+        else:
+            self.rnn = _recurrent_layers(kind, emsize, nhid, nlayers, dropout)
+        self.decoder = nn.Linear(emsize if is_transformer else nhid, ntokens)
         if tied:
             self.decoder.weight = self.encoder.weight
         nn.init.uniform_(self.encoder.weight, -INIT_RANGE, INIT_RANGE)
@@ -73,6 +91,8 @@ class RNNModel(nn.Module):
 
         Under CPU autocast a GRU given an fp32 state would stay in fp32, and no longer be the half mode asked for.
         """
+        if isinstance(self.rnn, Transformer):
+            return ()
         weight = next(self.rnn.parameters())
         shape = (self.rnn.num_layers, batch_size, self.rnn.hidden_size)
         zeros = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
@@ -90,12 +110,15 @@ class RNNModel(nn.Module):
             Logits of shape (bptt, batch, ntokens) in the dtype of the decoder product, or, given targets, their
             mean cross entropy (fp32, shape ()), for which logits need not be kept; and the new state.
         """
-        embedded = self.drop(self.encoder(tokens))
-        # Autocast leaves the embedding in fp32. Given that, the CPU's LSTM hands fp16 to an oneDNN primitive
-        # that many CPUs lack; given half, it runs the kernels that half weights run, on every CPU.
-        embedded = embedded.to(hidden[0].dtype)
-        output, hidden = self.rnn(embedded, hidden)
-        output, decoder = self.drop(output), self.decoder
+        embedded, decoder = self.encoder(tokens), self.decoder
+        if isinstance(self.rnn, Transformer):
+            embedded = embedded * math.sqrt(embedded.size(-1))  # else the positions would drown it
+            output, hidden = self.rnn(self.drop(embedded + positions(len(tokens), embedded)), hidden)
+        else:
+            # Autocast leaves the embedding in fp32. Given that, the CPU's LSTM hands fp16 to an oneDNN primitive
+            # that many CPUs lack; given half, it runs the kernels that half weights run, on every CPU.
+            output, hidden = self.rnn(self.drop(embedded).to(hidden[0].dtype), hidden)
+            output = self.drop(output)
         if targets is None:
             return linear(output, decoder.weight, decoder.bias), hidden
         return decoder_loss(output.flatten(0, 1), decoder.weight, decoder.bias, targets), hidden
@@ -109,6 +132,26 @@ def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: 
         return GRU(emsize, nhid, nlayers, dropout=dropout)
     nonlinearity = kind.removeprefix("RNN_").lower()
     return RNN(emsize, nhid, nlayers, nonlinearity=nonlinearity, dropout=dropout)
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError where `RNNModel` would refuse these flags."""
+    if args.model == "Transformer":
+        if args.emsize % args.nhead:
+            raise UsageError(
+                f"--nhead {args.nhead} with --emsize {args.emsize}: heads share the width of the embeddings; "
+                "give a multiple of their number"
+            )
+    elif args.tied and args.emsize != args.nhid:
+        raise UsageError(
+            f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
+        )
+
+
+def make_model(args: argparse.Namespace, ntokens: int) -> RNNModel:
+    """The model of these flags, for a vocabulary of `ntokens`."""
+    sizes = args.emsize, args.nhid, args.nlayers
+    return RNNModel(args.model, ntokens, *sizes, args.dropout, args.tied, args.nhead, args.bptt)
 
 
 def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
@@ -126,7 +169,7 @@ def detach(hidden: Hidden) -> Hidden:
     What is not finite starts anew at 0, as all of it does in each epoch: one bad batch must not spoil every later one.
     """
     if isinstance(hidden, tuple):
-        return _finite(hidden[0].detach()), _finite(hidden[1].detach())
+        return tuple(_finite(h.detach()) for h in hidden)
     return _finite(hidden.detach())
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 from lm import corpora, distributed
 from lm.cli import OneLineParser, as_flags
-from lm.config import make_parser, parse_args
+from lm.config import parse_args
 from lm.description import git_commit
 from lm.errors import RunError, UsageError
 from lm.listeners import listening
+from lm.optimizers import DEFAULT_LR
+from lm.options import make_parser
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred's own matter, not a user's
@@ -35,7 +37,7 @@ with warnings.catch_warnings():
 NAMES = {"data": "dataset", "model": "model_type"}
 """What this front calls an option that has another name elsewhere."""
 
-DEFAULTS = {"batch_size": 32, "dataset": "./data", "seed": 257, "tied": True}
+DEFAULTS = {"batch_size": 32, "dataset": "./data", "lr": DEFAULT_LR["sgd"], "seed": 257, "tied": True}
 """The defaults that this front has of its own."""
 
 FIRST = (
@@ -67,7 +69,10 @@ class Options:
 
     def __call__(self, fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
         """The configuration, where `fixed` wins over the defaults."""
-        summary = ConfigDict(self.defaults)(fixed, preset, fallback)
+        asked = fixed or {}
+        adamw = asked.get("use_optimizer") is True or asked.get("optimizer") == "adamw"
+        defaults = self.defaults | {"lr": DEFAULT_LR["adamw" if adamw else "sgd"]}
+        summary = ConfigDict(defaults)(fixed, preset, fallback)
         summary.docs.update(self.comments)
         return summary
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lm import distributed
+from lm.device import get_random_state, set_random_state
 from lm.errors import printable
 from lm.model import Hidden, RNNModel
 from lm.precision import Precision
@@ -22,7 +23,8 @@ def take_state(
 ) -> dict[str, Any]:
     """The state of a run, on rank 0 that of all processes; they must all ask. Tensors are not copied.
 
-    hidden        before the next batch, whose shape is (nlayers, columns of this process, nhid); None at the first
+    hidden        before the next batch, whose shape is (nlayers, columns of this process, nhid); None at the first,
+                  an empty list for a model that has none
     best_weights  on the CPU, those with the lowest validation loss; None before the first validation
     """
     parts = distributed.gather((_tuple(hidden), _random_states(model)))
@@ -54,9 +56,8 @@ def restore_state(
         weights = model.state_dict()
         check_like(state["model"], weights, "model")
         check_like(state["precision"], precision.state_dict(), "precision")
-        if "optimizer" in state["precision"]:  # FP16_Optimizer checks its own
-            params = [p for group in precision.param_groups for p in group["params"]]
-            _check_optimizer_state(state["precision"]["optimizer"], params)
+        for name in {"optimizer", "optimizer_state_dict"} & state["precision"].keys():
+            _check_optimizer_state(state["precision"][name], precision.param_groups)
         position = Position.restore(state["position"])
         if state["hidden"] is not None:
             check_like(state["hidden"], expected_hidden, "hidden")
@@ -91,26 +92,41 @@ def _my_hidden(saved: list[Tensor] | None, model: RNNModel) -> Hidden | None:
     mine = [h.chunk(distributed.world_size(), dim=1)[distributed.rank()] for h in saved]
     device = model.decoder.weight.device
     tensors = tuple(h.contiguous().to(device) for h in mine)
-    return tensors if len(tensors) == 2 else tensors[0]
+    return tensors[0] if len(tensors) == 1 else tensors
 
 
 def _random_states(model: RNNModel) -> dict[str, Tensor]:
     """Dropout draws from the generator of the device that the model is on; sampling and start-up from the CPU's."""
     device = model.decoder.weight.device
     states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+    of_device = get_random_state(device)
+    return states if of_device is None else states | {device.type: of_device}
 
 
 def _set_random_states(states: dict[str, Tensor], model: RNNModel) -> None:
     torch.set_rng_state(states["cpu"])
     device = model.decoder.weight.device
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type in states and device.type != "cpu":
+        set_random_state(states[device.type], device)
 
 
-def _check_optimizer_state(saved: Any, params: list[Tensor]) -> None:
-    """Buffers such as momentum have the shape of their weight, or are counters; load_state_dict takes any."""
+def _check_optimizer_state(saved: Any, groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless `saved` is the state of an optimizer with `groups`; load_state_dict takes any.
+
+    A fused kernel trusts the shapes, and follows each group's switches to buffers that may not be there.
+    """
+    for group, theirs in zip(groups, saved["param_groups"], strict=True):
+        for name, value in group.items():
+            if name not in ("params", "lr") and theirs[name] != value:
+                raise ValueError(f"the optimizer's {name} is {str(theirs[name])[:20]}")
+    params = [p for group in groups for p in group["params"]]
+    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in groups[0] else {"momentum_buffer"}
     for index, buffers in saved["state"].items():
+        if buffers and buffers.keys() != names:
+            raise ValueError(f"the optimizer's buffers are {', '.join(map(str, buffers))}")
         for name, buffer in buffers.items():
-            if isinstance(buffer, Tensor) and buffer.numel() > 1 and buffer.shape != params[index].shape:
-                raise ValueError(f"the optimizer's {name} has shape {tuple(buffer.shape)}")
+            if name == "momentum_buffer" and buffer is None:
+                continue
+            shape = torch.Size() if name == "step" else params[index].shape
+            if not isinstance(buffer, Tensor) or buffer.shape != shape or not buffer.is_floating_point():
+                raise ValueError(f"the optimizer's {name} has the wrong shape or type")

@@ -67,9 +67,10 @@ def _dtypes(model: RNNModel, precision: Precision) -> dict[str, str]:
     dtypes = {
         "weights": model.decoder.weight.dtype,
         "master_weights": masters[0].dtype,
-        "hidden": hidden[0].dtype,
         "logits": logits.dtype,
         "loss": loss.dtype,
         "gradients": gradients[0].dtype,
     }
+    if len(hidden) > 0:  # a Transformer has none
+        dtypes["hidden"] = hidden[0].dtype
     return {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}

@@ -8,7 +8,7 @@ import torch
 
 import lm.train
 from lm.checkpoint import load_model
-from lm.config import make_parser
+from lm.options import make_parser
 from programs import BATCHES, HALF, SCRIPTS, TINY, TOKENS, Run, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)

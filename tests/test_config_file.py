@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lm.config import make_parser
+from lm.options import make_parser
 from programs import SCRIPTS, TINY, Programs, read_run
 from runs import kill_at, outcome, resume
 

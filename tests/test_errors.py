@@ -100,7 +100,7 @@ def test_a_corpus_too_short_for_the_batch(programs, script, split):
         ("--model TRANSFORMER", "--model 'TRANSFORMER' RNN_TANH RNN_RELU LSTM GRU"),
         ("--tied --emsize 8 --nhid 16", "--tied --emsize 8 --nhid 16 equal"),
         ("--device gpu", "--device gpu cpu cuda"),
-        ("--device mps", "--device mps cpu cuda"),
+        ("--device meta", "--device meta cpu cuda"),
         ("--device cpu:1", "--device cpu:1"),
         ("--cuda --device cpu", "--cuda --device cpu contradict"),
         ("--tf32", "--tf32 cpu"),

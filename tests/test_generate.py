@@ -1,5 +1,6 @@
 """generate.py: text from any trainer's model."""
 
+import io
 import os
 
 import pytest
@@ -62,6 +63,49 @@ def test_a_seed_makes_a_text(saved):
     assert text(saved, "--words", "60", "--seed", "7") == first
     assert text(saved, "--words", "60", "--seed", "8") != first
     assert text(saved, "--words", "20", "--seed", "7") == first.splitlines(keepends=True)[0]
+
+
+@pytest.mark.parametrize("words", ["1", "20", "45"])
+def test_outf_to_the_terminal(saved, words):
+    """The text alone, the same as in a file, and no file."""
+    expected = text(saved, "--words", words, "--log-interval", "7")
+    (saved.folder / "generated.txt").unlink()
+    before = saved.files()
+    done = saved.run("generate", "--words", words, "--log-interval", "7", "--outf", "-")
+    assert (done.code, done.err, done.out) == (0, "", expected)
+    assert saved.files() == before
+    assert saved.run("generate", "--words", words, "--outf", "./-").code == 0
+    assert (saved.folder / "-").read_text(encoding="utf-8") == expected
+
+
+def test_words_come_to_the_terminal_one_by_one(saved, monkeypatch):
+    """Whoever pulls the plug after the third has read two, and the begun line stays as it is."""
+    real, calls = torch.multinomial, []
+
+    def third_fails(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(torch, "multinomial", third_fails)
+    done = saved.run("generate", "--outf", "-")
+    assert done.code == 130
+    assert len(done.out.split()) == 2
+
+
+def test_a_word_that_would_command_the_terminal(programs):
+    save_model(programs.folder / "model.pt", make_model(), [f"\x1b[{i}m" for i in range(10)])
+    out = programs.run("generate", "--words", "9", "--outf", "-").out
+    assert "\x1b" not in out
+    assert out.count("\\x1b[") == 9
+
+
+def test_a_terminal_that_lacks_a_letter(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    generate.show(["schön", "\n"])
+    assert out.buffer.getvalue() == b"sch\\xf6n\n"
 
 
 def test_temperature(saved):
@@ -155,7 +199,7 @@ def test_cuda_without_cuda(saved):
 
 
 def test_a_line_has_20_words():
-    assert generate.as_text([str(i) for i in range(41)]).split("\n") == [
+    assert "".join(generate.as_text(str(i) for i in range(41))).split("\n") == [
         " ".join(map(str, range(20))),
         " ".join(map(str, range(20, 40))),
         "40",

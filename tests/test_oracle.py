@@ -1,6 +1,7 @@
 """The trainers against a plain PyTorch loop, and against each other, bit by bit."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,43 @@ class PlainLSTM(nn.Module):
         return self.decoder(self.drop(output)), hidden
 
 
-def plain_loop(folder: Path, device: str) -> list[tuple[float, float]]:
+class PlainTransformer(nn.Module):
+    """The other model of the PyTorch example, with a mask in full and positions from a loop."""
+
+    def __init__(self, ntokens: int) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(DROPOUT)
+        self.encoder = nn.Embedding(ntokens, SIZE)
+        layer = nn.TransformerEncoderLayer(SIZE, 4, 24, DROPOUT)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.decoder = nn.Linear(SIZE, ntokens)
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+
+    def forward(self, tokens: Tensor, hidden: Any) -> tuple[Tensor, Any]:
+        embedded = self.encoder(tokens) * SIZE**0.5
+        mask = nn.Transformer.generate_square_subsequent_mask(len(tokens), device=tokens.device)
+        table = plain_positions(len(tokens)).to(tokens.device)
+        return self.decoder(self.layers(self.drop(embedded + table), mask)), ()
+
+
+def plain_positions(words: int) -> Tensor:
+    rates = torch.exp(torch.arange(0, SIZE, 2).float() * (-math.log(10000.0) / SIZE))
+    table = torch.zeros(words, 1, SIZE)
+    table[:, 0, 0::2] = torch.sin(torch.arange(words).float()[:, None] * rates)
+    table[:, 0, 1::2] = torch.cos(torch.arange(words).float()[:, None] * rates)
+    return table
+
+
+TRANSFORMER = ["--model", "Transformer", "--nhead", "4", "--nhid", "24"]
+
+
+def plain_loop(folder: Path, device: str, kind: type[nn.Module] = PlainLSTM) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of ordinary fp32 training."""
     corpus = Corpus(folder)
     torch.manual_seed(1111)
-    model = PlainLSTM(corpus.vocab_size).to(device)
+    model = kind(corpus.vocab_size).to(device)
     # On a GPU the trainers' fused kernel is the reference: how SGD rounds there is torch's choice of kernel.
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=device == "cuda")
     data = batchify(corpus.train, BATCH, device)
@@ -81,6 +114,22 @@ def test_fp32_equals_plain_pytorch_in_every_bit(monkeypatch, tmp_path, corpus, d
     assert sum(row["loss"] for row in steps[-20:]) < 0.95 * sum(row["loss"] for row in steps[:20])
 
 
+@pytest.mark.parametrize("script", FP32)
+def test_a_transformer_in_fp32_equals_plain_pytorch_in_every_bit(monkeypatch, tmp_path, corpus, device, script) -> None:
+    flags = [*FP32[script], *TRANSFORMER, "--static-loss-scale", "1024", "--max-steps", "60", "--device", device]
+    if device == "cuda":
+        flags += ["--deterministic"]
+    assert jobs.run(monkeypatch, corpus, tmp_path / "run", script, *flags) == 0
+    assert history(tmp_path / "run") == plain_loop(corpus, device, PlainTransformer)[:60]
+
+
+def test_a_transformer_in_fp16_is_the_same_by_hand_and_through_fp16_optimizer(monkeypatch, tmp_path, corpus) -> None:
+    flags = ["--fp16", *TRANSFORMER, "--static-loss-scale", "1024", "--epochs", "1"]
+    for script in ("main", "main_fp16_optimizer"):
+        assert jobs.run(monkeypatch, corpus, tmp_path / script, script, *flags) == 0
+    assert jobs.rows(tmp_path / "main") == jobs.rows(tmp_path / "main_fp16_optimizer")
+
+
 def test_a_scale_that_is_no_power_of_two_rounds(monkeypatch, tmp_path, corpus) -> None:
     flags = ["--static-loss-scale", "1000", "--max-steps", str(STEPS)]
     jobs.run(monkeypatch, corpus, tmp_path / "run", "main", *flags)
@@ -106,7 +155,9 @@ def test_clipping_before_unscaling_is_caught(monkeypatch, tmp_path, corpus) -> N
 
 
 @pytest.mark.parametrize("scale", ["128", "1024", "8192"])
-@pytest.mark.parametrize("model", [["--model", "LSTM"], ["--model", "GRU", "--tied"], ["--model", "RNN_TANH"]])
+@pytest.mark.parametrize(
+    "model", [["--model", "LSTM"], ["--model", "GRU", "--tied"], ["--model", "RNN_TANH"], TRANSFORMER]
+)
 def test_manual_and_fp16_optimizer_agree_over_a_whole_run(monkeypatch, tmp_path, corpus, device, scale, model) -> None:
     flags = ["--fp16", *model, "--static-loss-scale", scale, "--epochs", "2", "--device", device]
     if device == "cuda":
@@ -129,10 +180,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text)] if path.suffix == ".json" else jobs.rows(path.parent, path.name)
 
 
-@pytest.mark.parametrize("mode", jobs.MODES)
-def test_every_mode_repeats_itself_and_learns(monkeypatch, tmp_path, corpus, mode) -> None:
+LEARNS = {mode: (mode, []) for mode in jobs.MODES} | {
+    f"Transformer {mode}": (mode, [*TRANSFORMER, "--lr", "0.5"]) for mode in ("manual", "amp-fp16", "amp-bf16")
+}
+
+
+@pytest.mark.parametrize("case", LEARNS)
+def test_every_mode_repeats_itself_and_learns(monkeypatch, tmp_path, corpus, case) -> None:
+    mode, flags = LEARNS[case]
     for name in ("first", "second"):
-        assert jobs.run(monkeypatch, corpus, tmp_path / name, *jobs.MODES[mode], "--max-steps", "120") == 0
+        assert jobs.run(monkeypatch, corpus, tmp_path / name, *jobs.MODES[mode], "--max-steps", "120", *flags) == 0
     first, second = jobs.rows(tmp_path / "first"), jobs.rows(tmp_path / "second")
     assert first == second
     losses = [row["loss"] for row in first if row["applied"]]

@@ -12,6 +12,7 @@ from programs import BATCHES, TINY, strict_json
 from runs import kill_at, outcome, resume, signal_at
 
 KINDS = {"LSTM": [], "LSTM tied": ["--tied"], "GRU": ["--model", "GRU"], "GRU tied": ["--model", "GRU", "--tied"]}
+KINDS["Transformer"] = ["--model", "Transformer", "--lr", "0.5"]
 FLAGS = [*TINY, "--epochs", "3", "--lr", "30", "--log-interval", "5", "--dropout", "0.3"]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import lm
-import lm.config
+import lm.options
 from lm.cli import whole
-from lm.config import make_parser
+from lm.options import make_parser
 from programs import ROOT, SCRIPTS, TINY, Done, Programs, read_run
 from runs import kill_at, outcome, resume
 
@@ -235,13 +235,13 @@ def test_colours_are_for_terminals_that_want_them(programs, monkeypatch):
 
 
 def test_an_option_added_once_is_in_argparse_sacred_and_config_json(programs, monkeypatch):
-    add_records = lm.config._add_records
+    add_records = lm.options._add_records
 
     def add(parser):
         add_records(parser)
         parser.add_argument("--patience", type=whole, default=3, help="epochs to wait")
 
-    monkeypatch.setattr(lm.config, "_add_records", add)
+    monkeypatch.setattr(lm.options, "_add_records", add)
     assert "--patience" in programs.run("main", "--help").out
     assert shown(programs.run("main", "print_config").out)["patience"] == ("3", "epochs to wait")
     train(programs, "main", "patience=7", "epochs=1")

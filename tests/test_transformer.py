@@ -1,0 +1,111 @@
+"""The Transformer: no word sees a later one, positions count, and fp16 through fp32 is fp16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lm.kernels
+import lm.transformer
+from lm.checkpoint import load_model, save_model
+from lm.config import parse_args
+from lm.errors import UsageError
+from lm.model import RNNModel, make_model, next_word_loss
+from programs import WORDS, Programs
+
+
+def make(dtype: torch.dtype = torch.float32, **options: int) -> RNNModel:
+    torch.manual_seed(0)
+    return RNNModel("Transformer", 16, 8, 12, 2, 0.0, **options).to(dtype).eval()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_word_sees_a_later_one(dtype, train) -> None:
+    model = make(dtype).train(train)
+    tokens = torch.randint(16, (7, 3), generator=torch.Generator().manual_seed(1))
+    changed = tokens.clone()
+    changed[4:] = (changed[4:] + 1) % 16
+    before, after = model(tokens, ())[0], model(changed, ())[0]
+    assert torch.equal(before[:4], after[:4])
+    assert (before[4:] != after[4:]).any(dim=2).all()
+
+
+def test_a_word_sees_all_earlier_ones_and_where_they_are() -> None:
+    model = make()
+    tokens = torch.randint(16, (7, 1), generator=torch.Generator().manual_seed(1))
+    last = model(tokens, ())[0][-1]
+    for i in range(6):
+        changed = tokens.clone()
+        changed[i] = (changed[i] + 1) % 16
+        assert not torch.equal(model(changed, ())[0][-1], last), i
+    swapped = tokens[[1, 0, *range(2, 7)]]
+    assert tokens[0] != tokens[1]
+    assert not torch.allclose(model(swapped, ())[0][-1], last, atol=1e-6)
+
+
+def test_columns_are_apart() -> None:
+    model, tokens = make(), torch.randint(16, (5, 4), generator=torch.Generator().manual_seed(1))
+    together = model(tokens, ())[0]
+    for column in range(4):
+        assert torch.allclose(model(tokens[:, [column]], ())[0], together[:, [column]], atol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp16_through_fp32_is_fp16(monkeypatch, autocast) -> None:
+    """Both ways on any CPU: torch's own kernels and those in fp32 agree as far as fp16 goes, gradients too."""
+    tokens = torch.randint(16, (7, 3), generator=torch.Generator().manual_seed(1))
+    results = []
+    for has_fp16 in (False, True):
+        monkeypatch.setattr(lm.kernels, "cpu_multiplies_fp16", lambda has_fp16=has_fp16: has_fp16)
+        model = make(torch.float32 if autocast else torch.float16).train()
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            loss, hidden = next_word_loss(model, tokens, tokens.flatten(), model.init_hidden(3))
+            assert model(tokens, ())[0].dtype == torch.float16
+        assert hidden == ()
+        (loss * 1024).backward()
+        results.append([loss.detach(), *(p.grad.float() for p in model.parameters())])
+    for through, native in zip(*results, strict=True):
+        assert float((through - native).norm() / native.norm()) < 0.02
+
+
+def test_it_is_the_mistake_of_the_flags(tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"--nhead 3 with --emsize 200"):
+        parse_args("main.py", "", ["--model", "Transformer", "--nhead", "3"])
+    args = parse_args(
+        "main.py",
+        "",
+        ["--model", "Transformer", "--tied", "--nhid", "7", "--emsize", "6", "--nhead", "3", "--bptt", "11"],
+    )
+    assert make_model(args, 16).options == {
+        "kind": "Transformer", "ntokens": 16, "emsize": 6, "nhid": 7, "nlayers": 2, "dropout": 0.2, "tied": True,
+        "nhead": 3, "context": 11,
+    }  # fmt: skip
+    parse_args("main.py", "", ["--nhead", "3"])  # an LSTM has none
+    with pytest.raises(ValueError, match="no multiple of nhead 3"):
+        make(nhead=3)
+
+
+@pytest.mark.parametrize("change", [{"nhead": 0}, {"nhead": "x"}, {"context": 0}, {"context": None}])
+def test_a_hostile_file(programs: Programs, change) -> None:
+    model = make()
+    model.options |= change
+    save_model(programs.folder / "model.pt", model, WORDS)
+    assert "contradicts itself" in programs.refuse("generate")
+
+
+def test_text_from_as_many_words_as_it_was_trained_on(programs: Programs) -> None:
+    """Against the plain way at a temperature that leaves nothing to chance."""
+    model = make(context=4)
+    with torch.no_grad():
+        model.decoder.weight.mul_(50)
+    save_model(programs.folder / "model.pt", model, WORDS)
+    assert programs.run("generate", "--words", "30", "--temperature", "0.001").code == 0
+    model, _ = load_model(Path("model.pt"))
+    torch.manual_seed(1111)
+    ids = [int(torch.randint(len(WORDS), (1, 1)))]
+    for _ in range(30):
+        seen = torch.tensor(ids[-4:])[:, None]
+        ids.append(int(model.eval()(seen, ())[0][-1, 0, : len(WORDS)].argmax()))
+    assert Path("generated.txt").read_text(encoding="utf-8").split() == [WORDS[i] for i in ids[1:]]
+    assert len(set(ids)) > 2
