@@ -3,6 +3,7 @@
 In a single process everything here does nothing, or is the identity.
 """
 
+import ctypes
 import os
 import socket
 import stat
@@ -27,10 +28,6 @@ ROLL_CALL = 3.0  # seconds that the others have to say that they are alive
 STORE_TIMEOUT = timedelta(seconds=3)  # for torchrun's store, which is there before any process
 
 _store: Any = None
-_under_way: tuple[Any, Tensor] | None = None
-"""The message that nobody has waited for yet. It outlives the process group, whose thread else might be the last to
-hold it and, to delete its tensor, wait for Python's lock - while the main thread has that, deletes the group, and waits
-for the thread."""
 
 
 def world_size() -> int:
@@ -72,6 +69,9 @@ def join(device: str) -> None:
         dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"cannot reach the other processes ({first_line(error)}); see torchrun's options") from None
+    # Never to be deleted: the group's destructor waits, with Python's lock in hand, for the threads that carry its
+    # messages, and one of these may be waiting for that lock, or for a process that hangs.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
 
 def own_random_numbers(seed: int) -> None:
@@ -160,17 +160,17 @@ class Maximum:
 
     def __init__(self) -> None:
         self._known = 0
+        self._under_way: tuple[Any, Tensor] | None = None
 
     def __call__(self, mine: int) -> int:
         """Give `mine`; return what all had given by the call before. In a single process that is `mine` itself."""
         if world_size() == 1:
             return mine
-        global _under_way
-        if _under_way:
-            _under_way[0].wait()
-            self._known = int(_under_way[1])
+        if self._under_way:
+            self._under_way[0].wait()
+            self._known = int(self._under_way[1])
         answer = torch.tensor(max(mine, self._known))
-        _under_way = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
+        self._under_way = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
         return self._known
 
 

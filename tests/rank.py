@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,25 @@ def kill(rank: int, name: str, call: int, number: int = signal.SIGKILL) -> None:
     def act(calls: int, *_: Any) -> None:
         if distributed.rank() == rank and calls == call:
             os.kill(os.getpid(), number)
+
+    before(name, act)
+
+
+def leave_alone(name: str, call: int) -> None:
+    """Let rank 0 fail while it waits for a message from rank 1, which goes on only when rank 0 has gone."""
+
+    def act(calls: int, training: Training, *_: Any) -> None:
+        if calls != call:
+            return
+        if distributed.rank() == 0:
+            distributed._store.set("pid", str(os.getpid()))
+            dist.broadcast(torch.zeros(1), 1, async_op=True)
+            raise RuntimeError("a kernel failed")
+        with suppress(ProcessLookupError):
+            while True:
+                os.kill(int(distributed._store.get("pid")), 0)
+                time.sleep(0.01)
+        os._exit(0)
 
     before(name, act)
 

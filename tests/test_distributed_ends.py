@@ -96,6 +96,13 @@ def test_a_mistake_in_the_program_on_one_rank(ranks):
     assert line.startswith("error: cannot go on: no answer from rank 1 (")
 
 
+def test_no_rank_waits_for_others_once_it_has_failed(ranks):
+    """Nor for a thread that carries a message to them, which would wait for as long as they hang."""
+    ended = ranks.run(2, "main", *TRAIN, leave_alone=STOP)
+    assert (ended.codes[0] > 0, ended.codes[1]) == (True, 0), ended
+    assert "RuntimeError: a kernel failed" in ended.err[0]
+
+
 def test_a_full_disk_on_rank_0(ranks):
     fail = {"rank": 0, "name": "write_checkpoint", "call": 4, "error": "disk"}
     ended = ranks.run(2, "main", *TRAIN, fail=fail, patience={})
