@@ -58,7 +58,7 @@ def measure_size(args: argparse.Namespace, size: int) -> list[Row]:
             if part in args.parts:
                 rows += shown(measure(jobs, args.rounds))
     if "memory" in args.parts:
-        rows += shown(measure_memory(args.data, size, args.modes))
+        rows += shown(measure_memory(args.data, size, args.modes, rounds=min(5, args.rounds)))
     if "start" in args.parts:
         rows += shown(measure_start(args.data, size, args.modes, rounds=3))
     return rows

@@ -58,17 +58,18 @@ def flags(mode: str, data: str, size: int, folder: str) -> list[str]:
     return [*MODES[mode], "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
 
 
-def measure_memory(data: str, size: int, modes: list[str]) -> list[Row]:
+def measure_memory(data: str, size: int, modes: list[str], rounds: int) -> list[Row]:
     """Peak resident memory of a process that trains for `STEPS` batches and evaluates."""
-    peaks: dict[str, list[float]] = {}
+    peaks: dict[str, list[float]] = {name: [] for name in (REFERENCE, *modes)}
     with short_evaluation(data) as short:
         call = f"from benchmarks.processes import train_reference; train_reference({short!r}, {size})"
-        peaks[REFERENCE] = [float(python("-c", call)) / 2**20]
-        for mode in modes:
-            with tempfile.TemporaryDirectory() as folder:
-                python(*flags(mode, short, size, folder), "--max-steps", str(STEPS))
-                result = json.loads(Path(folder, "run", "result.json").read_text())
-                peaks[mode] = [result["peak_memory_bytes"] / 2**20]
+        for _ in range(rounds):
+            peaks[REFERENCE].append(float(python("-c", call)) / 2**20)
+            for mode in modes:
+                with tempfile.TemporaryDirectory() as folder:
+                    python(*flags(mode, short, size, folder), "--max-steps", str(STEPS))
+                    result = json.loads(Path(folder, "run", "result.json").read_text())
+                    peaks[mode].append(result["peak_memory_bytes"] / 2**20)
     return [row | {"unit": "MiB"} for row in compared("memory", size, peaks, faster=False)]
 
 
