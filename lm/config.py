@@ -15,6 +15,7 @@ from lm.device import find_accelerator, find_device, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.listeners import event_files
 from lm.model import check_model_flags
+from lm.onnx_export import check_onnx_export
 from lm.optimizers import resolve_optimizer
 from lm.options import FP16_STATIC_LOSS_SCALE, make_parser
 
@@ -40,6 +41,8 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
     args.script = script
     if args.tensorboard:
         event_files()  # to refuse it before anything is written
+    if args.onnx_export is not None:
+        check_onnx_export(args)
     check_model_flags(args)
     device, processes = getattr(args, "device", None), distributed.local_world_size()
     find = find_accelerator if args.accel else find_device

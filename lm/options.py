@@ -193,6 +193,12 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
     group.add_argument(
+        "--onnx-export",
+        type=Path,
+        metavar="FILE",
+        help="write it as ONNX too, with the same weights in fp32, checked with onnxruntime against the model itself",
+    )
+    group.add_argument(
         "--run-dir",
         type=Path,
         metavar="DIR",
