@@ -11,7 +11,7 @@ import torch
 from lm import distributed
 from lm.cli import complete
 from lm.command_line import is_for_sacred, read_flags, run_sacred, to_flags
-from lm.device import find_accelerator, find_device, keep_freed_memory, set_tf32
+from lm.device import device_of, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.listeners import event_files
 from lm.model import check_model_flags
@@ -44,9 +44,7 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
     if args.onnx_export is not None:
         check_onnx_export(args)
     check_model_flags(args)
-    device, processes = getattr(args, "device", None), distributed.local_world_size()
-    find = find_accelerator if args.accel else find_device
-    args.device = find(device, cuda=args.cuda, processes=processes)
+    args.device = device_of(args, distributed.local_world_size())
     if args.device == "cuda" and distributed.world_size() > 1:
         args.device = f"cuda:{distributed.local_rank()}"
     if args.tf32 and not args.device.startswith("cuda"):

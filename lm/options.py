@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lm.cli import HelpFormatter, OneLineParser, Switch, add_version, finite_above_0, number, whole
+from lm.cli import HelpFormatter, OneLineParser, Switch, add_device_options, add_version, finite_above_0, number, whole
 from lm.command_line import MAY_CHANGE
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.model import KINDS
@@ -124,11 +124,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="give up after this many steps in a row with a non-finite loss or gradient",
     )
-    group.add_argument("--cuda", action=Switch, help="the same as --device cuda")
-    group.add_argument("--accel", action=Switch, help="run on this machine's accelerator: CUDA, XPU or MPS")
-    group.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)", default=argparse.SUPPRESS
-    )
+    add_device_options(group)
     group.add_argument("--deterministic", action=Switch, help="allow no operation that can differ between runs")
 
 
