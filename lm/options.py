@@ -7,7 +7,7 @@ from lm.cli import HelpFormatter, OneLineParser, Switch, add_device_options, add
 from lm.command_line import MAY_CHANGE
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.model import KINDS
-from lm.optimizers import DEFAULT_LR
+from lm.optimizers import DEFAULT_LR, TRANSFORMER_LR
 
 FP16_STATIC_LOSS_SCALE = 128.0
 DTYPES = ("float16", "bfloat16", "float32")
@@ -96,7 +96,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=finite_above_0,
         default=argparse.SUPPRESS,
         metavar="RATE",
-        help=f"initial learning rate (default: {', '.join(f'{lr:g} for {name}' for name, lr in DEFAULT_LR.items())})",
+        help=f"initial learning rate (default: {DEFAULT_LR['sgd']:g} for sgd, {TRANSFORMER_LR:g} if it trains a "
+        f"Transformer; {DEFAULT_LR['adamw']:g} for adamw)",
     )
     group.add_argument(
         "--clip",

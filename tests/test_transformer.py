@@ -69,6 +69,19 @@ def test_fp16_through_fp32_is_fp16(monkeypatch, autocast) -> None:
         assert float((through - native).norm() / native.norm()) < 0.02
 
 
+@pytest.mark.parametrize("script", ["main", "main_fp16_optimizer", "main_amp"])
+def test_its_learning_rate(script) -> None:
+    """20 is that of recurrent layers."""
+
+    def lr(*flags: str) -> float:
+        return parse_args(f"{script}.py", "", flags).lr
+
+    assert lr("--model", "Transformer") == 5
+    assert lr("--model", "Transformer", "--lr", "20") == 20
+    assert lr("--model", "Transformer", "--optimizer", "adamw") == 0.001
+    assert lr("--model", "GRU") == lr() == 20
+
+
 def test_it_is_the_mistake_of_the_flags(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"--nhead 3 with --emsize 200"):
         parse_args("main.py", "", ["--model", "Transformer", "--nhead", "3"])
