@@ -8,6 +8,7 @@ Imported only where --onnx-export asks for it.
 
 import json
 import math
+from typing import Any
 
 import onnx
 import torch
@@ -70,13 +71,13 @@ class _Graph:
         self.constants: dict[str, TensorProto] = {}
         self._weights = weights
 
-    def add(self, operator: str, *inputs: str, name: str | None = None, **attributes: object) -> str:
+    def add(self, operator: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
         """A node with one output, which has this `name`, or one of its own; return it."""
         name = name or f"{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
         return name
 
-    def add_many(self, operator: str, *inputs: str, outputs: int, **attributes: object) -> list[str]:
+    def add_many(self, operator: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
         """A node with as many outputs; return their names."""
         name = f"{operator.lower()}_{len(self.nodes)}"
         names = [f"{name}_{i}" for i in range(outputs)]
@@ -114,7 +115,7 @@ def _state(rnn: nn.RNNBase) -> list[str]:
 def _recurrent(graph: _Graph, rnn: nn.RNNBase, input: str) -> str:
     """One node a layer; each takes its own part of the state."""
     operator, _, activation = rnn.mode.partition("_")
-    attributes: dict[str, object] = {"hidden_size": rnn.hidden_size}
+    attributes: dict[str, Any] = {"hidden_size": rnn.hidden_size}
     if activation:
         attributes["activations"] = [activation.capitalize() if activation == "TANH" else "Relu"]
     if operator == "GRU":

@@ -200,6 +200,24 @@ def refused_by_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> str:
     return "[ONNXRuntimeError]"
 
 
+def fails_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An embedding that lacks the last words, which onnxruntime finds out when it is asked for one."""
+    from onnx import numpy_helper
+
+    import lm.onnx_graph
+
+    real_build = lm.onnx_graph.build
+
+    def build(*args: Any) -> Any:
+        proto = real_build(*args)
+        (encoder,) = (weight for weight in proto.graph.initializer if weight.name == "encoder.weight")
+        encoder.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(encoder)[:3], encoder.name))
+        return proto
+
+    monkeypatch.setattr(lm.onnx_graph, "build", build)
+    return "[ONNXRuntimeError]"
+
+
 @contextmanager
 def descriptor_2(path: Path) -> Iterator[None]:
     """Let what is written to it go to `path`: code that is not Python's writes there and not to sys.stderr."""
@@ -214,7 +232,7 @@ def descriptor_2(path: Path) -> Iterator[None]:
 
 
 @needed
-@pytest.mark.parametrize("fault", [full_disk, wrong_numbers, too_large, refused_by_onnxruntime])
+@pytest.mark.parametrize("fault", [full_disk, wrong_numbers, too_large, refused_by_onnxruntime, fails_while_it_runs])
 def test_a_failing_export_costs_nothing_else(programs, monkeypatch, fault) -> None:
     programs.train("main")
     plain = outcome(programs.folder)
@@ -260,3 +278,16 @@ def test_of_several_processes_the_first_one_writes(ranks) -> None:
     ranks.train(2, "main", "--dry-run", *EXPORT, name="b")
     assert [(ranks.folder / f"out-{n}").read_text().count("model.onnx") for n in range(2)] == [1, 0]
     compare(ranks.folder / "model.onnx", load_model(ranks.folder / "b.pt")[0].eval(), 4, 2, 1e-5)
+
+
+@needed
+def test_of_several_processes_the_others_do_not_try(ranks) -> None:
+    """And what the first one fails at is its own matter."""
+    (ranks.folder / "b/model.onnx").mkdir(parents=True)
+    flags = ("--dry-run", "--onnx-export", "b/model.onnx", "--save", "b.pt")
+    ended = ranks.run(2, "main", *TINY, *flags, "--run-dir", "b")
+    assert ended.codes == [1, 0]
+    assert ended.err[0].startswith("error: ")
+    assert "--onnx-export b/model.onnx: Is a directory" in ended.err[0]
+    assert ended.err[1] == ""
+    assert read_run(ranks.folder / "b").result["status"] == "finished"
