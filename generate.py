@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from lm.checkpoint import load_model
-from lm.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
+from lm.cli import HelpFormatter, OneLineParser, add_device_options, add_version, complete, number, whole
 from lm.console import say
-from lm.device import find_device
+from lm.device import device_of
 from lm.errors import UsageError, exit_code, printable
 from lm.files import check_writable, write_atomically
 from lm.model import RNNModel
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         default=1.0,
         help="of at least 0.001; higher is more diverse, lower more predictable",
     )
-    parser.add_argument("--cuda", action="store_true", help="run on a GPU")
+    add_device_options(parser)
     parser.add_argument("--log-interval", type=whole, default=100, metavar="N", help="words between two lines")
     complete(parser)
     return parser.parse_args()
@@ -97,7 +97,7 @@ def with_progress(words: Iterable[str], count: int, log_interval: int) -> Iterat
 def main() -> int:
     """Load, draw, write."""
     args = parse_args()
-    device = find_device(None, cuda=args.cuda)
+    device = device_of(args)
     if args.outf != "-":
         check_writable("--outf", Path(args.outf))
     model, vocabulary = load_model(args.checkpoint)

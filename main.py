@@ -3,6 +3,8 @@
 # PYTHON_ARGCOMPLETE_OK
 import sys
 
+import torch
+
 from fp16_utils import prep_param_lists
 from lm.config import parse_args, set_up
 from lm.data import Corpus
@@ -23,7 +25,7 @@ def main() -> int:
     # --- precision -----------------------------------------------------------
     params = masters = list(model.parameters())
     if args.fp16:
-        params, masters = prep_param_lists(model.half())
+        params, masters = prep_param_lists(model.to(torch.float16))
     optimizer = make_optimizer(args.optimizer, masters, args.lr)
     precision = MasterWeights(params, optimizer, args.static_loss_scale)
     # -------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 # PYTHON_ARGCOMPLETE_OK
 import sys
 
+import torch
+
 from lm.apex import import_fp16_utils
 from lm.config import parse_args, set_up
 from lm.data import Corpus
@@ -22,7 +24,7 @@ def main() -> int:
 
     # --- precision -----------------------------------------------------------
     if args.fp16:
-        model.half()
+        model.to(torch.float16)
     optimizer = import_fp16_utils(args.fp16_utils).FP16_Optimizer(
         make_optimizer(args.optimizer, model.parameters(), args.lr),
         static_loss_scale=args.static_loss_scale or 1.0,

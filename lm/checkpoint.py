@@ -48,23 +48,30 @@ def _build_model(path: Path, content: Any) -> tuple[RNNModel, list[str]]:
         raise UsageError(f"--checkpoint {path} is no model file of this project; give one that --save wrote")
     try:
         options, vocabulary = content["options"], content["vocabulary"]
-        weights = {name: _checked_weight(name, weight) for name, weight in content["weights"].items()}
+        weights = content["weights"]
+        for name, weight in weights.items():
+            _check_weight(name, weight)
         _check_options(options, vocabulary, len(weights))
-        with torch.device("meta"):  # shapes are checked before memory is taken for them
-            model = RNNModel(**options)
-        model.load_state_dict(weights, assign=True)
+        model = in_fp32(options, weights)
     except Exception as error:  # options of any type and value go into the model
         reason = printable(" ".join(str(error).split()), 160)  # torch writes its longest messages in several lines
         raise UsageError(f"--checkpoint {path} contradicts itself ({reason}); train it again") from None
-    if options["tied"]:
-        model.decoder.weight = model.encoder.weight
     return model, vocabulary
 
 
-def _checked_weight(name: str, weight: Tensor) -> Tensor:
+def in_fp32(options: dict[str, Any], weights: dict[str, Tensor]) -> RNNModel:
+    """The model of these `RNNModel.options` on the CPU, with these weights, of any dtype, cast to fp32."""
+    with torch.device("meta"):  # shapes are checked before memory is taken for them
+        model = RNNModel(**options)
+    model.load_state_dict({name: weight.detach().float().cpu() for name, weight in weights.items()}, assign=True)
+    if options["tied"]:
+        model.decoder.weight = model.encoder.weight
+    return model
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
     if not weight.is_floating_point() or not weight.float().isfinite().all():
         raise ValueError(f"{name} is not a tensor of finite numbers")
-    return weight.detach().float()
 
 
 def _check_options(options: dict[str, Any], vocabulary: Any, weights: int) -> None:

@@ -65,6 +65,15 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """Add --cuda, --accel and --device, which `lm.device.device_of` reads."""
+    parser.add_argument("--cuda", action=Switch, help="the same as --device cuda")
+    parser.add_argument("--accel", action=Switch, help="run on this machine's accelerator: CUDA, XPU or MPS")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)", default=argparse.SUPPRESS
+    )
+
+
 def complete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell and exit where it asks for completions; that needs argcomplete, which is optional."""
     if "_ARGCOMPLETE" in os.environ:

@@ -12,7 +12,7 @@ from lm.cli import OneLineParser, as_flags
 from lm.errors import UsageError
 from lm.resume import command_of
 
-MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "tensorboard", "data", "save")
+MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "tensorboard", "data", "save", "onnx_export")
 """What a resumed run may be given anew: where it ends, what it shows, and where its files are now."""
 
 

@@ -11,10 +11,11 @@ import torch
 from lm import distributed
 from lm.cli import complete
 from lm.command_line import is_for_sacred, read_flags, run_sacred, to_flags
-from lm.device import find_accelerator, find_device, keep_freed_memory, set_tf32
+from lm.device import device_of, keep_freed_memory, set_tf32
 from lm.errors import UsageError
 from lm.listeners import event_files
 from lm.model import check_model_flags
+from lm.onnx_export import check_onnx_export
 from lm.optimizers import resolve_optimizer
 from lm.options import FP16_STATIC_LOSS_SCALE, make_parser
 
@@ -40,10 +41,10 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
     args.script = script
     if args.tensorboard:
         event_files()  # to refuse it before anything is written
+    if args.onnx_export is not None:
+        check_onnx_export(args)
     check_model_flags(args)
-    device, processes = getattr(args, "device", None), distributed.local_world_size()
-    find = find_accelerator if args.accel else find_device
-    args.device = find(device, cuda=args.cuda, processes=processes)
+    args.device = device_of(args, distributed.local_world_size())
     if args.device == "cuda" and distributed.world_size() > 1:
         args.device = f"cuda:{distributed.local_rank()}"
     if args.tf32 and not args.device.startswith("cuda"):

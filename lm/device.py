@@ -1,9 +1,12 @@
 """Which device a run uses, and what it is."""
 
+import argparse
 import ctypes
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,6 +67,12 @@ def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1
     return find_device(name or found.type, cuda=cuda, processes=processes)  # which refuses --cuda beside another kind
 
 
+def device_of(args: argparse.Namespace, processes: int = 1) -> str:
+    """The device that the options of `add_device_options` ask for; the rest is as for the functions above."""
+    find = find_accelerator if args.accel else find_device
+    return find(getattr(args, "device", None), cuda=args.cuda, processes=processes)
+
+
 def get_random_state(device: torch.device) -> torch.Tensor | None:
     """The state of the accelerator's generator, uint8 on the CPU; None where `device` is none."""
     if device.type not in ACCELERATORS:
@@ -77,6 +86,19 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
     """Put back what `get_random_state` returned."""
     module = torch.get_device_module(device)
     module.set_rng_state(*([state] if device.type == "mps" else [state, device]))
+
+
+@contextmanager
+def random_state_kept(device: str) -> Iterator[None]:
+    """Let the generators of the CPU and of `device` be afterwards as they were before, whatever the block draws."""
+    accelerator = torch.device(device)
+    with torch.random.fork_rng([]):  # of the CPU; it asks a device in a way that MPS does not know
+        state = get_random_state(accelerator)
+        try:
+            yield
+        finally:
+            if state is not None:
+                set_random_state(state, accelerator)
 
 
 def set_tf32(allowed: bool) -> None:

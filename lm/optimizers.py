@@ -11,6 +11,14 @@ from lm.errors import UsageError
 
 DEFAULT_LR = {"sgd": 20.0, "adamw": 0.001}
 """Of each optimizer. AdamW's steps have the size of the learning rate whatever that of the gradient: 20 is far off."""
+TRANSFORMER_LR = 5.0
+"""Of plain SGD, as the PyTorch example advises. One epoch of --data python-docs with 64 units ends at test perplexity
+134 with it, at 183 with 0.5, and at 1919 with the 20 of recurrent layers."""
+
+
+def default_lr(optimizer: str, model: str) -> float:
+    """Of `optimizer`, one of `DEFAULT_LR`, for a model of this kind."""
+    return TRANSFORMER_LR if (optimizer, model) == ("sgd", "Transformer") else DEFAULT_LR[optimizer]
 
 
 def resolve_optimizer(args: argparse.Namespace) -> None:
@@ -23,7 +31,7 @@ def resolve_optimizer(args: argparse.Namespace) -> None:
     if args.use_optimizer and asked not in (None, "adamw"):
         raise UsageError(f"--use-optimizer (AdamW) and --optimizer {asked} contradict each other: give one of them")
     args.optimizer = asked or ("adamw" if args.use_optimizer else "sgd")
-    args.lr = getattr(args, "lr", DEFAULT_LR[args.optimizer])
+    args.lr = getattr(args, "lr", default_lr(args.optimizer, args.model))
 
 
 def make_optimizer(name: str, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from lm.cli import HelpFormatter, OneLineParser, Switch, add_version, finite_above_0, number, whole
+from lm.cli import HelpFormatter, OneLineParser, Switch, add_device_options, add_version, finite_above_0, number, whole
 from lm.command_line import MAY_CHANGE
 from lm.corpora import BUILT_IN, DEFAULT
 from lm.model import KINDS
-from lm.optimizers import DEFAULT_LR
+from lm.optimizers import DEFAULT_LR, TRANSFORMER_LR
 
 FP16_STATIC_LOSS_SCALE = 128.0
 DTYPES = ("float16", "bfloat16", "float32")
@@ -96,7 +96,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=finite_above_0,
         default=argparse.SUPPRESS,
         metavar="RATE",
-        help=f"initial learning rate (default: {', '.join(f'{lr:g} for {name}' for name, lr in DEFAULT_LR.items())})",
+        help=f"initial learning rate (default: {DEFAULT_LR['sgd']:g} for sgd, {TRANSFORMER_LR:g} if it trains a "
+        f"Transformer; {DEFAULT_LR['adamw']:g} for adamw)",
     )
     group.add_argument(
         "--clip",
@@ -124,11 +125,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="give up after this many steps in a row with a non-finite loss or gradient",
     )
-    group.add_argument("--cuda", action=Switch, help="the same as --device cuda")
-    group.add_argument("--accel", action=Switch, help="run on this machine's accelerator: CUDA, XPU or MPS")
-    group.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)", default=argparse.SUPPRESS
-    )
+    add_device_options(group)
     group.add_argument("--deterministic", action=Switch, help="allow no operation that can differ between runs")
 
 
@@ -192,6 +189,12 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         help="write event files into the run directory too, for tensorboard --logdir runs",
     )
     group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
+    group.add_argument(
+        "--onnx-export",
+        type=Path,
+        metavar="FILE",
+        help="write it as ONNX too, with the same weights in fp32, checked with onnxruntime against the model itself",
+    )
     group.add_argument(
         "--run-dir",
         type=Path,

@@ -86,8 +86,9 @@ class MasterWeights:
 
     def _set_loss_scale(self, loss_scale: float) -> None:
         self._scaled = loss_scale != 1.0
-        self._loss_scale = torch.tensor(loss_scale, dtype=torch.float32, device=self._masters[0].device)
-        self._inverse_scale = self._loss_scale.double().reciprocal().float()  # as GradScaler rounds it
+        scale, device = torch.tensor(loss_scale, dtype=torch.float32), self._masters[0].device
+        inverse = scale.double().reciprocal().float()  # as GradScaler rounds it; on the CPU, since MPS has no float64
+        self._loss_scale, self._inverse_scale = scale.to(device), inverse.to(device)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -289,10 +290,7 @@ def _clip_if_finite(params: list[nn.Parameter], max_norm: float) -> tuple[Tensor
 
 
 def _step_unless(found_inf: Tensor, optimizer: Optimizer) -> None:
-    """Let `optimizer` step unless `found_inf` (bool, shape ()).
-
-    A fused optimizer takes the tensor and decides on the device. Any other costs one wait for the device.
-    """
+    """Let `optimizer` step unless `found_inf` (bool, shape ()); one that is not fused costs a wait for the device."""
     if fused.skips_on_device(optimizer):
         fused.step(optimizer, found_inf.float())
     elif not found_inf.item():

@@ -21,7 +21,7 @@ from lm.config import parse_args
 from lm.description import git_commit
 from lm.errors import RunError, UsageError
 from lm.listeners import listening
-from lm.optimizers import DEFAULT_LR
+from lm.optimizers import DEFAULT_LR, default_lr
 from lm.options import make_parser
 
 with warnings.catch_warnings():
@@ -71,7 +71,7 @@ class Options:
         """The configuration, where `fixed` wins over the defaults."""
         asked = fixed or {}
         adamw = asked.get("use_optimizer") is True or asked.get("optimizer") == "adamw"
-        defaults = self.defaults | {"lr": DEFAULT_LR["adamw" if adamw else "sgd"]}
+        defaults = self.defaults | {"lr": default_lr("adamw" if adamw else "sgd", asked.get("model_type", "LSTM"))}
         summary = ConfigDict(defaults)(fixed, preset, fallback)
         summary.docs.update(self.comments)
         return summary

@@ -20,6 +20,7 @@ from lm.errors import RunError, own
 from lm.evaluation import evaluate
 from lm.files import check_writable
 from lm.model import Hidden, RNNModel, detach, next_word_loss
+from lm.onnx_export import export_onnx
 from lm.precision import Precision
 from lm.records import RunDirectory, perplexity
 from lm.restart import go_on
@@ -72,8 +73,10 @@ class Training:
         self.stop = StopSignals()
         distributed.own_random_numbers(args.seed)
         writes = distributed.rank() == 0
-        if writes and (args.run_dir is None or args.run_dir != args.save.parent):  # which is made, and tried, next
-            check_writable("--save", args.save)
+        for flag, path in {"--save": args.save, "--onnx-export": args.onnx_export}.items():
+            # The run directory is made, and tried, next.
+            if writes and path is not None and (args.run_dir is None or args.run_dir != path.parent):
+                check_writable(flag, path)
         config = describe(args, corpus, model, self.dtypes)
         if args.resume is not None:
             go_on(self, config, writes)
@@ -112,6 +115,8 @@ class Training:
                 raise RunError(own(message)) from None
             except RuntimeError as error:
                 raise distributed.lost(error) or error from None
+            if self.args.onnx_export is not None and distributed.rank() == 0:  # the run is over: nothing can spoil it
+                export_onnx(self.args, self.model, self.corpus.dictionary.idx2word)
         return 0
 
     def train(self) -> bool:

@@ -81,6 +81,11 @@ def positions(words: int, like: Tensor) -> Tensor:
     """
     emsize = like.size(-1)
     position = torch.arange(words, dtype=torch.float32, device=like.device)[:, None]
-    even = torch.arange(0, emsize, 2, dtype=torch.float32, device=like.device)
-    angle = position * torch.exp(even * (-math.log(10000.0) / emsize))
+    angle = position * frequencies(emsize, like.device)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, None, :emsize].to(like.dtype)
+
+
+def frequencies(emsize: int, device: torch.device | None = None) -> Tensor:
+    """Of the sines, and of the cosines, in radians a position: fp32, shape (ceil(emsize / 2),)."""
+    even = torch.arange(0, emsize, 2, dtype=torch.float32, device=device)
+    return torch.exp(even * (-math.log(10000.0) / emsize))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lm import distributed
-from lm.device import device_name
+from lm.device import device_name, random_state_kept
 from lm.errors import UsageError
 from lm.model import RNNModel, next_word_loss
 from lm.precision import Precision
@@ -20,7 +20,7 @@ def try_once(model: RNNModel, precision: Precision, args: argparse.Namespace) ->
     Raises:
         UsageError: this device has no kernels for the half dtype.
     """
-    with torch.random.fork_rng(_cuda_devices(args)):
+    with random_state_kept(args.device):
         try:
             return _dtypes(model, precision)
         except RuntimeError as error:
@@ -44,14 +44,10 @@ def settle(parallel_model: nn.Module, model: RNNModel, precision: Precision, arg
         return
     tokens = torch.zeros((3, 2), dtype=torch.int64, device=model.decoder.weight.device)
     model.train()
-    with torch.random.fork_rng(_cuda_devices(args)), precision.forward():
+    with random_state_kept(args.device), precision.forward():
         loss, _ = next_word_loss(parallel_model, tokens[:-1], tokens[1:].flatten(), model.init_hidden(2))
     loss.backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
-
-
-def _cuda_devices(args: argparse.Namespace) -> list[torch.device]:
-    return [torch.device(args.device)] if args.device.startswith("cuda") else []
 
 
 def _dtypes(model: RNNModel, precision: Precision) -> dict[str, str]:

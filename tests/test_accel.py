@@ -1,11 +1,14 @@
 """--accel: the accelerator that torch names, or one clear line."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
 from lm.config import parse_args
-from lm.device import find_accelerator, find_device
+from lm.device import find_accelerator, find_device, random_state_kept
 from lm.errors import UsageError
+from lm.model import RNNModel
 
 
 def accelerator(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
@@ -36,6 +39,53 @@ def test_mistakes(monkeypatch, kind, name, said) -> None:
     accelerator(monkeypatch, kind)
     with pytest.raises(UsageError, match=said):
         find_accelerator(name)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_text_is_written_there_too(monkeypatch, saved, kind) -> None:
+    """Up to the point where the model would go there."""
+    accelerator(monkeypatch, kind)
+    asked: list[str] = []
+
+    def stop(self: RNNModel, device: str) -> RNNModel:
+        asked.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RNNModel, "to", stop)
+    for flags in (["--accel"], ["--device", kind], [f"--device={kind}:0", "--accel"], ["--device", "cpu"], []):
+        assert saved.run("generate", *flags).code == 130
+    assert asked == [kind, kind, f"{kind}:0", "cpu", "cpu"]
+
+
+def test_mistakes_of_generate(saved) -> None:
+    assert "--device 'gpu' is no device" in saved.refuse("generate", "--device", "gpu")
+    assert "--cuda and --device cpu contradict" in saved.refuse("generate", "--device", "cpu", "--cuda")
+
+
+class Generator:
+    """An accelerator's random numbers, for a torch that was built without it."""
+
+    def __init__(self) -> None:
+        self.state = torch.tensor([1, 2, 3], dtype=torch.uint8)
+
+    def get_rng_state(self, *_: torch.device) -> torch.Tensor:
+        return self.state.clone()
+
+    def set_rng_state(self, state: torch.Tensor, *_: torch.device) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu", "mps"])
+def test_random_state_kept(monkeypatch, kind) -> None:
+    generator = Generator()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: generator)
+    before = torch.get_rng_state()
+    with suppress(KeyboardInterrupt), random_state_kept(kind):
+        torch.rand(3)
+        generator.state += 1
+        raise KeyboardInterrupt
+    assert torch.equal(torch.get_rng_state(), before)
+    assert generator.state.tolist() == ([2, 3, 4] if kind == "cpu" else [1, 2, 3])
 
 
 def test_cuda_is_asked_for_and_xpu_is_there(monkeypatch) -> None:

@@ -72,7 +72,9 @@ def test_help_explains_every_option_and_gives_its_default(programs, script):
         explained, _, default = option.removeprefix(names).partition("(default: ")
         assert len(explained.split()) > 1, f"{option!r} explains nothing"
         takes_a_value = re.search(r" [A-Z{]", names)
-        optional = {"--config", "--max-steps", "--checkpoint-interval", "--resume"} & set(names.split())
+        optional = {"--config", "--max-steps", "--checkpoint-interval", "--onnx-export", "--resume"} & set(
+            names.split()
+        )
         assert bool(default) == bool(takes_a_value and not optional), f"{option!r} on its default"
 
 

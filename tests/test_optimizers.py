@@ -45,6 +45,7 @@ def test_under_sacred_the_rate_is_that_of_the_optimizer(programs, update) -> Non
     assert "  lr = 0.001 " in programs.run("main", "print_config", "with", update).out
     assert "  lr = 3 " in programs.run("main", "print_config", "with", update, "lr=3").out
     assert "  lr = 20.0 " in programs.run("main", "print_config").out
+    assert "  lr = 5.0 " in programs.run("main", "print_config", "with", "model_type=Transformer").out
 
 
 def plain_loop(folder: Path, steps: int, scale: float = 0.01) -> list[tuple[float, float]]:

@@ -16,7 +16,7 @@ def skeleton(source: str) -> str:
     assert title.startswith('"""')
     rest, fences = FENCE.subn("", rest)
     assert fences == 1
-    return re.sub(r"^(import|from) .*\n+", "", rest, flags=re.MULTILINE)  # and the blank lines between their groups
+    return re.sub(r"^(import|from) .*\n", "", rest, flags=re.MULTILINE)
 
 
 def test_the_scripts_are_one_program_outside_the_fence() -> None:
