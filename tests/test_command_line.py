@@ -46,6 +46,7 @@ def test_the_shell_completes_flags_and_choices(tmp_path):
         "RNN_RELU",
         "LSTM",
         "GRU",
+        "Transformer",
     ]
 
 
