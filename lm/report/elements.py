@@ -78,7 +78,9 @@ def switches(modes: Iterable[tuple[int, str]]) -> str:
 
 def place_of(chart: Chart) -> str:
     """Title and caption of `chart`, and the element that it is drawn in."""
-    drawn = "" if chart.figure is None else f'<div class="chart" id="{chart.id}"></div>'
+    height = chart.figure and chart.figure.layout.height
+    style = f' style="height: {height:.0f}px"' if height else ""
+    drawn = "" if chart.figure is None else f'<div class="chart" id="{chart.id}"{style}></div>'
     return f'<h3>{chart.title}</h3>\n<p class="caption">{text(chart.caption)}</p>\n{drawn}'
 
 

@@ -15,6 +15,22 @@ TOTAL = "all parameters"
 FAINTEST = 1e-6
 """A share that is drawn as weakly as any below it."""
 
+COLOURS = (
+    *((0.0, "#08306b"), (0.25, "#3f8fc5"), (0.49, "#e3eefa"), (0.5, "#ffffff")),
+    *((0.51, "#ffffff"), (0.75, "#fdb07a"), (0.88, "#e6650d"), (1.0, "#7f2704")),
+)
+"""From `heat` -1 to 1, as shares of that way: all flushed, nothing lost, all overflowed."""
+
+SHADES = {
+    -1.0: "all flushed",
+    -2 / 3: "1%",
+    -1 / 3: "0.01%",
+    0.0: "0",
+    0.5: "<0.0001%",
+    1.0: "all overflow",
+}
+"""What some values of `heat` stand for."""
+
 
 def modes(result: Result) -> list[str]:
     """The names of the modes, in the order in which they were asked for."""
@@ -65,7 +81,8 @@ def heat(result: Result) -> Floats:
 
 
 def _depth(share: Floats) -> Floats:
-    return np.clip(1 - np.log10(np.maximum(share, FAINTEST)) / np.log10(FAINTEST), 0.02, 1)
+    depth: Floats = 1 - np.log10(np.maximum(share, FAINTEST)) / np.log10(FAINTEST)
+    return np.maximum(depth, 0.02)
 
 
 def short(name: str, limit: int = 28) -> str:

@@ -67,7 +67,7 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
         str(mode.skipped),
         "-" if mode.final_loss_scale is None else f"{mode.final_loss_scale:g}",
         "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}",
-        _memory(mode.peak_memory_bytes),
+        memory(mode.peak_memory_bytes),
     ]
 
 
@@ -88,7 +88,8 @@ def _first_difference(mode: ModeSummary, comparison: Comparison) -> str:
     return "none" if compared else "-"
 
 
-def _memory(count: float | None) -> str:
+def memory(count: float | None) -> str:
+    """A number of bytes in a unit that suits it."""
     if count is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):
