@@ -6,6 +6,7 @@ from pathlib import Path
 from lm.report import curves
 from lm.report.elements import Chart, bullets, flat, listed, place_of, sample, switches, text, write_page
 from lm.report.figures import charts
+from lm.report.probe_html import section
 from lm.report.summary import COLUMNS, equality, problems, row
 from lm.report.types import Comparison, ModeSummary, Run
 
@@ -19,17 +20,19 @@ def write_html(path: Path, comparison: Comparison) -> None:
         OSError: `path` cannot be written.
     """
     drawn = charts(comparison)
+    probed, of_probes = _probes(comparison)
     body = [
         *_introduction(comparison),
         *_results(comparison),
         *_figures(comparison, drawn),
+        *probed,
         "<h2>What the intervals cover</h2>",
         bullets(comparison.covers),
         *listed("failures", "Runs that failed or did not finish", _unfinished(comparison)),
         *listed("problems", "Noted in the files", list(problems(comparison.modes))),
         *_origins(comparison),
     ]
-    write_page(path, _title(comparison), body, drawn)
+    write_page(path, _title(comparison), body, [*drawn, *of_probes])
 
 
 def _title(comparison: Comparison) -> str:
@@ -108,6 +111,20 @@ def _figures(comparison: Comparison, drawn: list[Chart]) -> list[str]:
         switches((mode.index, mode.label) for mode in curves.modes(comparison)),
         *(place_of(chart) for chart in drawn),
     ]
+
+
+def _probes(comparison: Comparison) -> tuple[list[str], list[Chart]]:
+    """Elements and charts of the probes. A mode looks in them as it does above."""
+    body, drawn = list[str](), list[Chart]()
+    places = {mode.label: i for i, mode in enumerate(comparison.modes)}
+    for i, probe in enumerate(comparison.probes):
+        if probe.result is None:
+            body += [f"<h2>{text(probe.title)}</h2>", f"<p>{text(f'It failed: {probe.problem}')}</p>"]
+        else:
+            elements, of_probe = section(probe.result, probe.title, f"probe-{i}-", places)
+            body += elements
+            drawn += of_probe
+    return body, drawn
 
 
 def _unfinished(comparison: Comparison) -> list[str]:

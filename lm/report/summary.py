@@ -126,7 +126,7 @@ def write_summary(path: Path, comparison: Comparison) -> None:
     """Write the figures of `comparison` as one JSON object; inf and nan are "inf" and "nan", as in the records.
 
     Its keys are the attributes of `lm.report.types`, but a run has only its path, seed, status, test loss, number of
-    steps, and problems.
+    steps, and problems, and a probe the name of the file with its result.
 
     Raises:
         OSError: `path` cannot be written.
@@ -142,6 +142,9 @@ def write_summary(path: Path, comparison: Comparison) -> None:
             for mode in comparison.modes
         ],
         "pairs": [vars(pair) for pair in comparison.pairs],
+        "probes": [
+            vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
+        ],
     }
     # A path that is not UTF-8 has lone surrogates; backslashreplace makes the escapes of them that JSON has.
     text = (to_json(content, indent=2) + "\n").encode("utf-8", "backslashreplace")
