@@ -134,7 +134,7 @@ def side_by_side(result: Result) -> tuple[dict[str, str], list[list[str]]]:
     """Flushed shares, predicted / measured: header -> alignment, and a row a tensor, the largest shares first."""
     scales = result["scales"]
     heads = {"tensor": "left"}
-    heads |= {f"{view.short(printable(m['mode']), 18)}\nat 2^{m['k']}": "right" for m in scales["measured"]}
+    heads |= {f"{view.short(printable(m['mode']), 18)}\nat 2**{m['k']}": "right" for m in scales["measured"]}
     found: list[tuple[float, list[str]]] = []
     for name in view.tensors(result) if scales["measured"] else []:
         flushed = scales["predicted"][name]["flushed"]

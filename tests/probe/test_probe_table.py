@@ -51,7 +51,7 @@ def test_prediction_stands_beside_measurement_and_the_largest_share_first() -> N
     result["scales"]["measured"][1]["tensors"]["decoder.bias"]["flushed"] = 0.5
     result["scales"]["predicted"]["decoder.bias"]["flushed"][KS.index(7)] = 0.25
     heads, rows = side_by_side(result)
-    assert list(heads) == ["tensor", "manual\nat 2^0", "manual\nat 2^7", "fp16-opt…r-dynamic\nat 2^16"]
+    assert list(heads) == ["tensor", "manual\nat 2**0", "manual\nat 2**7", "fp16-opt…r-dynamic\nat 2**16"]
     assert rows[0] == ["decoder.bias", "<.001% / <.001%", "25% / 50%", "0% / 0%"]
     assert rows[1][:2] == ["logits", "9.1% / 9.1%"]
     assert len(rows) == len(TENSORS)
