@@ -42,6 +42,7 @@ thead th { vertical-align: bottom; border-bottom: 2px solid var(--ink); line-hei
 .results td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .results .right { text-align: right; }
 .results .mode { font-weight: 600; white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
+.results .worst td { border-bottom-width: 2px; color: var(--soft); } .results .first td { border-bottom: 0; }
 .results small { display: block; font-weight: 400; color: var(--soft); }
 .verdict { font-weight: 600; }
 .better, .equivalent { color: #00664b; } .worse { color: #a84400; } .undecided { color: #7a5200; }
@@ -75,7 +76,7 @@ SCRIPT = """"use strict";
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", states[i]));
     const on = new Map(buttons.map((button, i) => [Number(button.dataset.mode), states[i]]));
     for (const [, div] of divs) {
-      if (div.data.length) Plotly.restyle(div, {visible: div.data.map(trace => on.get(trace.meta))});
+      if (div.data.length) Plotly.restyle(div, {visible: div.data.map(trace => on.get(trace.meta) ?? true)});
     }
   }
 
