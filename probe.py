@@ -15,15 +15,18 @@ from pathlib import Path
 from lm.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from lm.console import say
 from lm.corpora import DEFAULT
-from lm.errors import UsageError, exit_code, printable
+from lm.errors import UsageError, exit_code
 from lm.files import check_writable
 from lm.modes import MODES
 from lm.probe.mode import PROBED
 from lm.probe.result import write_probe
 from lm.probe.run import probe
 from lm.probe.sources import Source, fresh, from_checkpoint, from_run
+from lm.report.probe_html import write_html
+from lm.report.probe_png import write_png
+from lm.report.probe_table import table
 
-FILES = {"probe.json": write_probe}
+FILES = {"probe.json": write_probe, "probe.html": write_html, "probe.png": write_png}
 USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
 EPILOG = """After -- go flags of the trainers for the model, the batches and the update, such as --nhid 650; see main.py
 --help. Exit code: 0; 1 if it failed; 2 after a mistake in the command; 130 when interrupted, which leaves nothing."""
@@ -100,15 +103,14 @@ def main() -> int:
     check_out(args.out)
     source = find_source(args)
     result = probe(source, args.modes, args.batches, args.flush_limit, ["probe.py", *sys.argv[1:]])
-    for sentence in result["advice"]:
-        say(printable(sentence, 1000))
+    say(table(result))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {args.out}: cannot write there ({error.strerror}); give another directory") from None
     for name, write in FILES.items():
         write(args.out / name, result)
-    say(f"All figures are in {args.out / 'probe.json'}.")
+    say(f"The report is in {args.out / 'probe.html'}, with probe.png and probe.json beside it.")
     return 0
 
 
