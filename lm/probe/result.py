@@ -61,7 +61,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     # Digits without end make an int that no float holds.
-    return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 2**63
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
 def _is_count(value: Any) -> bool:
@@ -194,7 +194,7 @@ def _agrees(result: dict[str, Any]) -> bool:
     ks, shares = scales["k"], scales["predicted"].values()
     window = result["window"]
     return (
-        len(set(names)) == len(names) > 0
+        len(set(names)) == len(names) > 0 < len(ks)
         and ks == list(range(ks[0], ks[0] + len(ks)))
         and all(mode["tensors"].keys() == set(names) for mode in result["modes"].values())
         and scales["predicted"].keys() == set(names)

@@ -40,7 +40,7 @@ def test_no_file_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["", "[1]", '{"a":', "NaN"])
 def test_no_json_is_refused(tmp_path, text):
     (tmp_path / "probe.json").write_text(text)
-    with pytest.raises(UsageError, match="^[^\n]*$"):
+    with pytest.raises(UsageError, match=r"^[^\n]*$"):
         read_probe(tmp_path / "probe.json")
 
 
