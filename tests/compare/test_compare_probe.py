@@ -9,13 +9,14 @@ import pytest
 
 from lm import launch
 from lm.launch_probe import run_probes
+from lm.probe.result import read_probe
 from lm.report.comparison import compare
 from lm.report.html import write_html
 from lm.report.runs import read_run
 from lm.report.summary import write_summary
 from lm.report.types import Comparison, Failure
 from pages import Page, numbers
-from programs import strict_json
+from programs import Programs, strict_json
 from samples import sample
 from synthetic import make_run
 
@@ -157,3 +158,25 @@ def test_a_probe_that_fails_is_told_and_leaves_the_other(probes: Probes, tmp_pat
         ("probe.json", None),
         (None, "no checkpoint there"),
     ]
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With the real trainer and the real probe.py."""
+    programs = Programs(tmp_path, monkeypatch, capsys)
+    tiny = ["--data", "corpus", "--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5", "--epochs", "1"]
+    done = programs.run("compare", "--probe", "--modes", "manual", "--out", "o", "--", *tiny)
+    assert (done.code, done.err) == (0, "")
+    initial, final = (read_probe(tmp_path / f"o/probes/manual-1111-{when}/probe.json") for when in ("initial", "final"))
+    assert initial["weights"]["kind"] == "fresh"
+    assert (final["weights"]["kind"], final["weights"]["steps"]) == ("run", 18)
+    assert initial["batches"] == final["batches"] == 17
+    assert (initial["model"], initial["corpus"]) == (final["model"], final["corpus"])
+    assert initial["total"] != final["total"]
+    assert list(initial["modes"]) == list(final["modes"]) == ["manual"]
+    for result in (initial, final):
+        assert 1e-5 < result["modes"]["manual"]["total"]["error_to_noise"] < 0.1
+        for sentence in result["advice"]:
+            assert sentence in done.out
+    page = Page((tmp_path / "o/report.html").read_text())
+    assert {"probe-0-heat", "probe-1-heat"} < page.charts.keys()
+    assert (tmp_path / "o/probes/manual-1111-final/probe.html").stat().st_size > 10**6

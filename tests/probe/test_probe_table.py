@@ -43,7 +43,14 @@ def test_sentences_around_the_table() -> None:
     )
     assert lines[1].endswith("length 1.1e-01; standard deviation from batch to batch (noise): 3.1e-01 +-4%.")
     result["weights"] = {"kind": "run", "path": "runs/a", "epoch": 3, "steps": 400}
-    assert "weights of runs/a after epoch 3, step 400; 32 batches" in table(result)
+    assert "weights of runs/a after 400 steps; 32 batches" in table(result)
+
+
+def test_without_explanations_the_figures_and_the_advice_are_left() -> None:
+    result = sample()
+    whole, brief = table(result).split("\n\n"), table(result, explained=False).split("\n\n")
+    assert brief == [*whole[:2], whole[4]]
+    assert brief[2].splitlines() == ["Advice:", *(f"  {sentence}" for sentence in result["advice"])]
 
 
 def test_prediction_stands_beside_measurement_and_the_largest_share_first() -> None:
