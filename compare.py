@@ -181,7 +181,7 @@ def main() -> int:
     for probe in comparison.probes:
         say(f"\n{probe.title}: {probe.problem or probe.path / 'probe.html'}")
         if probe.result is not None:
-            say(probe_table(probe.result))
+            say(probe_table(probe.result, explained=False))
     for name, write in FILES.items():
         write(args.out / name, comparison)
     say(f"The report is in {args.out / 'report.html'}, with curves.png and summary.json beside it.")

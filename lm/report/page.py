@@ -76,7 +76,7 @@ SCRIPT = """"use strict";
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", states[i]));
     const on = new Map(buttons.map((button, i) => [Number(button.dataset.mode), states[i]]));
     for (const [, div] of divs) {
-      if (div.data.length) Plotly.restyle(div, {visible: div.data.map(trace => on.get(trace.meta) ?? true)});
+      if (div.data.length) Plotly.restyle(div, {visible: div.data.map(trace => on.get(trace.meta))});
     }
   }
 

@@ -165,10 +165,10 @@ def _heat(result: Result, name: str) -> Chart:
     else:
         edges = window["low"] - 0.5, window["high"] + 0.5
         drawn.add_vrect(*edges, line={"color": "#000000", "width": 2})
-        caption += f"Frame: the safe window, from 2^{window['low']} to 2^{window['high']}."
+        caption += f"Frame: the safe window, from 2**{window['low']} to 2**{window['high']}."
     if result["scale"] is not None:
         drawn.add_vline(result["scale"], line={"color": "#000000", "width": 1.5, "dash": "dot"})
-        caption += f" Dotted: the scale to take, 2^{result['scale']}."
+        caption += f" Dotted: the scale to take, 2**{result['scale']}."
     if scaling:
         drawn.add_scatter(
             x=list(scaling),
@@ -180,7 +180,7 @@ def _heat(result: Result, name: str) -> Chart:
             hovertemplate="scale of %{text}<extra></extra>",
         )
         caption += " Triangles above: the scales of " + "; ".join(
-            f"{', '.join(printable(mode, 60) for mode in modes)} (2^{k:g})" for k, modes in sorted(scaling.items())
+            f"{', '.join(printable(mode, 60) for mode in modes)} (2**{k:g})" for k, modes in sorted(scaling.items())
         )
         caption += "."
     return Chart(name, title, caption, drawn, over_steps=False)

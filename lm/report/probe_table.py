@@ -35,20 +35,23 @@ LONGEST_GRID = 12
 """Tensors that the terminal shows of prediction beside measurement."""
 
 
-def table(result: Result) -> str:
-    """The table, at most 100 columns wide, and the sentences that explain it; nothing a terminal would obey.
+def table(result: Result, explained: bool = True) -> str:
+    """The table, at most 100 columns wide, and the sentences that go with it; nothing a terminal would obey.
 
-    `result` is what `lm.probe.result.read_probe` returns.
+    Args:
+        result: what `lm.probe.result.read_probe` returns.
+        explained: with what its columns mean, and predictions beside measurements.
     """
     rows = [cells for mode in view.modes(result) for cells in _rows(result, mode)]
-    text = [f"{about(result)}\n{noise(result)}", _grid(rows, COLUMNS)]
     heads, pairs = side_by_side(result)
-    sections = {
-        "Columns": [ROWS, *LEGEND],
-        FLUSHED: _grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else [],
-        "Advice": result["advice"],
-        "What the figures do not cover": result["covers"],
-    }
+    sections: dict[str, list[str]] = {}
+    if explained:
+        sections["Columns"] = [ROWS, *LEGEND]
+        sections[FLUSHED] = _grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else []
+    sections["Advice"] = result["advice"]
+    if explained:
+        sections["What the figures do not cover"] = result["covers"]
+    text = [f"{about(result)}\n{noise(result)}", _grid(rows, COLUMNS)]
     for title, lines in sections.items():
         if lines:
             text.append("\n".join([f"{title}:", *(f"  {printable(line, LONGEST_SENTENCE)}" for line in lines)]))
@@ -115,10 +118,8 @@ def _weights(result: Result) -> str:
     weights = result["weights"]
     if weights["path"] is None:
         return f"fresh weights of seed {result['seed']}"
-    after = [
-        f"{name} {weights[key]}" for name, key in (("epoch", "epoch"), ("step", "steps")) if weights[key] is not None
-    ]
-    return f"weights of {printable(weights['path'])}" + (f" after {', '.join(after)}" if after else "")
+    steps = "" if weights["steps"] is None else f" after {weights['steps']} steps"
+    return f"weights of {printable(weights['path'])}{steps}"
 
 
 def noise(result: Result) -> str:
@@ -134,7 +135,7 @@ def side_by_side(result: Result) -> tuple[dict[str, str], list[list[str]]]:
     """Flushed shares, predicted / measured: header -> alignment, and a row a tensor, the largest shares first."""
     scales = result["scales"]
     heads = {"tensor": "left"}
-    heads |= {f"{view.short(printable(m['mode']), 18)}\nat 2^{m['k']}": "right" for m in scales["measured"]}
+    heads |= {f"{view.short(printable(m['mode']), 18)}\nat 2**{m['k']}": "right" for m in scales["measured"]}
     found: list[tuple[float, list[str]]] = []
     for name in view.tensors(result) if scales["measured"] else []:
         flushed = scales["predicted"][name]["flushed"]

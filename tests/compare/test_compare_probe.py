@@ -1,6 +1,7 @@
 """compare.py --probe: what is probed of a comparison, what is kept, and how it is shown."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 
 from lm import launch
 from lm.launch_probe import run_probes
+from lm.probe.result import read_probe
 from lm.report.comparison import compare
 from lm.report.html import write_html
 from lm.report.runs import read_run
 from lm.report.summary import write_summary
 from lm.report.types import Comparison, Failure
 from pages import Page, numbers
-from programs import strict_json
+from programs import Programs, strict_json
 from samples import sample
 from synthetic import make_run
 
@@ -98,12 +100,18 @@ def test_what_was_probed_is_kept_unless_something_else_is_asked_for(
     probes.compare(reference="manual")
     assert {name: stamps()[name] for name in before} == before
     assert stamps().keys() - before.keys() == {"manual-1111-initial", "manual-1111-final"}
-    path = probes.out / "probes/fp32-1111-final/probe.json"
-    path.write_text(path.read_text()[:-9])
-    found = probes.compare().probes[1].result
-    assert found is not None
-    assert {name for name, time in stamps().items() if time != before.get(name)} >= {"fp32-1111-final"}
-    assert stamps()["fp32-1111-initial"] == before["fp32-1111-initial"]
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-9], lambda text: text.replace('"7"', '"8"')])
+def test_what_is_no_probe_or_another_one_is_made_anew(probes: Probes, change: Callable[[str], str]) -> None:
+    first = probes.compare()
+    path = first.probes[1].path / "probe.json"
+    path.write_text(change(path.read_text()))
+    (path.parent / "old").touch()
+    kept = (first.probes[0].path / "probe.json").stat().st_mtime_ns
+    assert probes.compare().probes == first.probes
+    assert [file.name for file in path.parent.iterdir()] == ["probe.json"]
+    assert (first.probes[0].path / "probe.json").stat().st_mtime_ns == kept
 
 
 def test_a_mode_that_left_no_run_is_not_probed(probes: Probes) -> None:
@@ -150,3 +158,25 @@ def test_a_probe_that_fails_is_told_and_leaves_the_other(probes: Probes, tmp_pat
         ("probe.json", None),
         (None, "no checkpoint there"),
     ]
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With the real trainer and the real probe.py."""
+    programs = Programs(tmp_path, monkeypatch, capsys)
+    tiny = ["--data", "corpus", "--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5", "--epochs", "1"]
+    done = programs.run("compare", "--probe", "--modes", "manual", "--out", "o", "--", *tiny)
+    assert (done.code, done.err) == (0, "")
+    initial, final = (read_probe(tmp_path / f"o/probes/manual-1111-{when}/probe.json") for when in ("initial", "final"))
+    assert initial["weights"]["kind"] == "fresh"
+    assert (final["weights"]["kind"], final["weights"]["steps"]) == ("run", 18)
+    assert initial["batches"] == final["batches"] == 17
+    assert (initial["model"], initial["corpus"]) == (final["model"], final["corpus"])
+    assert initial["total"] != final["total"]
+    assert list(initial["modes"]) == list(final["modes"]) == ["manual"]
+    for result in (initial, final):
+        assert 1e-5 < result["modes"]["manual"]["total"]["error_to_noise"] < 0.1
+        for sentence in result["advice"]:
+            assert sentence in done.out
+    page = Page((tmp_path / "o/report.html").read_text())
+    assert {"probe-0-heat", "probe-1-heat"} < page.charts.keys()
+    assert (tmp_path / "o/probes/manual-1111-final/probe.html").stat().st_size > 10**6

@@ -43,7 +43,14 @@ def test_sentences_around_the_table() -> None:
     )
     assert lines[1].endswith("length 1.1e-01; standard deviation from batch to batch (noise): 3.1e-01 +-4%.")
     result["weights"] = {"kind": "run", "path": "runs/a", "epoch": 3, "steps": 400}
-    assert "weights of runs/a after epoch 3, step 400; 32 batches" in table(result)
+    assert "weights of runs/a after 400 steps; 32 batches" in table(result)
+
+
+def test_without_explanations_the_figures_and_the_advice_are_left() -> None:
+    result = sample()
+    whole, brief = table(result).split("\n\n"), table(result, explained=False).split("\n\n")
+    assert brief == [*whole[:2], whole[4]]
+    assert brief[2].splitlines() == ["Advice:", *(f"  {sentence}" for sentence in result["advice"])]
 
 
 def test_prediction_stands_beside_measurement_and_the_largest_share_first() -> None:
@@ -51,7 +58,7 @@ def test_prediction_stands_beside_measurement_and_the_largest_share_first() -> N
     result["scales"]["measured"][1]["tensors"]["decoder.bias"]["flushed"] = 0.5
     result["scales"]["predicted"]["decoder.bias"]["flushed"][KS.index(7)] = 0.25
     heads, rows = side_by_side(result)
-    assert list(heads) == ["tensor", "manual\nat 2^0", "manual\nat 2^7", "fp16-opt…r-dynamic\nat 2^16"]
+    assert list(heads) == ["tensor", "manual\nat 2**0", "manual\nat 2**7", "fp16-opt…r-dynamic\nat 2**16"]
     assert rows[0] == ["decoder.bias", "<.001% / <.001%", "25% / 50%", "0% / 0%"]
     assert rows[1][:2] == ["logits", "9.1% / 9.1%"]
     assert len(rows) == len(TENSORS)
