@@ -6,13 +6,14 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lm.probe.measure
 from jobs import bits
 from lm.checkpoint import load_model, save_model
 from lm.config import make_args
-from lm.data import Corpus, batchify
-from lm.model import KINDS, make_model
+from lm.data import Corpus, batchify, get_batch
+from lm.model import KINDS, detach, make_model
 from lm.modes import MODES
 from lm.probe.measure import Plan, Probe, plan_scales
 from lm.probe.mode import PROBED, Mode
@@ -81,6 +82,51 @@ def test_fp32_is_next_to_float64(corpus, kind, tied):
     for mode in modes.values():
         assert 0 < mode["total"]["error_to_noise"] < 1e-5
         assert mode["total"]["flushed"] == mode["total"]["overflowed"] == 0
+
+
+def test_the_figures_are_those_of_a_plain_loop(corpus):
+    """Dense float64 gradients of three batches, one after the other, and a mode's beside them."""
+    flags = ["--data", str(corpus), "--dropout", "0.3"]
+    args = make_args("main", data=str(corpus), emsize=16, nhid=16, batch_size=4, bptt=5, dropout=0.3)
+    torch.manual_seed(2)
+    text = Corpus(corpus)
+    model = make_model(args, text.vocab_size)
+    data = batchify(text.train, 4, "cpu")
+    mode = Mode("manual", flags)
+    measured = Probe(model, Plan([mode], {}, 3, 5, 11, 2.0, 0.25))
+    measured.run(data)
+    figures = measured.figures()
+
+    plain = copy.deepcopy(model).double().train()
+    hidden = plain.init_hidden(4)
+    truth, errors, updates = [], [], []
+    torch.manual_seed(11)
+    for start in (0, 5, 10):
+        tokens, targets = get_batch(data, start, 5)
+        random = torch.get_rng_state()
+        found = mode.gradients(model, tokens, targets, hidden).parameters
+        torch.set_rng_state(random)
+        plain.zero_grad()
+        features, hidden_after = plain.features(tokens, hidden)
+        loss = F.cross_entropy(F.linear(features, plain.decoder.weight, plain.decoder.bias).flatten(0, 1), targets)
+        loss.backward()
+        hidden = detach(hidden_after)
+        truth.append(torch.cat([p.grad.flatten() for p in plain.parameters()]))
+        errors.append(torch.cat([g.double().flatten() / 128 for g in found.values()]) - truth[-1])
+        updates.append(truth[-1] * 2.0 * min(1.0, 0.25 / (float(truth[-1].norm()) + 1e-6)))
+    truth, errors = torch.stack(truth), torch.stack(errors)
+    noise = float(truth.var(0).sum().sqrt())
+    assert figures["total"]["noise"] == pytest.approx(noise, rel=1e-6)
+    assert figures["total"]["gradient"] == pytest.approx(float(truth.mean(0).norm()), rel=1e-6)
+    total = figures["modes"]["manual"]["total"]
+    assert total["error_to_noise"] == pytest.approx(float(errors.square().sum(1).mean().sqrt()) / noise, rel=1e-6)
+    square = float(errors.sum(0).square().sum() - errors.square().sum()) / 6
+    assert total["bias"] == pytest.approx(max(0.0, square) ** 0.5 / float(truth.mean(0).norm()), rel=1e-4)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()]).half()
+    units = weights.abs().nextafter(torch.tensor(torch.inf, dtype=torch.half)).double() - weights.abs().double()
+    moved = torch.stack(updates)
+    stagnated = int(((moved.abs() < units / 2) & (moved != 0)).sum()) / int(moved.count_nonzero())
+    assert total["stagnated"] == pytest.approx(stagnated, rel=1e-6)
 
 
 def test_half_is_near_and_bf16_further_off(corpus):
