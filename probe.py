@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from lm.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from lm.console import say
@@ -22,11 +23,8 @@ from lm.probe.mode import PROBED
 from lm.probe.result import write_probe
 from lm.probe.run import probe
 from lm.probe.sources import Source, fresh, from_checkpoint, from_run
-from lm.report.probe_html import write_html
-from lm.report.probe_png import write_png
-from lm.report.probe_table import table
 
-FILES = {"probe.json": write_probe, "probe.html": write_html, "probe.png": write_png}
+FILES = ("probe.json", "probe.html", "probe.png")
 USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
 EPILOG = """After -- go flags of the trainers for the model, the batches and the update, such as --nhid 650; see main.py
 --help. Exit code: 0; 1 if it failed; 2 after a mistake in the command; 130 when interrupted, which leaves nothing."""
@@ -86,7 +84,7 @@ def check_out(out: Path) -> None:
     for name in FILES:
         if os.path.lexists(out / name):
             raise UsageError(f"--out {out} holds a {name} already; give a new directory")
-    check_writable("--out", there / next(iter(FILES)))
+    check_writable("--out", there / FILES[0])
 
 
 def find_source(args: argparse.Namespace) -> Source:
@@ -97,20 +95,29 @@ def find_source(args: argparse.Namespace) -> Source:
     return fresh(data, args.flags) if args.checkpoint is None else from_checkpoint(args.checkpoint, data, args.flags)
 
 
+def report(out: Path, result: dict[str, Any]) -> None:
+    """Print the table and write `FILES` into the folder `out`."""
+    from lm.report.probe_html import write_html  # here, since what draws takes 50 MB that measuring needs
+    from lm.report.probe_png import write_png
+    from lm.report.probe_table import table
+
+    say(table(result))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+    for name, write in zip(FILES, (write_probe, write_html, write_png), strict=True):
+        write(out / name, result)
+    say(f"The report is in {out / 'probe.html'}, with probe.png and probe.json beside it.")
+
+
 def main() -> int:
     """Measure, print and write."""
     args = parse_args(sys.argv[1:])
     check_out(args.out)
     source = find_source(args)
     result = probe(source, args.modes, args.batches, args.flush_limit, ["probe.py", *sys.argv[1:]])
-    say(table(result))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {args.out}: cannot write there ({error.strerror}); give another directory") from None
-    for name, write in FILES.items():
-        write(args.out / name, result)
-    say(f"The report is in {args.out / 'probe.html'}, with probe.png and probe.json beside it.")
+    report(args.out, result)
     return 0
 
 

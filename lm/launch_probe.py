@@ -16,6 +16,7 @@ from lm.jsonfile import read_object
 from lm.launch import Job, comparison_folder, run_jobs
 from lm.options import make_parser
 from lm.probe.result import read_probe
+from lm.probe.statistics import LEAST_BATCHES
 from lm.report.types import Comparison, Probe, Run
 
 BATCHES = 32
@@ -89,7 +90,7 @@ def _jobs(out: Path, run: Run, modes: list[str]) -> list[ProbeJob]:
     config, folder = run.config, out / "probes"
     options = make_parser("main", None).options()
     rows = config["corpus"]["train_tokens"] // config["batch_size"]
-    batches = ["--batches", str(min(BATCHES, max(2, (rows - 1) // config["bptt"])))]
+    batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // config["bptt"])))]
     fresh = [
         *batches,
         "--data",

@@ -49,6 +49,11 @@ def _blockers(result: dict[str, Any], k: int) -> dict[str, float]:
     return dict(sorted(flushed.items(), key=lambda item: -item[1]))
 
 
+def _most_flushed(result: dict[str, Any], k: int) -> str:
+    worst, share = max(_shares(result, "flushed", k).items(), key=lambda item: item[1])
+    return f"{worst} has most flushed: {share:.2g}" if share else "nothing is flushed (0)"
+
+
 def _static(result: dict[str, Any]) -> list[str]:
     found, best, limit = window(result), take(result), result["flush_limit"]
     if best is None:
@@ -57,11 +62,10 @@ def _static(result: dict[str, Any]) -> list[str]:
             "fp16's largest number: train in bf16 or fp32."
         ]
     if found is not None:
-        worst, share = max(_shares(result, "flushed", best).items(), key=lambda item: item[1])
         return [
             f"Static loss scales from 2**{found['low']} to 2**{found['high']} flush less than {limit:g} of every "
-            f"gradient and keep a factor of {2**MARGIN} from overflow; take 2**{best} ({2.0**best:g}), where {worst} "
-            f"has most flushed: {share:.2g}."
+            f"gradient and keep a factor of {2**MARGIN} from overflow; take 2**{best} ({2.0**best:g}), where "
+            f"{_most_flushed(result, best)}."
         ]
     blockers = _blockers(result, best)
     shown = ", ".join(f"{name} ({share:.2g})" for name, share in list(blockers.items())[:3])
@@ -78,8 +82,7 @@ def _dynamic(result: dict[str, Any]) -> list[str]:
     if not free:
         return [f"A dynamic loss scale would fall below 2**{ks[0]}, the least that was looked at."]
     top = free[-1]
-    worst, share = max(_shares(result, "flushed", top).items(), key=lambda item: item[1])
-    flushes = f"where {worst} has {share:.2g} flushed"
+    flushes = f"where {_most_flushed(result, top)}"
     if top == ks[-1]:
         return [f"A dynamic loss scale would rise to 2**{top} and beyond, {flushes}: nothing overflows there yet."]
     return [

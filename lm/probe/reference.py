@@ -5,13 +5,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lm.model import Hidden, RNNModel, detach
 from lm.probe.boundaries import watch
+from lm.probe.tally import pieces
 
 SLICE_BYTES = 1 << 24
 """Of a slice of float64 logits: 63 rows of 33,280. All 700 rows would take 186 MB, and their gradient again."""
+
+NEGLIGIBLE = 2.0**-40
+"""Of a tensor's largest element: less is taken for 0. A key's bias in attention has no gradient, since softmax does not
+see it, but float64's rounding leaves some 2**-50 of the others there."""
 
 
 class Reference:
@@ -44,6 +50,8 @@ class Reference:
         features, hidden = self.model.features(tokens, hidden)
         gradient = self._decode(features.detach().flatten(0, 1), targets, see)
         features.backward(gradient.view_as(features))  # type: ignore[no-untyped-call]
+        for found in (*self.gradients().values(), *self.boundaries.values()):
+            _drop_negligible(found)
         return detach(hidden)
 
     def _decode(self, features: Tensor, targets: Tensor, see: Callable[[Tensor], None]) -> Tensor:
@@ -62,6 +70,13 @@ class Reference:
             of_bias += gradient.sum(0)
         self.model.decoder.weight.grad, self.model.decoder.bias.grad = of_weight, of_bias
         return of_features
+
+
+def _drop_negligible(gradient: Tensor) -> None:
+    low, high = gradient.aminmax()
+    bound = max(-float(low), float(high)) * NEGLIGIBLE
+    for part in pieces(gradient) if gradient.is_contiguous() else [gradient]:
+        part.copy_(F.hardshrink(part, bound))
 
 
 def _gradient(parameter: Any) -> Tensor:

@@ -19,8 +19,9 @@ COVERS = [
     "Half gradients are taken as the trainers' own code leaves them before its step, and divided by the loss scale in "
     "float64. CPU kernels differ between modes, and so do their errors; those of a GPU were not measured.",
     "Elements that are inf or nan are counted as overflowed and left out of errors and bias.",
-    "Shares are of the elements that are not 0 in the reference. Predicted ones are of the reference's own values, "
-    "rounded to fp16 once; measured ones have in them what was flushed further up on the way back.",
+    "Shares are of the elements that are not 0 in the reference (nor under 2**-40 of the tensor's largest). Predicted "
+    "ones are of the reference's own values, rounded to fp16 once; measured ones have in them what was flushed further "
+    "up on the way back.",
     "Noise, bias and their standard errors come from inner products of sketches, true to about 1%, and from as many "
     "batches as are named here, in the order of the text; other text may differ.",
     "Gradients at one set of weights: errors that add up over steps, and what an optimizer makes of them, are not "

@@ -131,14 +131,19 @@ def _read(flags: list[str], fixed: tuple[str, ...]) -> argparse.Namespace:
     options = parser.options()
     spelt = {word: name for name, action in options.items() for word in action.option_strings}
     spelt |= {"--dtype": "dtype", "--dynamic-loss-scale": "dynamic_loss_scale"}
-    for word in expand(parser, flags):
-        name = spelt.get(word.partition("=")[0], "")
-        if name in REFUSED:
-            raise UsageError(f"{printable(word)} after --: {REFUSED[name]}; leave it out")
-        if name in fixed:
-            raise UsageError(
-                f"{printable(word)} after -- with --checkpoint: the model is that of the file; leave it out"
-            )
+
+    def refuse(words: list[str]) -> None:
+        for word in words:
+            name = spelt.get(word.partition("=")[0], "")
+            if name in REFUSED:
+                raise UsageError(f"{printable(word)} after --: {REFUSED[name]}; leave it out")
+            if name in fixed:
+                raise UsageError(
+                    f"{printable(word)} after -- with --checkpoint: the model is that of the file; leave it out"
+                )
+
+    refuse(flags)
+    refuse(expand(parser, flags))
     return parse_args("main", None, flags)
 
 

@@ -137,7 +137,7 @@ class Stagnation:
 
 
 def pieces(tensor: Tensor, elements: int = CACHED_ELEMENTS) -> Iterator[Tensor]:
-    """The elements of `tensor`, so many at a time."""
+    """The elements of `tensor`, so many at a time; parts of it, where it is contiguous."""
     flat = tensor.reshape(-1)
     return (flat[start : start + elements] for start in range(0, len(flat), elements))
 
