@@ -93,7 +93,7 @@ def _number(value: float | None) -> str:
 def _with_error(value: float | None, error: float | None) -> str:
     if not value or error is None:
         return _number(value)
-    return f"{_number(value)} +-{100 * error / value:.0f}%" if error < 10 * value else f"{_number(value)} +->999%"
+    return f"{_number(value)} +-{100 * (error / value):.0f}%" if error / value < 10 else f"{_number(value)} +->999%"
 
 
 def percent(share: float | None) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from lm.report.probe_table import COLUMNS, percent, side_by_side, table
 from lm.report.probe_view import heat, short
-from odd_probes import empty, nothing_known, renamed
+from odd_probes import empty, extreme, nothing_known, renamed
 from samples import KS, MODES, TENSORS, sample
 
 EVIL = "evil\x1b[2J\r\n\u202e<script>" + "x" * 300
@@ -134,3 +134,9 @@ def test_colours_of_flushing_and_overflow() -> None:
     found = heat(result)
     assert found.shape == (len(TENSORS), 6)
     assert found[3] == pytest.approx([-1, -0.5, -0.02, 0, 0.51, 1])
+
+
+def test_extreme_figures_fit() -> None:
+    text = table(extreme())
+    assert cells(text, "fp32")[0][:3] == ["fp32", "1.7e+308", "+-100%"]
+    assert cells(text, "manual")[0][:3] == ["manual", "4.9e-324", "+-100%"]
