@@ -9,6 +9,9 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from lm.cli import HelpFormatter, OneLineParser, add_version, complete, finite_above_0, whole
@@ -16,10 +19,12 @@ from lm.console import say
 from lm.errors import RunError, UsageError, exit_code
 from lm.files import check_writable
 from lm.launch import Job, check_flags, comparison_folder, run_jobs, slot_environments
+from lm.launch_probe import run_probes
 from lm.modes import DEFAULT_MODES, MODES
 from lm.report.comparison import compare
 from lm.report.html import write_html
 from lm.report.png import write_png
+from lm.report.probe_table import table as probe_table
 from lm.report.runs import read_run
 from lm.report.summary import table, write_summary
 from lm.report.types import Failure, Run
@@ -92,11 +97,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="A,B",
         help="exit with 1 if a loss differs in a bit",
     )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="measure too what each mode does to the gradient, at the initial and the final weights of the reference; "
+        "probe.py, on the CPU",
+    )
     parser.add_argument("--anyway", action="store_true", help="compare runs whose corpus, seed, model or batch differ")
     complete(parser)
     args = parser.parse_intermixed_args(argv[:end])
     args.flags = argv[end + 1 :] if end < len(argv) else None
     given = [f"--{name}" for name in ("modes", "seeds", "jobs") if getattr(args, name) is not None]
+    given += ["--probe"] if args.probe else []
     given += ["--"] if args.flags is not None else []
     if args.runs and given:
         parser.error(f"{given[0]} is for modes to run, and RUN is one that has run; give one of them")
@@ -117,11 +129,8 @@ def run_modes(args: argparse.Namespace) -> tuple[list[Run], list[Failure]]:
     with comparison_folder(args.out, {"modes": labels, "seeds": seeds, "flags": flags, "jobs": at_once}) as lock:
         jobs = [Job(label, seed, flags, args.out / "runs" / f"{label}-{seed}") for seed in seeds for label in labels]
         say(f"| {len(jobs)} runs in {args.out}")
-        try:
+        with continued_by_hand(args.out):
             failures = run_jobs(jobs, slot_environments(min(at_once, len(jobs)), device), lock)
-        except KeyboardInterrupt:
-            print(f"interrupted; the same command with --out {args.out} continues", file=sys.stderr)
-            raise
     runs = []
     for job in jobs:
         try:
@@ -133,6 +142,16 @@ def run_modes(args: argparse.Namespace) -> tuple[list[Run], list[Failure]]:
         names = ", ".join(f"{job.label} seed {job.seed}" for job in jobs)
         raise RunError(f"no run left anything to compare ({names}); the first one: {failures[0].message}")
     return runs, failures
+
+
+@contextmanager
+def continued_by_hand(out: Path) -> Iterator[None]:
+    """Say after an interrupt how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command with --out {out} continues", file=sys.stderr)
+        raise
 
 
 def make_folder(out: Path) -> None:
@@ -154,8 +173,15 @@ def main() -> int:
         runs, failures = run_modes(args)
     options = {"reference": args.reference, "margin": args.margin, "expect_equal": args.expect_equal}
     comparison = compare(runs, failures, anyway=args.anyway, **options)
+    if args.probe:
+        with continued_by_hand(args.out):
+            comparison = replace(comparison, probes=run_probes(args.out, comparison))
     make_folder(args.out)
     say(table(comparison))
+    for probe in comparison.probes:
+        say(f"\n{probe.title}: {probe.problem or probe.path / 'probe.html'}")
+        if probe.result is not None:
+            say(probe_table(probe.result, explained=False))
     for name, write in FILES.items():
         write(args.out / name, comparison)
     say(f"The report is in {args.out / 'report.html'}, with curves.png and summary.json beside it.")

@@ -57,6 +57,15 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
     return loss
 
 
+def logits_of(loss: Tensor) -> Tensor:
+    """The logits behind `loss`, which `decoder_loss` returned; its backward pass makes them their own gradient.
+
+    In `compute_dtype` of the weight (where that is fp32, log probabilities until then); shape (rows, vocabulary).
+    """
+    logits: Tensor = loss.grad_fn.saved_tensors[-1]  # type: ignore[union-attr]
+    return logits
+
+
 class _DecoderLoss(torch.autograd.Function):
     """Autocast has no hold on what writes to `out=`, so all of it runs in the dtypes that stand here."""
 

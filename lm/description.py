@@ -24,15 +24,20 @@ def describe(args: argparse.Namespace, corpus: Corpus, model: RNNModel, dtypes: 
         "environment": environment([f"{args.script}.py", *args.argv]),
         "dtypes": dtypes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "corpus": {
-            "name": corpus.name,
-            "sha256": corpus.sha256,
-            "train_tokens": len(corpus.train),
-            "valid_tokens": len(corpus.valid),
-            "test_tokens": len(corpus.test),
-            "words": len(corpus.dictionary),
-            "vocab_size": corpus.vocab_size,
-        },
+        "corpus": corpus_facts(corpus),
+    }
+
+
+def corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    """Name, digests and sizes."""
+    return {
+        "name": corpus.name,
+        "sha256": corpus.sha256,
+        "train_tokens": len(corpus.train),
+        "valid_tokens": len(corpus.valid),
+        "test_tokens": len(corpus.test),
+        "words": len(corpus.dictionary),
+        "vocab_size": corpus.vocab_size,
     }
 
 

@@ -12,26 +12,31 @@ MAX_BYTES = 2**20
 
 MAX_DEPTH = 20
 
+RUN_DIRECTORY = "give a directory that a trainer's --run-dir wrote"
 
-def require_file(path: Path) -> None:
-    """Raise UsageError unless `path` is a regular file, or a link to one; a pipe would be waited for."""
+
+def require_file(path: Path, wanted: str = RUN_DIRECTORY) -> None:
+    """Raise UsageError, which ends in `wanted`, unless `path` is a regular file, or a link to one.
+
+    A pipe would be waited for.
+    """
     if not path.is_file():
         what = "this is no file" if path.exists() else "there is no such file"
-        raise UsageError(f"{printable(path)}: {what}; give a directory that a trainer's --run-dir wrote")
+        raise UsageError(f"{printable(path)}: {what}; {wanted}")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, max_bytes: int = MAX_BYTES, wanted: str = RUN_DIRECTORY) -> dict[str, Any]:
     """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused.
 
     Raises:
-        UsageError: there is no such file, or something else is in it.
+        UsageError: there is no such file (then it ends in `wanted`), or something else is in it.
         OSError: it cannot be read.
     """
-    require_file(path)
+    require_file(path, wanted)
     with path.open("rb") as file:
-        text = file.read(MAX_BYTES + 1)
-    if len(text) > MAX_BYTES:
-        raise UsageError(f"{printable(path)} has more than {MAX_BYTES} bytes; no trainer wrote it")
+        text = file.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        raise UsageError(f"{printable(path)} has more than {max_bytes} bytes; no program of this project wrote it")
     try:
         content = _clean(json.loads(text.decode()))
     except (ValueError, RecursionError) as error:

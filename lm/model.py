@@ -110,18 +110,23 @@ class RNNModel(nn.Module):
             Logits of shape (bptt, batch, ntokens) in the dtype of the decoder product, or, given targets, their
             mean cross entropy (fp32, shape ()), for which logits need not be kept; and the new state.
         """
-        embedded, decoder = self.encoder(tokens), self.decoder
-        if isinstance(self.rnn, Transformer):
-            embedded = embedded * math.sqrt(embedded.size(-1))  # else the positions would drown it
-            output, hidden = self.rnn(self.drop(embedded + positions(len(tokens), embedded)), hidden)
-        else:
-            # Autocast leaves the embedding in fp32. Given that, the CPU's LSTM hands fp16 to an oneDNN primitive
-            # that many CPUs lack; given half, it runs the kernels that half weights run, on every CPU.
-            output, hidden = self.rnn(self.drop(embedded).to(hidden[0].dtype), hidden)
-            output = self.drop(output)
+        output, hidden = self.features(tokens, hidden)
+        decoder = self.decoder
         if targets is None:
             return linear(output, decoder.weight, decoder.bias), hidden
         return decoder_loss(output.flatten(0, 1), decoder.weight, decoder.bias, targets), hidden
+
+    def features(self, tokens: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+        """What the decoder is given, of shape (bptt, batch, width), and the new state; arguments as of `forward`."""
+        embedded = self.encoder(tokens)
+        if isinstance(self.rnn, Transformer):
+            embedded = embedded * math.sqrt(embedded.size(-1))  # else the positions would drown it
+            output, hidden = self.rnn(self.drop(embedded + positions(len(tokens), embedded)), hidden)
+            return output, hidden
+        # Autocast leaves the embedding in fp32. Given that, the CPU's LSTM hands fp16 to an oneDNN primitive
+        # that many CPUs lack; given half, it runs the kernels that half weights run, on every CPU.
+        output, hidden = self.rnn(self.drop(embedded).to(hidden[0].dtype), hidden)
+        return self.drop(output), hidden
 
 
 def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: float) -> nn.RNNBase:

@@ -1,33 +1,15 @@
 """The interactive figures of report.html, built with Plotly."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lm.report import curves, traces
 from lm.report.curves import Floats, Mode
+from lm.report.elements import Chart
 from lm.report.types import Comparison, Run
 
 _EXACT = "%{y:.5g} (this step exactly %{customdata:.9g})"  # 9 digits tell every fp32 number from its neighbours
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure of the report. Each trace's `meta` is the index of its mode, by which the page switches it on and off.
-
-    Attributes:
-        id: of its element in the page.
-        title, caption: plain text.
-        figure: None where the runs have nothing to draw in it; the caption then says so.
-        over_steps: its x axis is the step, and follows the zoom of the others.
-    """
-
-    id: str
-    title: str
-    caption: str
-    figure: Any
-    over_steps: bool = True
 
 
 def charts(comparison: Comparison) -> list[Chart]:

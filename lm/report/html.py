@@ -1,25 +1,12 @@
-"""report.html: the comparison as one page that needs no network.
+"""report.html: the comparison as one page that needs no network."""
 
-Nothing that comes from a run directory is read as markup: names are escaped in the text, figures stand in a JSON block
-that holds no "<", and the page's content security policy runs no script but the two that are named by their hashes,
-and fetches nothing.
-"""
-
-import base64
-import hashlib
 import shlex
-from collections.abc import Iterable
-from html import escape
 from pathlib import Path
-from typing import Any
 
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-
-from lm.errors import printable
-from lm.files import write_atomically
-from lm.records import to_json
-from lm.report import curves, page
-from lm.report.figures import Chart, charts
+from lm.report import curves
+from lm.report.elements import Chart, bullets, flat, listed, place_of, sample, switches, text, write_page
+from lm.report.figures import charts
+from lm.report.probe_html import section
 from lm.report.summary import COLUMNS, equality, problems, row
 from lm.report.types import Comparison, ModeSummary, Run
 
@@ -33,53 +20,19 @@ def write_html(path: Path, comparison: Comparison) -> None:
         OSError: `path` cannot be written.
     """
     drawn = charts(comparison)
+    probed, of_probes = _probes(comparison)
     body = [
         *_introduction(comparison),
         *_results(comparison),
         *_figures(comparison, drawn),
+        *probed,
         "<h2>What the intervals cover</h2>",
-        _list(comparison.covers),
-        *_listed("failures", "Runs that failed or did not finish", _unfinished(comparison)),
-        *_listed("problems", "Noted in the files", list(problems(comparison.modes))),
+        bullets(comparison.covers),
+        *listed("failures", "Runs that failed or did not finish", _unfinished(comparison)),
+        *listed("problems", "Noted in the files", list(problems(comparison.modes))),
         *_origins(comparison),
     ]
-    scripts = [get_plotlyjs(), page.SCRIPT] if drawn else []
-    text = page.FRAME.format(
-        title=_text(_title(comparison)),
-        style=page.STYLE,
-        hashes=" ".join(_hash(script) for script in scripts) or "'none'",
-        body="\n".join(body),
-        scripts="\n".join([_data(drawn), *(f"<script>{script}</script>" for script in scripts)]),
-    )
-    # A path that is not UTF-8 has lone surrogates, which no encoding of a page can hold.
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
-
-
-def _text(value: object, limit: int = 1000) -> str:
-    return escape(printable(value, limit))
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _data(drawn: list[Chart]) -> str:
-    """The figures as JSON. Plotly writes inf and nan as null or as bytes of an array, and "<" as an escape."""
-    entries = [
-        f'{{"id":"{chart.id}","over_steps":{str(chart.over_steps).lower()},"figure":{chart.figure.to_json(engine="json")}}}'
-        for chart in drawn
-        if chart.figure is not None
-    ]
-    content = ",\n".join(entries)
-    return f'<script type="application/json" id="charts">[{content}]</script>'
-
-
-def _list(sentences: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(sentence)}</li>' for sentence in sentences)}</ul>"
-
-
-def _listed(name: str, title: str, sentences: list[str]) -> list[str]:
-    return [f'<h2 id="{name}">{title}</h2>', _list(sentences)] if sentences else []
+    write_page(path, _title(comparison), body, [*drawn, *of_probes])
 
 
 def _title(comparison: Comparison) -> str:
@@ -89,10 +42,10 @@ def _title(comparison: Comparison) -> str:
 
 def _introduction(comparison: Comparison) -> list[str]:
     runs = _runs(comparison)
-    body = ["<h1>Precision modes compared</h1>", f"<p>{_text(_what(comparison, runs), 3000)}</p>"]
+    body = ["<h1>Precision modes compared</h1>", f"<p>{text(_what(comparison, runs), 3000)}</p>"]
     if comparison.differences:
         body.append('<div class="notice"><strong>These runs do not train the same job.</strong>')
-        body.append(f"{_list(comparison.differences)}</div>")
+        body.append(f"{bullets(comparison.differences)}</div>")
     found = {
         "failures": len(_unfinished(comparison)),
         "problems": len(list(problems(comparison.modes))),
@@ -121,7 +74,7 @@ def _what(comparison: Comparison, runs: list[Run]) -> str:
 
 
 def _results(comparison: Comparison) -> list[str]:
-    heads = "".join(f'<th class="{side}">{_text(head.replace(chr(10), " "))}</th>' for head, side in COLUMNS.items())
+    heads = "".join(f'<th class="{side}">{text(head.replace(chr(10), " "))}</th>' for head, side in COLUMNS.items())
     rows = [_result(place, mode, comparison) for place, mode in enumerate(comparison.modes)]
     body = [
         "<h2>Results</h2>",
@@ -130,38 +83,24 @@ def _results(comparison: Comparison) -> list[str]:
         '<p class="caption">Updates: steps whose gradients were applied, over all seeds; a skipped step has used up '
         "its batch and changed no weight. Differs at step: the first whose training loss differs from the reference's "
         "in a bit.</p>",
-        _list(mode.verdict.sentence for mode in comparison.modes),
+        bullets(mode.verdict.sentence for mode in comparison.modes),
     ]
-    return body + _listed("equality", "Bit-equality of the training losses", [equality(p) for p in comparison.pairs])
+    return body + listed("equality", "Bit-equality of the training losses", [equality(p) for p in comparison.pairs])
 
 
 def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:
     about = f"{len(mode.runs)} seeds, {mode.status}" if len(mode.runs) > 1 else mode.status
-    cells = [f'<td class="mode">{_sample(place)}{_text(mode.label)}<small>{_text(about)}</small></td>']
+    cells = [f'<td class="mode">{sample(place)}{text(mode.label)}<small>{text(about)}</small></td>']
     sides = list(COLUMNS.values())
     for head, side, cell in list(zip(COLUMNS, sides, row(mode, comparison), strict=True))[1:]:
         kind = f" verdict {cell}" if head == "verdict" and cell in WORDS else ""
-        cells.append(f'<td class="{side}{kind}">{_text(cell).replace(" [", "<small>[")}</td>')
+        cells.append(f'<td class="{side}{kind}">{text(cell).replace(" [", "<small>[")}</td>')
     return f"<tr>{''.join(cells)}</tr>"
-
-
-def _sample(place: int) -> str:
-    style = curves.style(place)
-    dash = " ".join(str(length) for length in style.dash) or "none"
-    return (
-        f'<svg class="sample" viewBox="0 0 34 10" aria-hidden="true"><line x1="0" y1="5" x2="34" y2="5" '
-        f'stroke="{style.colour}" stroke-width="3" stroke-dasharray="{dash}"/></svg>'
-    )
 
 
 def _figures(comparison: Comparison, drawn: list[Chart]) -> list[str]:
     if not drawn:
         return ["<h2>Curves</h2>", "<p>No run has a step that could be drawn.</p>"]
-    buttons = [
-        f'<button type="button" data-mode="{mode.index}" aria-pressed="true">{_sample(mode.index)}'
-        f"{_text(mode.label, 60)}</button>"
-        for mode in curves.modes(comparison)
-    ]
     return [
         "<h2>Curves</h2>",
         '<p class="caption">A step stands at its position in the data: at one step, every mode has seen the same '
@@ -169,14 +108,23 @@ def _figures(comparison: Comparison, drawn: list[Chart]) -> list[str]:
         "Drag to zoom, in all figures over steps at once; double click to return. The buttons switch modes on and off "
         "in all figures; a double click on one shows it alone.</p>",
         "<noscript><p>The figures need JavaScript; curves.png shows the main ones without.</p></noscript>",
-        f'<nav aria-label="modes">{"".join(buttons)}</nav>',
-        *(_chart(chart) for chart in drawn),
+        switches((mode.index, mode.label) for mode in curves.modes(comparison)),
+        *(place_of(chart) for chart in drawn),
     ]
 
 
-def _chart(chart: Chart) -> str:
-    place = "" if chart.figure is None else f'<div class="chart" id="{chart.id}"></div>'
-    return f'<h3>{chart.title}</h3>\n<p class="caption">{_text(chart.caption)}</p>\n{place}'
+def _probes(comparison: Comparison) -> tuple[list[str], list[Chart]]:
+    """Elements and charts of the probes. A mode looks in them as it does above."""
+    body, drawn = list[str](), list[Chart]()
+    places = {mode.label: i for i, mode in enumerate(comparison.modes)}
+    for i, probe in enumerate(comparison.probes):
+        if probe.result is None:
+            body += [f"<h2>{text(probe.title)}</h2>", f"<p>{text(f'It failed: {probe.problem}')}</p>"]
+        else:
+            elements, of_probe = section(probe.result, probe.title, f"probe-{i}-", places)
+            body += elements
+            drawn += of_probe
+    return body, drawn
 
 
 def _unfinished(comparison: Comparison) -> list[str]:
@@ -200,7 +148,7 @@ def _runs(comparison: Comparison) -> list[Run]:
 
 def _origins(comparison: Comparison) -> list[str]:
     runs = _runs(comparison)
-    tables = [_flat({**run.config, "result": run.result or {}}) for run in runs]
+    tables = [flat({**run.config, "result": run.result or {}}) for run in runs]
     names = {name for table in tables for name in table}
     differing = {name for name in names if len({table.get(name) for table in tables}) > 1}
     body = [_origin(run, table, differing) for run, table in zip(runs, tables, strict=True)]
@@ -212,26 +160,11 @@ def _origins(comparison: Comparison) -> list[str]:
 
 def _origin(run: Run, table: dict[str, str], differing: set[str]) -> str:
     rows = [
-        f"<tr{' class=differs' if name in differing else ''}><td>{_text(name)}</td><td>{_text(value)}</td></tr>"
+        f"<tr{' class=differs' if name in differing else ''}><td>{text(name)}</td><td>{text(value)}</td></tr>"
         for name, value in table.items()
     ]
-    summary = (
-        f"<strong>{_text(run.label)}</strong>, seed {run.seed}, {_text(run.status)}: <code>{_text(run.path)}</code>"
-    )
+    summary = f"<strong>{text(run.label)}</strong>, seed {run.seed}, {text(run.status)}: <code>{text(run.path)}</code>"
     return (
         f"<details><summary>{summary}</summary>"
         f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div></details>'
     )
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Fields of nested objects under one name, such as "corpus sha256 train"; a command as a shell would take it."""
-    flat: dict[str, str] = {}
-    for name, value in content.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name} ")
-        elif name == "command" and isinstance(value, list):
-            flat[prefix + name] = shlex.join(str(word) for word in value)
-        else:
-            flat[prefix + name] = value if isinstance(value, str) else to_json(value)
-    return flat

@@ -42,6 +42,7 @@ thead th { vertical-align: bottom; border-bottom: 2px solid var(--ink); line-hei
 .results td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .results .right { text-align: right; }
 .results .mode { font-weight: 600; white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
+.results .worst td { border-bottom-width: 2px; color: var(--soft); } .results .first td { border-bottom: 0; }
 .results small { display: block; font-weight: 400; color: var(--soft); }
 .verdict { font-weight: 600; }
 .better, .equivalent { color: #00664b; } .worse { color: #a84400; } .undecided { color: #7a5200; }

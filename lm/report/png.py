@@ -18,7 +18,7 @@ DPI = 160
 WIDTH = 10.0
 """Inches; the picture has 1600 pixels, and its 11 point letters can still be read at 800."""
 
-_MARKERS = "osD^vP*h"
+MARKERS = "osD^vP*h"
 
 
 def write_png(path: Path, comparison: Comparison) -> None:
@@ -65,10 +65,13 @@ def _draw(comparison: Comparison) -> Figure:
 
 
 def _legend(figure: Figure, drawn: list[Mode], reference: Mode | None) -> None:
-    """In as many columns as the picture has room for, at most 4."""
-    handles = [Line2D([], [], linewidth=2.2, **_line(mode)) for mode in drawn]
-    labels = [f"{_label(mode)}{' (reference)' if mode is reference else ''}" for mode in drawn]
-    for columns in range(min(4, len(drawn)), 0, -1):
+    labels = [f"{shown(mode.label)}{' (reference)' if mode is reference else ''}" for mode in drawn]
+    add_legend(figure, [Line2D([], [], linewidth=2.2, **_line(mode)) for mode in drawn], labels)
+
+
+def add_legend(figure: Figure, handles: list[Line2D], labels: list[str]) -> None:
+    """Add a legend above, in as many columns as the picture has room for, at most 4."""
+    for columns in range(min(4, len(labels)), 0, -1):
         legend = figure.legend(
             handles,
             labels,
@@ -83,9 +86,10 @@ def _legend(figure: Figure, drawn: list[Mode], reference: Mode | None) -> None:
         legend.remove()
 
 
-def _label(mode: Mode) -> str:
-    """matplotlib reads $ as mathematics, and its own font lacks most letters beyond Europe's."""
-    return printable(mode.label, 40).encode("latin-1", "backslashreplace").decode("latin-1").replace("$", r"\$")
+def shown(name: str) -> str:
+    """`name` for matplotlib, which reads $ as mathematics, and whose own font lacks most letters beyond Europe's."""
+    latin = printable(name, 40).encode("latin-1", "backslashreplace").decode("latin-1")
+    return latin.replace(r"\u2026", "…").replace("$", r"\$")
 
 
 def _line(mode: Mode) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def _line(mode: Mode) -> dict[str, Any]:
 
 def _plot(axis: Any, mode: Mode, x: Steps | Floats, y: Floats, first: bool, **more: Any) -> None:
     kept = curves.spread_out(len(x))
-    lone = {"marker": _MARKERS[mode.style.marker], "markersize": 5} if len(kept) <= 30 else {}
+    lone = {"marker": MARKERS[mode.style.marker], "markersize": 5} if len(kept) <= 30 else {}
     width, alpha = (1.8, 1.0) if first else (0.9, 0.45)
     finite = np.where(np.isfinite(y), y, np.nan)[kept]
     axis.plot(x[kept], finite, linewidth=width, alpha=alpha, **_line(mode), **lone, **more)

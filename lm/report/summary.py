@@ -67,7 +67,7 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
         str(mode.skipped),
         "-" if mode.final_loss_scale is None else f"{mode.final_loss_scale:g}",
         "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}",
-        _memory(mode.peak_memory_bytes),
+        memory(mode.peak_memory_bytes),
     ]
 
 
@@ -88,7 +88,8 @@ def _first_difference(mode: ModeSummary, comparison: Comparison) -> str:
     return "none" if compared else "-"
 
 
-def _memory(count: float | None) -> str:
+def memory(count: float | None) -> str:
+    """A number of bytes in a unit that suits it."""
     if count is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):
@@ -125,7 +126,7 @@ def write_summary(path: Path, comparison: Comparison) -> None:
     """Write the figures of `comparison` as one JSON object; inf and nan are "inf" and "nan", as in the records.
 
     Its keys are the attributes of `lm.report.types`, but a run has only its path, seed, status, test loss, number of
-    steps, and problems.
+    steps, and problems, and a probe the name of the file with its result.
 
     Raises:
         OSError: `path` cannot be written.
@@ -141,6 +142,9 @@ def write_summary(path: Path, comparison: Comparison) -> None:
             for mode in comparison.modes
         ],
         "pairs": [vars(pair) for pair in comparison.pairs],
+        "probes": [
+            vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
+        ],
     }
     # A path that is not UTF-8 has lone surrogates; backslashreplace makes the escapes of them that JSON has.
     text = (to_json(content, indent=2) + "\n").encode("utf-8", "backslashreplace")

@@ -10,29 +10,29 @@ from lm.errors import printable
 from lm.report import curves
 from lm.report.curves import Band, Floats, Mode, Steps
 
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "hexagon")
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "hexagon")
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+AXIS: dict[str, Any] = {
+    "gridcolor": "#e6e6e6",
+    "zeroline": False,
+    "linecolor": "#666",
+    "ticks": "outside",
+    "tickfont": {"size": 12},
+}
 
 
 def empty(drawn: list[Mode], y: str) -> Any:
     """A figure over the steps of `drawn` whose y axis has the title `y`; dotted lines end the epochs."""
-    grid: dict[str, Any] = {
-        "gridcolor": "#e6e6e6",
-        "zeroline": False,
-        "linecolor": "#666",
-        "ticks": "outside",
-        "tickfont": {"size": 12},
-    }
     last = max((int(curves.steps(run)[-1]) for mode in drawn for run in mode.runs), default=1)
     pad = max(0.5, last * 0.01)
     return go.Figure(
         layout={
             "template": "none",
-            "font": {"family": _FONT, "size": 13, "color": "#1a1a1a"},
+            "font": {"family": FONT, "size": 13, "color": "#1a1a1a"},
             "margin": {"l": 74, "r": 12, "t": 12, "b": 48},
-            "xaxis": {**grid, "title": "step (position in the data)", "range": [1 - pad, last + pad]}
+            "xaxis": {**AXIS, "title": "step (position in the data)", "range": [1 - pad, last + pad]}
             | ({"dtick": 1} if last <= 10 else {}),
-            "yaxis": {**grid, "title": y},
+            "yaxis": {**AXIS, "title": y},
             "showlegend": False,
             "hovermode": "x unified",
             "hoverlabel": {"namelength": -1, "font": {"size": 12}},
@@ -45,9 +45,9 @@ def empty(drawn: list[Mode], y: str) -> Any:
     )
 
 
-def _name(mode: Mode) -> str:
-    """Plotly reads tags in the text that it shows, and turns entities back into characters."""
-    return escape(printable(mode.label, 60), quote=False)
+def shown(name: str, limit: int = 60) -> str:
+    """`name` for Plotly, which reads tags in the text that it shows, and turns entities back into characters."""
+    return escape(printable(name, limit), quote=False)
 
 
 def add_line(
@@ -77,11 +77,11 @@ def add_line(
         x=_compact(x[kept]),
         y=_compact(np.where(np.isfinite(y), y, np.nan)[kept]),
         customdata=exact[kept] if first and exact is not None else None,
-        name=_name(mode),
+        name=shown(mode.label),
         meta=mode.index,
         mode="lines+markers" if len(kept) == 1 or (markers and len(kept) <= 60) else "lines",
         line={"color": mode.style.colour, "width": 2 if first else 1, "dash": _dash(mode), "shape": shape},
-        marker={"symbol": _MARKERS[mode.style.marker], "size": 7 if first else 5},
+        marker={"symbol": MARKERS[mode.style.marker], "size": 7 if first else 5},
         opacity=1.0 if first else 0.45,
         hovertemplate=hover if first else None,
         hoverinfo=None if first else "skip",
@@ -118,7 +118,7 @@ def add_crosses(figure: Any, mode: Mode, x: Steps, y: Floats, first: bool) -> No
     figure.add_scatter(
         x=x,
         y=y,
-        name=f"{_name(mode)}, skipped",
+        name=f"{shown(mode.label)}, skipped",
         meta=mode.index,
         mode="markers",
         marker={"symbol": "x", "size": 8, "color": mode.style.colour, "line": {"color": "#ffffff", "width": 1}},

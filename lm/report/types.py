@@ -124,6 +124,23 @@ class BitEquality:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What probe.py found, or why it found nothing.
+
+    Attributes:
+        title: says which weights were probed.
+        path: the directory of its files.
+        result: as `lm.probe.result.read_probe` returns it; None where the probe failed.
+        problem: the last line that it said where it failed.
+    """
+
+    title: str
+    path: Path
+    result: dict[str, Any] | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All of `summary.json`, the table and the report.
 
@@ -134,6 +151,7 @@ class Comparison:
         pairs: bit-equality of the pairs that must agree or were named with --expect-equal.
         covers: sentences on what the intervals cover and what not.
         differences: what the runs do not have in common though they should (only with --anyway), a line each.
+        probes: of the reference's initial and final weights, where they were asked for.
     """
 
     reference: str
@@ -142,3 +160,4 @@ class Comparison:
     pairs: list[BitEquality]
     covers: list[str]
     differences: list[str]
+    probes: list[Probe] = field(default_factory=list)

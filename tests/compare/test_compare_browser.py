@@ -1,34 +1,26 @@
 """The report in a real browser. One page for all tests, since a browser takes seconds to start."""
 
-import json
 import math
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from browser import REASON, nothing_is_fetched, opened
 from comparisons import make_comparison, make_run
 from lm.report.html import write_html
 from lm.report.types import Comparison
 
-selenium = pytest.importorskip("selenium", reason="selenium is not installed")
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
-BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium with chromedriver is on the PATH")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+if REASON is None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
 
 LABELS = ["fp32", "manual", "<img src=x onerror=document.hacked=1>", "</script><script>document.hacked=1</script>"]
-OPTIONS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--window-size=1200,900"),
-)
 
 
 def comparison() -> Comparison:
@@ -49,18 +41,8 @@ def comparison() -> Comparison:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("browser")
     write_html(folder / "report.html", comparison())
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER or ""
-    for option in (*OPTIONS, f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        driver.get((folder / "report.html").as_uri())
-        WebDriverWait(driver, 30).until(lambda d: d.execute_script("return document.body.dataset.drawn") == "6")
+    with opened(folder / "report.html", drawn=6) as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 def traces(page: Any, chart: str) -> list[dict[str, Any]]:
@@ -154,13 +136,7 @@ def test_names_are_text_and_the_console_stays_empty(page: Any) -> None:
 
 
 def test_nothing_is_fetched_or_offered_for_upload(page: Any) -> None:
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    # The browser's own first page asks for its parts too.
-    urls = [request["request"]["url"] for request in sent if request["documentURL"] == page.current_url]
-    assert page.current_url in urls
-    assert [url for url in urls if url != page.current_url and not url.startswith(("data:", "blob:"))] == []
-    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    nothing_is_fetched(page)
     titles = {e.get_attribute("data-title") for e in page.find_elements(By.CSS_SELECTOR, ".modebar-btn")}
     assert len(titles) > 3
     assert not [title for title in titles if "loud" in str(title) or "hare" in str(title) or "plotly" in str(title)]

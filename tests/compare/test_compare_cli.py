@@ -183,6 +183,7 @@ MISTAKES = {
     "no jobs": (["--jobs", "0", *TRAIN], "--jobs"),
     "negative margin": (["--margin", "-1", *TRAIN], "--margin"),
     "run and modes": (["a", "--modes", "fp32"], "--modes is for modes to run, and RUN is one that has run"),
+    "run and probe": (["a", "--probe"], "--probe is for modes to run"),
     "run and trainer flags": (["a", "--", "--nhid", "8"], "-- is for modes to run"),
     "missing run": (["nowhere"], "nowhere: there is no such directory"),
     "file for run": (["file"], "file: this is no directory"),

@@ -1,12 +1,6 @@
-import base64
-import hashlib
-import json
 import math
 import random
-import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +9,7 @@ from comparisons import make_comparison, make_run
 from lm.report import curves
 from lm.report.html import write_html
 from lm.report.types import Comparison, Failure, Run
+from pages import Page, numbers
 
 NAMES = (
     "<img src=x onerror=alert(1)>",
@@ -25,51 +20,11 @@ NAMES = (
 FIGURES = ["loss", "difference", "size", "validation", "scale", "norm"]
 
 
-class Page(HTMLParser):
-    """Elements with their attributes, text outside of scripts, and the scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append((dict(attrs), ""))
-
-    def handle_data(self, data: str) -> None:
-        if self.lasttag == "script" and self.scripts and data.strip():
-            attrs, before = self.scripts[-1]
-            self.scripts[-1] = (attrs, before + data)
-        else:
-            self.text += data
-
-    @property
-    def charts(self) -> dict[str, Any]:
-        def refuse(constant: str) -> None:
-            raise AssertionError(f"{constant} is not JSON")
-
-        found = next(text for attrs, text in self.scripts if attrs.get("id") == "charts")
-        assert "<" not in found  # nothing in it can end the script
-        return {chart["id"]: chart["figure"] for chart in json.loads(found, parse_constant=refuse)}
-
-
 def page_of(tmp_path: Path, comparison: Comparison) -> Page:
     path = tmp_path / "report.html"
     write_html(path, comparison)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]  # nothing left beside it
     return Page(path.read_text(encoding="utf-8"))
-
-
-def numbers(values: Any) -> list[float]:
-    """A list, or the base64 array that Plotly writes."""
-    if isinstance(values, dict):
-        return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"]).astype(float).tolist()
-    return [math.nan if value is None else float(value) for value in values]
 
 
 def test_curves_stand_at_their_steps_with_exact_values_for_the_pointer(tmp_path: Path) -> None:
@@ -132,18 +87,7 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
 
 def test_the_page_runs_its_two_scripts_only_and_fetches_nothing(tmp_path: Path) -> None:
     page = page_of(tmp_path, make_comparison([make_run("fp32"), make_run("manual")]))
-    policy = next(attrs["content"] for tag, attrs in page.tags if tag == "meta" and "http-equiv" in attrs)
-    assert policy is not None
-    assert "default-src 'none'" in policy
-    scripts = [text for attrs, text in page.scripts if "type" not in attrs]
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
-    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
-    assert sum("plotly.js v" in text[:200] for text in scripts) == 1
-    for _, attrs in page.tags:
-        assert "src" not in attrs
-        assert (attrs.get("href") or "#").startswith(("#", "data:"))
-    assert "@import" not in page.text
-    assert "url(" not in page.text
+    page.runs_only_its_scripts()
 
 
 def test_what_is_not_finite_leaves_a_gap(tmp_path: Path) -> None:

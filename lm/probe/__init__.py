@@ -1,0 +1,1 @@
+"""What a precision mode does to the gradient, measured at fixed weights instead of in training."""

@@ -1,0 +1,125 @@
+"""What does a precision mode do to the gradient?
+
+At the same weights, batch, hidden state and dropout mask, measures how far each mode's gradient is from the true one,
+compared with how far one batch's gradient is from another's; what is flushed, subnormal and overflows at every loss
+scale; and which scale to take. Takes no step, and a minute or a few instead of many training runs.
+"""
+
+# PYTHON_ARGCOMPLETE_OK
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lm.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
+from lm.console import say
+from lm.corpora import DEFAULT
+from lm.errors import UsageError, exit_code
+from lm.files import check_writable
+from lm.modes import MODES
+from lm.probe.mode import PROBED
+from lm.probe.result import write_probe
+from lm.probe.run import probe
+from lm.probe.sources import Source, fresh, from_checkpoint, from_run
+
+FILES = ("probe.json", "probe.html", "probe.png")
+USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
+EPILOG = """After -- go flags of the trainers for the model, the batches and the update, such as --nhid 650; see main.py
+--help. Exit code: 0; 1 if it failed; 2 after a mistake in the command; 130 when interrupted, which leaves nothing."""
+
+
+def modes(text: str) -> list[str]:
+    """An argparse type: names of modes, separated by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in MODES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no mode; there are {', '.join(MODES)}")
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name} is named twice")
+    return names
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Read the command line; `flags` are the trainers'."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = OneLineParser("probe.py", USAGE, __doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=HelpFormatter)
+    add_version(parser)
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights that --save wrote (default: fresh ones)"
+    )
+    weights.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN_DIR",
+        help="the fp32 weights of a run's last checkpoint, with its flags and data",
+    )
+    parser.add_argument("--data", metavar="FOLDER", help=f"as of the trainers (default: {DEFAULT}, or that of the run)")
+    parser.add_argument("--batches", type=whole, default=32, metavar="N", help="how many, from the start of the text")
+    parser.add_argument("--modes", type=modes, default=list(PROBED), metavar="A,B", help=f"of {', '.join(MODES)}")
+    parser.add_argument(
+        "--flush-limit",
+        type=number(float, 0, 1, above=True),
+        default=1e-3,
+        metavar="SHARE",
+        help="a loss scale serves that flushes less than this of every gradient",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results go here (default: runs/probe-<time>)")
+    complete(parser)
+    args = parser.parse_args(argv[:end])
+    args.flags = argv[end + 1 :]
+    args.out = args.out or Path("runs") / f"probe-{time.strftime('%Y%m%d-%H%M%S')}"
+    return args
+
+
+def check_out(out: Path) -> None:
+    """Raise UsageError unless the results can go there, over nothing else; leaves nothing behind."""
+    there = out
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UsageError(f"--out {out}: {there} is no directory; give another")
+    for name in FILES:
+        if os.path.lexists(out / name):
+            raise UsageError(f"--out {out} holds a {name} already; give a new directory")
+    check_writable("--out", there / FILES[0])
+
+
+def find_source(args: argparse.Namespace) -> Source:
+    """What the command line asks to be probed."""
+    if args.run is not None:
+        return from_run(args.run, args.data, args.flags)
+    data = args.data or DEFAULT
+    return fresh(data, args.flags) if args.checkpoint is None else from_checkpoint(args.checkpoint, data, args.flags)
+
+
+def report(out: Path, result: dict[str, Any]) -> None:
+    """Print the table and write `FILES` into the folder `out`."""
+    from lm.report.probe_html import write_html  # here, since what draws takes 50 MB that measuring needs
+    from lm.report.probe_png import write_png
+    from lm.report.probe_table import table
+
+    say(table(result))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+    for name, write in zip(FILES, (write_probe, write_html, write_png), strict=True):
+        write(out / name, result)
+    say(f"The report is in {out / 'probe.html'}, with probe.png and probe.json beside it.")
+
+
+def main() -> int:
+    """Measure, print and write."""
+    args = parse_args(sys.argv[1:])
+    check_out(args.out)
+    source = find_source(args)
+    result = probe(source, args.modes, args.batches, args.flush_limit, ["probe.py", *sys.argv[1:]])
+    report(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
