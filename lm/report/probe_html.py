@@ -6,7 +6,7 @@ from pathlib import Path
 from lm.report import probe_view as view
 from lm.report.elements import Chart, bullets, flat, place_of, sample, switches, text, write_page
 from lm.report.probe_figures import charts
-from lm.report.probe_table import COLUMNS, FLUSHED, LEGEND, ROWS, about, noise, row, side_by_side
+from lm.report.probe_table import BOTH, COLUMNS, LEGEND, ROWS, about, noise, row, side_by_side
 from lm.report.probe_view import Result
 from lm.report.summary import memory
 
@@ -105,15 +105,17 @@ def _table(columns: Mapping[str, str], rows: Sequence[str]) -> str:
 
 
 def _measured(result: Result) -> list[str]:
-    heads, rows = side_by_side(result)
-    if not rows:
-        return []
-    return [
-        f"<h3>{FLUSHED}</h3>",
+    body: list[str] = []
+    for what, title in BOTH.items():
+        heads, rows = side_by_side(result, what)
+        if rows:
+            cells = [f"<tr><td>{text(tensor)}</td>{_cells(shares)}</tr>" for tensor, *shares in rows]
+            body += [f"<h3>{title}</h3>", _table(heads, cells)]
+    note = (
         '<p class="caption">Predicted: each tensor alone, from its float64 gradients. Measured: through the mode, '
-        "where what was lost on the way back is missing too.</p>",
-        _table(heads, [f"<tr><td>{text(cells[0])}</td>{_cells(cells[1:])}</tr>" for cells in rows]),
-    ]
+        "where what was lost on the way back is missing too.</p>"
+    )
+    return [*body, note] if body else []
 
 
 def _tensors(result: Result, mode: str) -> str:

@@ -29,7 +29,10 @@ LEGEND = [
     "+-: standard error, from the number of batches.",
 ]
 ROWS = "A row a mode, over all parameters; below it its parameter tensor with the largest error to noise."
-FLUSHED = "Flushed at a static loss scale, predicted / measured, most first"
+BOTH = {
+    "flushed": "Flushed at a static loss scale, predicted / measured, most first",
+    "overflowed": "Overflowed at a static loss scale, predicted / measured, most first",
+}
 LONGEST_NAME = 22
 LONGEST_GRID = 12
 """Tensors that the terminal shows of prediction beside measurement."""
@@ -43,11 +46,12 @@ def table(result: Result, explained: bool = True) -> str:
         explained: with what its columns mean, and predictions beside measurements.
     """
     rows = [cells for mode in view.modes(result) for cells in _rows(result, mode)]
-    heads, pairs = side_by_side(result)
     sections: dict[str, list[str]] = {}
     if explained:
         sections["Columns"] = [ROWS, *LEGEND]
-        sections[FLUSHED] = _grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else []
+        for what, title in BOTH.items():
+            heads, pairs = side_by_side(result, what)
+            sections[title] = _grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else []
     sections["Advice"] = result["advice"]
     if explained:
         sections["What the figures do not cover"] = result["covers"]
@@ -89,7 +93,7 @@ def _number(value: float | None) -> str:
 def _with_error(value: float | None, error: float | None) -> str:
     if not value or error is None:
         return _number(value)
-    return f"{_number(value)} +-{100 * error / value:.0f}%" if error < 10 * value else f"{_number(value)} +->999%"
+    return f"{_number(value)} +-{100 * (error / value):.0f}%" if error / value < 10 else f"{_number(value)} +->999%"
 
 
 def percent(share: float | None) -> str:
@@ -131,15 +135,20 @@ def noise(result: Result) -> str:
     )
 
 
-def side_by_side(result: Result) -> tuple[dict[str, str], list[list[str]]]:
-    """Flushed shares, predicted / measured: header -> alignment, and a row a tensor, the largest shares first."""
+def side_by_side(result: Result, what: str) -> tuple[dict[str, str], list[list[str]]]:
+    """The shares `what` of `BOTH`, predicted / measured: header -> alignment, and a row a tensor, most first.
+
+    No tensor has a row in which nothing overflows.
+    """
     scales = result["scales"]
     heads = {"tensor": "left"}
     heads |= {f"{view.short(printable(m['mode']), 18)}\nat 2**{m['k']}": "right" for m in scales["measured"]}
     found: list[tuple[float, list[str]]] = []
     for name in view.tensors(result) if scales["measured"] else []:
-        flushed = scales["predicted"][name]["flushed"]
-        pairs = [(flushed[scales["k"].index(m["k"])], m["tensors"][name]["flushed"]) for m in scales["measured"]]
+        shares = scales["predicted"][name][what]
+        pairs = [(shares[scales["k"].index(m["k"])], m["tensors"][name][what]) for m in scales["measured"]]
         cells = [f"{percent(first)} / {percent(second)}" for first, second in pairs]
-        found.append((max(share or 0.0 for pair in pairs for share in pair), [view.short(printable(name)), *cells]))
+        most = max(share or 0.0 for pair in pairs for share in pair)
+        if most > 0 or what == "flushed":
+            found.append((most, [view.short(printable(name)), *cells]))
     return heads, [cells for _, cells in sorted(found, key=lambda entry: -entry[0])]

@@ -50,9 +50,13 @@ def figures(result: Result, mode: str, tensor: str | None = None) -> dict[str, f
 
 
 def column(result: Result, mode: str, figure: str) -> Floats:
-    """`figure` in `mode`: of all parameters together, then of each tensor; nan where there is none."""
+    """`figure` in `mode`: of all parameters together, then of each tensor; nan where there is none.
+
+    For drawing: none is larger than 1e37, nor smaller than 1e-37 unless it is 0, so that axes can reckon with them.
+    """
     found = [figures(result, mode, tensor)[figure] for tensor in (None, *tensors(result))]
-    return np.array(found, dtype=np.float64)
+    values = np.array(found, dtype=np.float64)
+    return np.where(values > 0, np.clip(values, 1e-37, 1e37), values)
 
 
 def worst(result: Result, mode: str) -> str | None:
@@ -94,9 +98,11 @@ def short(name: str, limit: int = 28) -> str:
 
 
 def scaling(result: Result) -> dict[float, list[str]]:
-    """log2 of each loss scale other than 1 -> the modes that use it."""
+    """log2 of each loss scale other than 1, as far as the scales predicted go -> the modes that use it."""
+    ks = result["scales"]["k"]
     found: dict[float, list[str]] = {}
     for name, mode in result["modes"].items():
-        if mode["loss_scale"] not in (0, 1):
-            found.setdefault(float(np.log2(mode["loss_scale"])), []).append(name)
+        exponent = float(np.log2(mode["loss_scale"] or 1.0))
+        if exponent != 0 and ks[0] <= exponent <= ks[-1]:
+            found.setdefault(exponent, []).append(name)
     return found

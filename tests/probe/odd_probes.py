@@ -57,3 +57,18 @@ def empty() -> dict[str, Any]:
     result = copy.deepcopy(sample()) | {"modes": {}, "advice": [], "covers": []}
     result["scales"]["measured"] = []
     return result
+
+
+def extreme() -> dict[str, Any]:
+    """The largest and the smallest numbers that a file can hold, and one scale only."""
+    result = copy.deepcopy(sample())
+    for mode, number in zip(result["modes"].values(), (1.7e308, 5e-324, 0.0, 1, 1e-300), strict=True):
+        mode["loss_scale"] = number
+        for figures in (mode["total"], *mode["tensors"].values()):
+            figures |= dict.fromkeys(("error_to_noise", "error_to_noise_error", "bias", "bias_error"), number)
+    scales = result["scales"]
+    scales |= {"k": [7], "measured": scales["measured"][1:2]}
+    scales["predicted"] = {
+        name: {what: shares[15:16] for what, shares in table.items()} for name, table in scales["predicted"].items()
+    }
+    return result | {"window": {"low": -999, "high": 999}, "scale": 999}

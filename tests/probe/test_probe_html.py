@@ -10,7 +10,7 @@ import pytest
 from lm.report import curves
 from lm.report.probe_figures import charts
 from lm.report.probe_html import section, write_html
-from odd_probes import empty, nothing_known, of_tensors, renamed
+from odd_probes import empty, extreme, nothing_known, of_tensors, renamed
 from pages import Page, numbers
 from samples import KS, MODES, TENSORS, sample
 
@@ -117,7 +117,7 @@ def test_the_page_runs_its_two_scripts_only_and_fetches_nothing(tmp_path: Path) 
     page.runs_only_its_scripts()
 
 
-@pytest.mark.parametrize("make", [nothing_known, empty, lambda: of_tensors(1), lambda: of_tensors(40)])
+@pytest.mark.parametrize("make", [nothing_known, empty, extreme, lambda: of_tensors(1), lambda: of_tensors(40)])
 def test_odd_results_make_a_page(tmp_path: Path, make: Callable[[], dict[str, Any]]) -> None:
     page = page_of(tmp_path, make())
     places = [attrs["id"] for tag, attrs in page.tags if tag == "div" and "id" in attrs]

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from lm.report import curves
 from lm.report.probe_png import _draw, write_png
 from lm.report.probe_view import heat
-from odd_probes import empty, nothing_known, of_tensors, renamed
+from odd_probes import empty, extreme, nothing_known, of_tensors, renamed
 from samples import KS, MODES, TENSORS, sample
 
 
@@ -65,11 +65,12 @@ def test_without_a_window_there_is_no_frame() -> None:
     [
         nothing_known,
         empty,
+        extreme,
         lambda: of_tensors(1),
         lambda: of_tensors(40),
         lambda: renamed(lambda name: name + "$x^{$ 日本\n\x1b[31m<b>%s</b>"),
     ],
-    ids=["nothing known", "empty", "one tensor", "forty", "odd names"],
+    ids=["nothing known", "empty", "extreme", "one tensor", "forty", "odd names"],
 )
 def test_odd_results_are_drawn_without_a_warning(tmp_path: Path, make: Callable[[], dict[str, Any]]) -> None:
     assert pixels(tmp_path, make()).min() < 0.2

@@ -4,7 +4,7 @@ import pytest
 
 from lm.report.probe_table import COLUMNS, percent, side_by_side, table
 from lm.report.probe_view import heat, short
-from odd_probes import empty, nothing_known, renamed
+from odd_probes import empty, extreme, nothing_known, renamed
 from samples import KS, MODES, TENSORS, sample
 
 EVIL = "evil\x1b[2J\r\n\u202e<script>" + "x" * 300
@@ -49,7 +49,7 @@ def test_sentences_around_the_table() -> None:
 def test_without_explanations_the_figures_and_the_advice_are_left() -> None:
     result = sample()
     whole, brief = table(result).split("\n\n"), table(result, explained=False).split("\n\n")
-    assert brief == [*whole[:2], whole[4]]
+    assert brief == [*whole[:2], whole[5]]
     assert brief[2].splitlines() == ["Advice:", *(f"  {sentence}" for sentence in result["advice"])]
 
 
@@ -57,14 +57,28 @@ def test_prediction_stands_beside_measurement_and_the_largest_share_first() -> N
     result = sample()
     result["scales"]["measured"][1]["tensors"]["decoder.bias"]["flushed"] = 0.5
     result["scales"]["predicted"]["decoder.bias"]["flushed"][KS.index(7)] = 0.25
-    heads, rows = side_by_side(result)
+    heads, rows = side_by_side(result, "flushed")
     assert list(heads) == ["tensor", "manual\nat 2**0", "manual\nat 2**7", "fp16-opt…r-dynamic\nat 2**16"]
     assert rows[0] == ["decoder.bias", "<.001% / <.001%", "25% / 50%", "0% / 0%"]
     assert rows[1][:2] == ["logits", "9.1% / 9.1%"]
     assert len(rows) == len(TENSORS)
     text = table(result)
     assert "25% / 50%" in text
-    assert "rnn.bias_hh_l1 " not in text.split("predicted / measured")[1].split("Advice")[0]  # the 13th
+    assert "rnn.bias_hh_l1 " not in text.split("predicted / measured")[1].split("Overflowed")[0]  # the 13th
+
+
+def test_of_overflow_only_the_tensors_that_have_some_are_told() -> None:
+    result = sample()
+    for name in TENSORS:
+        shares = result["scales"]["predicted"][name]["overflowed"]
+        shares[:] = [0.0] * len(shares)
+        for measured in result["scales"]["measured"]:
+            measured["tensors"][name]["overflowed"] = 0.0
+    assert side_by_side(result, "overflowed")[1] == []
+    assert "Overflowed at" not in table(result)
+    result["scales"]["measured"][2]["tensors"]["decoder.bias"]["overflowed"] = 0.25
+    assert side_by_side(result, "overflowed")[1] == [["decoder.bias", "0% / 0%", "0% / 0%", "0% / 25%"]]
+    assert "Overflowed at" in table(result)
 
 
 def test_what_is_not_known_is_a_dash() -> None:
@@ -120,3 +134,9 @@ def test_colours_of_flushing_and_overflow() -> None:
     found = heat(result)
     assert found.shape == (len(TENSORS), 6)
     assert found[3] == pytest.approx([-1, -0.5, -0.02, 0, 0.51, 1])
+
+
+def test_extreme_figures_fit() -> None:
+    text = table(extreme())
+    assert cells(text, "fp32")[0][:3] == ["fp32", "1.7e+308", "+-100%"]
+    assert cells(text, "manual")[0][:3] == ["manual", "4.9e-324", "+-100%"]
