@@ -15,7 +15,8 @@ from lm.probe.sources import Source
 
 COVERS = [
     "The true gradient is that of the same model and loss in float64, at the fp32 weights, with the same batch, "
-    "dropout masks and hidden state. A mode's error so has the rounding of its weights and of the hidden state in it.",
+    "dropout masks and hidden state. A mode's error so has the rounding of its weights and of the hidden state in it; "
+    "that of the weights is the same in every batch, and is bias here, but changes as training moves them.",
     "Half gradients are taken as the trainers' own code leaves them before its step, and divided by the loss scale in "
     "float64. CPU kernels differ between modes, and so do their errors; those of a GPU were not measured.",
     "Elements that are inf or nan are counted as overflowed and left out of errors and bias.",

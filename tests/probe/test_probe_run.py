@@ -84,10 +84,11 @@ def test_fp32_is_next_to_float64(corpus, kind, tied):
         assert mode["total"]["flushed"] == mode["total"]["overflowed"] == 0
 
 
-def test_the_figures_are_those_of_a_plain_loop(corpus):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_figures_are_those_of_a_plain_loop(corpus, tied):
     """Dense float64 gradients of three batches, one after the other, and a mode's beside them."""
     flags = ["--data", str(corpus), "--dropout", "0.3"]
-    args = make_args("main", data=str(corpus), emsize=16, nhid=16, batch_size=4, bptt=5, dropout=0.3)
+    args = make_args("main", data=str(corpus), emsize=16, nhid=16, batch_size=4, bptt=5, dropout=0.3, tied=tied)
     torch.manual_seed(2)
     text = Corpus(corpus)
     model = make_model(args, text.vocab_size)

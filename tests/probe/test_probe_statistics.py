@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm.probe.statistics import Sketch, bias, error_to_noise, gram, noise, norm_of_mean
-from lm.probe.tally import Gradients, Stagnation, Tally
+from lm.probe.tally import Gradients, Shares, Stagnation, Tally
 
 
 def vectors(n: int, size: int, mean: float, seed: int) -> torch.Tensor:
@@ -102,6 +102,7 @@ def test_a_sketch_is_linear_and_keeps_inner_products(shape):
     first, second = (
         torch.randn(shape[0], math.prod(shape[1:]), dtype=torch.float64, generator=generator) for _ in "12"
     )
+    first += 1.0  # which unsigned sums would pile up
     third = first + 0.5 * second
     sketches = []
     for values in (first, second, third):
@@ -141,6 +142,18 @@ def test_a_linear_model_by_hand():
     assert scaled_tally.shares() == {"flushed": 0.0, "subnormal": 0.5, "overflowed": 0.0}
     assert scaled_tally.squares.tolist() == [0.0] * 3
     assert float(scaled_tally.flushed_errors().abs().sum()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_shares_at_their_bounds(dtype):
+    tiny = torch.finfo(dtype).tiny
+    found = torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 2, -tiny / 2, tiny / 4, 1.0, torch.inf, torch.nan]).to(dtype)
+    counted = Shares(dtype)
+    counted.add(found)
+    assert counted.shares() == {"flushed": 0.2, "subnormal": 0.3, "overflowed": 0.2}
+    masked = Shares(dtype)
+    masked.add(found, torch.tensor([True, False, True, True, True, False, False, False, True, False]))
+    assert masked.shares() == {"flushed": 0.2, "subnormal": 0.2, "overflowed": 0.2}
 
 
 def test_what_overflows_is_counted_and_left_out():
