@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import jobs
 import soak
+from lm.modes import DEFAULT_MODES
 from programs import ROOT, read_run
 
 LOWEST, HIGHEST = -100, {"amp-fp16": 127, "fp16-optimizer-dynamic": 24}
-STATIC = {"manual": 128.0, "fp16-optimizer": 128.0, "amp-fp16-static": 128.0}
+STATIC = {"manual": 128.0, "fp16-optimizer": 128.0}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def run_soak() -> Iterator[Callable[[str, Path], int]]:
         assert process.wait(60) == 0
 
 
-@pytest.mark.parametrize("mode", jobs.MODES)
+@pytest.mark.parametrize("mode", DEFAULT_MODES)
 def test_a_long_run_stays_as_it_is(run_soak, tmp_path, mode) -> None:
     assert run_soak(mode, tmp_path) == 0
     run, faults = read_run(tmp_path / "run"), soak.plan()

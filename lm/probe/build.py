@@ -24,7 +24,7 @@ def loss_scale(args: argparse.Namespace) -> float:
 def _main(args: argparse.Namespace, model: RNNModel) -> Precision:
     params = masters = list(model.parameters())
     if args.fp16:
-        params, masters = prep_param_lists(model.half())
+        params, masters = prep_param_lists(model.to(torch.float16))
     optimizer = make_optimizer(args.optimizer, masters, args.lr)
     precision = MasterWeights(params, optimizer, args.static_loss_scale)
     return precision  # noqa: RET504 - the lines above are those of the script
@@ -32,7 +32,7 @@ def _main(args: argparse.Namespace, model: RNNModel) -> Precision:
 
 def _main_fp16_optimizer(args: argparse.Namespace, model: RNNModel) -> Precision:
     if args.fp16:
-        model.half()
+        model.to(torch.float16)
     optimizer = import_fp16_utils(args.fp16_utils).FP16_Optimizer(
         make_optimizer(args.optimizer, model.parameters(), args.lr),
         static_loss_scale=args.static_loss_scale or 1.0,
