@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lm.console import progress_bar
 from lm.data import get_batch
+from lm.device import release_freed_memory
 from lm.errors import UsageError
 from lm.model import Hidden, RNNModel
 from lm.probe import statistics
@@ -108,6 +109,7 @@ class Probe:
                 hidden = self._measure(batch, *get_batch(data, starts[batch], self.plan.bptt), hidden)
 
     def _measure(self, batch: int, tokens: Tensor, targets: Tensor, hidden: Hidden) -> Hidden:
+        release_freed_memory()
         before = torch.get_rng_state()
         after_batch = self.reference.run(tokens, targets, hidden, self.exponents[LOGITS].add)
         after = torch.get_rng_state()
@@ -122,11 +124,13 @@ class Probe:
         self._stagnation(parameters)
         expected = Expected(parameters, {name: gradient != 0 for name, gradient in boundaries.items()})
         for mode in self.plan.modes:
+            release_freed_memory()  # each mode takes blocks of other sizes, which leave holes
             torch.set_rng_state(before)
             _compare(
                 batch, mode, mode.gradients(self.model, tokens, targets, hidden), expected, self.tallies[mode.name]
             )
         for k, mode in self.extra.items():
+            release_freed_memory()
             torch.set_rng_state(before)
             _count(mode.gradients(self.model, tokens, targets, hidden), expected, self.scaled[k])
         torch.set_rng_state(after)
