@@ -16,15 +16,11 @@ from lm.jsonfile import read_object
 from lm.launch import Job, comparison_folder, run_jobs
 from lm.options import make_parser
 from lm.probe.result import read_probe
+from lm.probe.sources import OF_JOB
 from lm.probe.statistics import LEAST_BATCHES
 from lm.report.types import Comparison, Probe, Run
 
 BATCHES = 32
-OF_JOB = (
-    *("batch_size", "bptt", "model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied"),
-    *("optimizer", "lr", "clip", "seed"),
-)
-"""Options of a trainer that fresh weights, their batches and their updates follow from."""
 
 
 @dataclass(frozen=True)
