@@ -125,6 +125,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system now, where the C library is glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim:
+        malloc_trim(0)
+
+
 def device_name(device: str) -> str:
     """The processor's own name, such as "NVIDIA H100 80GB HBM3"."""
     if device.startswith("cuda"):

@@ -14,7 +14,7 @@ from lm.errors import exit_code
 from programs import ROOT, SCRIPTS, write_corpus
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "generate", "compare"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "generate", "compare", "probe"])
 def test_version(programs, script):
     done = programs.run(script, "--version")
     assert (done.code, done.err) == (0, "")
@@ -50,7 +50,7 @@ def test_the_shell_completes_flags_and_choices(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "generate", "compare"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "generate", "compare", "probe"])
 def test_argcomplete_finds_its_mark(script):
     assert b"PYTHON_ARGCOMPLETE_OK" in (ROOT / f"{script}.py").read_bytes()[:1024]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lm.console import progress_bar
 from lm.data import get_batch
+from lm.device import release_freed_memory
 from lm.errors import UsageError
 from lm.model import Hidden, RNNModel
 from lm.probe import statistics
@@ -108,43 +109,42 @@ class Probe:
                 hidden = self._measure(batch, *get_batch(data, starts[batch], self.plan.bptt), hidden)
 
     def _measure(self, batch: int, tokens: Tensor, targets: Tensor, hidden: Hidden) -> Hidden:
+        release_freed_memory()
         before = torch.get_rng_state()
         after_batch = self.reference.run(tokens, targets, hidden, self.exponents[LOGITS].add)
         after = torch.get_rng_state()
         parameters, boundaries = self.reference.gradients(), self.reference.boundaries
-        # Other rows of an embedding have no gradient in any mode, unless they are the decoder's too.
-        used = None if self.model.options["tied"] else torch.unique(tokens)
-        rows = {name: used if name == "encoder.weight" else None for name in parameters}
-        for name, gradient in parameters.items():
-            self.gradients[name].add(batch, gradient, rows[name])
-            self.exponents[name].add(gradient if rows[name] is None else gradient[rows[name]])
+        for name, (gradient, rows) in parameters.items():
+            self.gradients[name].add(batch, gradient, rows)
+            self.exponents[name].add(gradient)
         for name, gradient in boundaries.items():
             self.exponents[name].add(gradient)
         self.numel |= {name: gradient.numel() for name, gradient in boundaries.items()}
         self.numel[LOGITS] = targets.numel() * self.model.options["ntokens"]
-        self._stagnation(parameters, rows)
-        expected = Expected(parameters, rows, {name: gradient != 0 for name, gradient in boundaries.items()})
+        self._stagnation(parameters)
+        expected = Expected(parameters, {name: gradient != 0 for name, gradient in boundaries.items()})
         for mode in self.plan.modes:
+            release_freed_memory()  # each mode takes blocks of other sizes, which leave holes
             torch.set_rng_state(before)
             _compare(
                 batch, mode, mode.gradients(self.model, tokens, targets, hidden), expected, self.tallies[mode.name]
             )
         for k, mode in self.extra.items():
+            release_freed_memory()
             torch.set_rng_state(before)
             _count(mode.gradients(self.model, tokens, targets, hidden), expected, self.scaled[k])
         torch.set_rng_state(after)
         return after_batch
 
-    def _stagnation(self, parameters: dict[str, Tensor], rows: dict[str, Tensor | None]) -> None:
+    def _stagnation(self, parameters: dict[str, tuple[Tensor, Tensor | None]]) -> None:
         if self.plan.lr is None:
             return
-        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in parameters.values()))
+        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient, _ in parameters.values()))
         step = self.plan.lr * min(1.0, self.plan.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         weights = dict(self.model.named_parameters())
         for tallies in self.stagnation.values():
-            for name, gradient in parameters.items():
-                selected = slice(None) if rows[name] is None else rows[name]
-                tallies[name].add(weights[name].detach()[selected], gradient[selected], step)
+            for name, (gradient, rows) in parameters.items():
+                tallies[name].add(_select(weights[name].detach(), rows), gradient, step)
 
     def figures(self) -> dict[str, Any]:
         """`tensors`, `total`, `modes` and `scales` of probe.json."""
@@ -197,33 +197,34 @@ class Expected:
     """What the reference says of a batch.
 
     Attributes:
-        parameters: name -> gradient, float64.
-        rows: name -> those rows outside which the gradient is 0 in every mode; None: all may have one.
+        parameters: as of `Reference.gradients`.
         present: boundary -> where its gradient is not 0; those of the logits are nowhere 0.
     """
 
-    parameters: dict[str, Tensor]
-    rows: dict[str, Tensor | None]
+    parameters: dict[str, tuple[Tensor, Tensor | None]]
     present: dict[str, Tensor]
+
+
+def _select(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
 
 
 def _compare(batch: int, mode: Mode, found: ModeGradients, expected: Expected, tallies: dict[str, Shares]) -> None:
     for name, tally in tallies.items():
         if isinstance(tally, Tally):
-            gradient, reference = found.parameters[name], expected.parameters[name]
-            tally.compare(batch, gradient, mode.scale, reference, expected.rows[name])
+            reference, rows = expected.parameters[name]
+            tally.compare(batch, _select(found.parameters[name], rows), mode.scale, reference, rows)
         else:
             tally.add(found.boundaries[name], expected.present.get(name))
 
 
 def _count(found: ModeGradients, expected: Expected, tallies: dict[str, Shares]) -> None:
     for name, shares in tallies.items():
-        if name not in expected.parameters:
+        if name in expected.parameters:
+            reference, rows = expected.parameters[name]
+            shares.add(_select(found.parameters[name], rows), reference != 0)
+        else:
             shares.add(found.boundaries[name], expected.present.get(name))
-            continue
-        rows = expected.rows[name]
-        selected = slice(None) if rows is None else rows
-        shares.add(found.parameters[name][selected], expected.parameters[name][selected] != 0)
 
 
 def _spread(products: Tensor | None) -> dict[str, float | None]:

@@ -29,10 +29,15 @@ class Reference:
 
     def __init__(self, model: RNNModel) -> None:
         self.model = copy.deepcopy(model).double().train()
+        self.model.encoder.sparse = not model.options["tied"]  # 53 MB less at 33,280 words of 200 numbers
         self.boundaries = watch(self.model)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Name of the parameter -> gradient of the mean cross entropy, float64; nobody else may change it."""
+    def gradients(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Name of the parameter -> gradient of the mean cross entropy, float64; nobody else may change it.
+
+        With it go the numbers of those rows that it has; None: all. Other rows of an embedding have no gradient in any
+        mode, unless they are the decoder's too.
+        """
         return {name: _gradient(p) for name, p in self.model.named_parameters()}
 
     def init_hidden(self, batch_size: int) -> Hidden:
@@ -50,7 +55,8 @@ class Reference:
         features, hidden = self.model.features(tokens, hidden)
         gradient = self._decode(features.detach().flatten(0, 1), targets, see)
         features.backward(gradient.view_as(features))  # type: ignore[no-untyped-call]
-        for found in (*self.gradients().values(), *self.boundaries.values()):
+        self.model.encoder.weight.grad = _coalesced(self.model.encoder.weight)
+        for found in (*(gradient for gradient, _ in self.gradients().values()), *self.boundaries.values()):
             _drop_negligible(found)
         return detach(hidden)
 
@@ -79,6 +85,11 @@ def _drop_negligible(gradient: Tensor) -> None:
         part.copy_(F.hardshrink(part, bound))
 
 
-def _gradient(parameter: Any) -> Tensor:
-    gradient: Tensor = parameter.grad
-    return gradient
+def _coalesced(parameter: Tensor) -> Tensor | None:
+    gradient = parameter.grad
+    return gradient.coalesce() if gradient is not None and gradient.is_sparse else gradient
+
+
+def _gradient(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
+    gradient: Any = parameter.grad
+    return (gradient.values(), gradient.indices()[0]) if gradient.is_sparse else (gradient, None)

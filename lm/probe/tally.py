@@ -63,9 +63,9 @@ class Tally(Shares):
         self._flushed = torch.zeros(batches, sketch.size)
 
     def compare(self, batch: int, gradient: Tensor, scale: float, reference: Tensor, rows: Tensor | None) -> None:
-        """Count the gradient of batch `batch`, still multiplied by `scale`; outside `rows` (None: all) both are 0."""
+        """Count the gradient of batch `batch`, still multiplied by `scale`; both have those `rows` (None: all)."""
         errors, lost = self._sketch.zeros(), self._sketch.zeros()
-        for part in [rows] if rows is not None else self._sketch.slices(CACHED_ELEMENTS):
+        for part, where in parts(self._sketch, rows):
             expected = as_matrix(reference)[part]
             scaled = as_matrix(gradient)[part].double()
             present = expected != 0
@@ -75,9 +75,9 @@ class Tally(Shares):
             if not bool(error.isfinite().all()):
                 error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             self.squares[batch] += error.square().sum()
-            self._sketch.add(errors, error, part)
+            self._sketch.add(errors, error, where)
             if self.counts["flushed"] > before["flushed"]:
-                self._sketch.add(lost, torch.where(scaled == 0, -expected, 0.0), part)
+                self._sketch.add(lost, torch.where(scaled == 0, -expected, 0.0), where)
         self._errors[batch], self._flushed[batch] = errors.flatten(), lost.flatten()
 
     def errors(self) -> Tensor:
@@ -102,10 +102,10 @@ class Gradients:
         self._sketches = torch.zeros(batches, sketch.size)
 
     def add(self, batch: int, gradient: Tensor, rows: Tensor | None) -> None:
-        """Keep the gradient of batch `batch`; outside `rows` (None: all) it is 0."""
+        """Keep the gradient of batch `batch`, which has those `rows` (None: all)."""
         sketch = self._sketch.zeros()
-        for part in [rows] if rows is not None else self._sketch.slices(CACHED_ELEMENTS):
-            self._sketch.add(sketch, as_matrix(gradient)[part], part)
+        for part, where in parts(self._sketch, rows):
+            self._sketch.add(sketch, as_matrix(gradient)[part], where)
         self._sketches[batch] = sketch.flatten()
 
     def products(self) -> Tensor:
@@ -134,6 +134,13 @@ class Stagnation:
     def share(self) -> float:
         """From 0 to 1."""
         return self.stagnated / max(1, self.updates)
+
+
+def parts(sketch: Sketch, rows: Tensor | None) -> list[tuple[slice, slice | Tensor]]:
+    """Rows of a gradient that has `rows` of a tensor (None: all), and where in the tensor they are."""
+    if rows is not None:
+        return [(slice(None), rows)]
+    return [(part, part) for part in sketch.slices(CACHED_ELEMENTS)]
 
 
 def pieces(tensor: Tensor, elements: int = CACHED_ELEMENTS) -> Iterator[Tensor]:
