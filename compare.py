@@ -20,7 +20,7 @@ from lm.errors import RunError, UsageError, exit_code
 from lm.files import check_writable
 from lm.launch import Job, check_flags, comparison_folder, run_jobs, slot_environments
 from lm.launch_probe import run_probes
-from lm.modes import DEFAULT_MODES, MODES
+from lm.modes import DEFAULT_MODES, MODES, mode_names
 from lm.report.comparison import compare
 from lm.report.html import write_html
 from lm.report.png import write_png
@@ -34,17 +34,6 @@ USAGE = """compare.py [options] [-- TRAINER FLAGS...]   run the modes, then comp
        compare.py [options] RUN [RUN...]           compare run directories"""
 EPILOG = """Exit code: 0; 1 if a pair of --expect-equal differs, or if no run left anything to compare; 2 after a
 mistake in the command; 130 when interrupted. A mode that fails or diverges is reported, and leaves 0."""
-
-
-def modes(text: str) -> list[str]:
-    """An argparse type: names of modes, separated by commas."""
-    names = text.split(",")
-    for name in names:
-        if name not in MODES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no mode; there are {', '.join(MODES)}")
-        if names.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name} is named twice")
-    return names
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -64,7 +53,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_version(parser)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directory, finished or not")
     parser.add_argument(
-        "--modes", type=modes, metavar="A,B", help=f"to run, of {', '.join(MODES)} (default: {','.join(DEFAULT_MODES)})"
+        "--modes",
+        type=mode_names,
+        metavar="A,B",
+        help=f"to run, of {', '.join(MODES)} (default: {','.join(DEFAULT_MODES)})",
     )
     parser.add_argument(
         "--seeds",

@@ -18,7 +18,7 @@ from lm.console import say
 from lm.corpora import DEFAULT
 from lm.errors import UsageError, exit_code
 from lm.files import check_writable
-from lm.modes import MODES
+from lm.modes import MODES, mode_names
 from lm.probe.mode import PROBED
 from lm.probe.result import write_probe
 from lm.probe.run import probe
@@ -28,17 +28,6 @@ FILES = ("probe.json", "probe.html", "probe.png")
 USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
 EPILOG = """After -- go flags of the trainers for the model, the batches and the update, such as --nhid 650; see main.py
 --help. Exit code: 0; 1 if it failed; 2 after a mistake in the command; 130 when interrupted, which leaves nothing."""
-
-
-def modes(text: str) -> list[str]:
-    """An argparse type: names of modes, separated by commas."""
-    names = text.split(",")
-    for name in names:
-        if name not in MODES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no mode; there are {', '.join(MODES)}")
-        if names.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name} is named twice")
-    return names
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -58,7 +47,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", metavar="FOLDER", help=f"as of the trainers (default: {DEFAULT}, or that of the run)")
     parser.add_argument("--batches", type=whole, default=32, metavar="N", help="how many, from the start of the text")
-    parser.add_argument("--modes", type=modes, default=list(PROBED), metavar="A,B", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--modes", type=mode_names, default=list(PROBED), metavar="A,B", help=f"of {', '.join(MODES)}")
     parser.add_argument(
         "--flush-limit",
         type=number(float, 0, 1, above=True),

@@ -1,5 +1,6 @@
 """The precision modes by name, as the command lines that ask the trainers for them."""
 
+import argparse
 from typing import Any
 
 MODES: dict[str, list[str]] = {
@@ -30,3 +31,14 @@ def label(config: dict[str, Any]) -> str:
     """The name of the mode that a run's `config.json` describes; script and mode where it has no name."""
     script, mode = str(config.get("script")), str(config.get("mode"))
     return _LABELS.get((script, mode), f"{script}-{mode}")
+
+
+def mode_names(text: str) -> list[str]:
+    """An argparse type: names of modes, separated by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in MODES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no mode; there are {', '.join(MODES)}")
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name} is named twice")
+    return names
