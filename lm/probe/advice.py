@@ -62,10 +62,11 @@ def _static(result: dict[str, Any]) -> list[str]:
             "fp16's largest number: train in bf16 or fp32."
         ]
     if found is not None:
+        several = f"Static loss scales from 2**{found['low']} to 2**{found['high']} flush"
+        one = f"No static loss scale but 2**{best} flushes"
         return [
-            f"Static loss scales from 2**{found['low']} to 2**{found['high']} flush less than {limit:g} of every "
-            f"gradient and keep a factor of {2**MARGIN} from overflow; take 2**{best} ({2.0**best:g}), where "
-            f"{_most_flushed(result, best)}."
+            f"{one if found['low'] == found['high'] else several} less than {limit:g} of every gradient with "
+            f"a factor of {2**MARGIN} to overflow; take 2**{best} ({2.0**best:g}), where {_most_flushed(result, best)}."
         ]
     blockers = _blockers(result, best)
     shown = ", ".join(f"{name} ({share:.2g})" for name, share in list(blockers.items())[:3])

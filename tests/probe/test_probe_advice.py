@@ -41,6 +41,13 @@ def test_the_window_is_what_all_tensors_allow():
     assert "2**18 costs a step" in dynamic
 
 
+def test_a_window_of_one_scale():
+    result = made_up({"a": 16, "b": 5}, {"a": 30, "b": 21})
+    assert advice.window(result) == {"low": 16, "high": 16}
+    (sentence,) = sentences(result, "static loss scale")
+    assert "No static loss scale but 2**16 flushes less than 0.001 of every gradient" in sentence
+
+
 def test_the_limit_is_the_users():
     assert advice.window(made_up({"a": 5}, {"a": 18}, limit=0.2)) == {"low": -8, "high": 13}
     assert advice.window(made_up({"a": 5}, {"a": 18}, limit=1e-6)) is None
