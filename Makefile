@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 # The main job on text that every Python ships, in every precision mode, side by side.
 demo: .venv/.installed
@@ -10,6 +10,10 @@ demo: .venv/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The slowest too.
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal --slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

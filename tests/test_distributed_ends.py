@@ -31,6 +31,7 @@ def check_resumed(ranks) -> None:
 # Through torchrun itself. Each start of it takes seconds.
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun(ranks):
     """As a cluster sends it: each process gets it, and all stop at the same step."""
     ended = torchrun(ranks.folder, "main", *TRAIN, signal_torchrun=STOP | {"number": signal.SIGTERM})
@@ -44,6 +45,7 @@ def test_sigterm_to_torchrun(ranks):
     check_resumed(ranks)
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_torchrun(ranks):
     ended = torchrun(ranks.folder, "main", *TRAIN, signal_torchrun=STOP | {"number": signal.SIGINT})
     assert ended.out[0].count("Exiting from training early\n") == 1

@@ -30,7 +30,9 @@ def whole(programs):
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("LSTM tied", "GRU") else kind for kind in KINDS]
+)
 @pytest.mark.parametrize("mode", jobs.MODES)
 def test_a_run_killed_twice(programs, monkeypatch, whole, mode, kind):
     """In the middle of the first epoch and of the last; checkpoints every 7 steps, of which an epoch has 18."""
@@ -58,6 +60,7 @@ def test_a_run_killed_twice(programs, monkeypatch, whole, mode, kind):
         ("write_result", 1),
     ],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["manual", "fp16-optimizer-dynamic", "amp-fp16"])
 def test_a_run_killed_anywhere(programs, monkeypatch, whole, mode, name, call):
     """With the checkpoints that are written by default."""

@@ -260,6 +260,7 @@ def test_ctrl_c_as_a_user_sends_it(tmp_path) -> None:
         pass  # the trainers had the lock too
 
 
+@pytest.mark.slow
 def test_every_default_mode_on_the_built_in_corpus(programs) -> None:
     """End to end."""
     tiny = ["--data", "python-docs", "--emsize", "8", "--nhid", "8", "--max-steps", "4", "--batch_size", "8"]
