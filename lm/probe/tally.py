@@ -131,10 +131,6 @@ class Stagnation:
             self.updates += int(torch.count_nonzero(update))
             self.stagnated += int(torch.count_nonzero((update < half_unit) & (update > 0)))
 
-    def share(self) -> float:
-        """From 0 to 1."""
-        return self.stagnated / max(1, self.updates)
-
 
 def parts(sketch: Sketch, rows: Tensor | None) -> list[tuple[slice, slice | Tensor]]:
     """Rows of a gradient that has `rows` of a tensor (None: all), and where in the tensor they are."""
