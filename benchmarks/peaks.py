@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import Row
-from lm.kernels import cpu_multiplies_fp16
+from lm.kernels import cpu_multiplies
 
 EDGE = 3072  # of the square matrices
 COPIED = 1 << 28  # bytes: far more than caches hold
@@ -27,7 +27,7 @@ def measure_peaks() -> list[Row]:
     """GFLOP/s in each dtype, and GB/s read plus written by a copy."""
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        edge = 512 if dtype is torch.float16 and not cpu_multiplies_fp16() else EDGE
+        edge = EDGE if dtype is torch.float32 or cpu_multiplies(dtype) else 512
         a, b, c = (torch.randn(edge, edge).to(dtype) for _ in range(3))
         seconds = best(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))  # type: ignore[misc]
         name = f"{str(dtype).removeprefix('torch.')} product"
@@ -46,6 +46,7 @@ def share_of_peak(step: Row, peaks: list[Row], tokens: int, vocabulary: int, lay
     """
     rates: dict[str, float] = {row["name"]: row["value"] for row in peaks}
     size, seconds = int(step["size"]), float(step["ours"]["median"])
-    half = "bfloat16" if "bf16" in step["name"] else "float16" if cpu_multiplies_fp16() else "float32"
-    rate = rates[f"{'float32' if 'fp32' in step['name'] else half} product"]
+    half = torch.bfloat16 if "bf16" in step["name"] else torch.float16
+    dtype = half if "fp32" not in step["name"] and cpu_multiplies(half) else torch.float32
+    rate = rates[f"{str(dtype).removeprefix('torch.')} product"]
     return 6 * tokens * (vocabulary * size + layers * 8 * size**2) / rate / 1e9 / seconds

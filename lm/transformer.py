@@ -1,7 +1,7 @@
 """Transformer layers in the place of recurrent ones: causal self-attention over the words of a batch.
 
-torch's own `nn.TransformerEncoder`, whose products go through `lm.kernels.linear`, so that fp16 runs at a usable speed
-on every CPU. In every other dtype they are torch's operations in torch's order.
+torch's own `nn.TransformerEncoder`, whose products go through `lm.kernels.linear`, so that half dtypes run at a usable
+speed on every CPU. Where the CPU has instructions for them they are torch's operations in torch's order.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.kernels import fp16_through_fp32, linear
+from lm.kernels import compute_dtype, half_through_fp32, linear
 
 
 class _Linear(nn.Linear):
@@ -44,11 +44,12 @@ class _Layer(nn.TransformerEncoderLayer):
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal attention, each argument of shape (batch, heads, words, emsize / heads), and so is the result."""
-    if not fp16_through_fp32(q):
+    if not half_through_fp32(q):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    half = compute_dtype(q)
     with torch.autocast("cpu", enabled=False):
         q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).half()
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).to(half)
 
 
 class Transformer(nn.TransformerEncoder):
