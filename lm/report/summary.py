@@ -125,8 +125,9 @@ def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
 def write_summary(path: Path, comparison: Comparison) -> None:
     """Write the figures of `comparison` as one JSON object; inf and nan are "inf" and "nan", as in the records.
 
-    Its keys are the attributes of `lm.report.types`, but a run has only its path, seed, status, test loss, number of
-    steps, and problems, and a probe the name of the file with its result.
+    Its keys are the attributes of `lm.report.types`, but a run has only its path, seed, status, machine, versions and
+    command, the rows of its epochs, test loss, number of steps, and problems, and a probe the name of the file with its
+    result. So it can stand for the runs where they are not kept.
 
     Raises:
         OSError: `path` cannot be written.
@@ -156,6 +157,9 @@ def _run(run: Run) -> dict[str, Any]:
         "path": run.path,
         "seed": run.seed,
         "status": run.status,
+        "device_name": run.config.get("device_name"),
+        "environment": run.config.get("environment"),
+        "epochs": run.epochs,
         "test_loss": None if run.result is None else run.result["test_loss"],
         "steps": len(run.steps["step"]),
         "problems": run.problems,

@@ -98,6 +98,12 @@ def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None
         "path": str(expected.runs[0].path),
         "seed": 1111,
         "status": "finished",
+        "device_name": "A CPU x 2",
+        "environment": expected.runs[0].config["environment"],
+        "epochs": [
+            {"epoch": 1, "valid_loss": 6.125025, "valid_ppl": math.exp(6.125025), "lr": 20.0, "seconds": 1.5},
+            {"epoch": 2, "valid_loss": 5.125, "valid_ppl": math.exp(5.125), "lr": 20.0, "seconds": 1.5},
+        ],
         "test_loss": 5.501,
         "steps": 8,
         "problems": [],
