@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -28,6 +29,8 @@ def compare(
 ) -> Comparison:
     """Compare the modes of `runs`, each with every seed it has.
 
+    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128".
+
     Args:
         runs: of any modes, in the order in which the modes are wanted; none twice.
         failures: what should have been runs.
@@ -40,6 +43,7 @@ def compare(
     Raises:
         UsageError: a label is unknown, a mode has two runs of one seed, or the runs do not train the same job.
     """
+    runs = _told_apart(runs)
     labels = list(dict.fromkeys([run.label for run in runs] + [failure.label for failure in failures]))
     if not labels:
         raise UsageError("no runs to compare; give at least one run directory")
@@ -63,6 +67,18 @@ def compare(
     rows = [_summarize(label, modes[label], failed[label], reference, modes[reference], margin) for label in labels]
     pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
     return Comparison(reference, margin, rows, pairs, _covers(runs, rows), differences)
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    scales: dict[str, set[float | None]] = {}
+    for run in runs:
+        scales.setdefault(run.label, set()).add(run.config["static_loss_scale"])
+    return [replace(run, label=_label_with_scale(run)) if len(scales[run.label]) > 1 else run for run in runs]
+
+
+def _label_with_scale(run: Run) -> str:
+    scale = run.config["static_loss_scale"]
+    return f"{run.label}-dynamic" if scale is None else f"{run.label}-scale-{scale:.9g}"
 
 
 def _refuse_duplicates(runs: Sequence[Run]) -> None:
