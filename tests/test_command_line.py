@@ -29,6 +29,7 @@ def test_help_is_in_groups(programs, script):
     assert f"With Sacred: {script}.py [COMMAND]" in out
 
 
+@pytest.mark.slow
 def test_the_shell_completes_flags_and_choices(tmp_path):
     """As the shell asks: the line so far in the environment, the answer in a file."""
     answer = tmp_path / "answer"

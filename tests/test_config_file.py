@@ -140,6 +140,7 @@ def test_every_option_can_stand_in_a_file(programs, script):
     assert (config["max_steps"], config["checkpoint_interval"], config["init_scale"]) == (1, 9, 65536.0)
 
 
+@pytest.mark.slow
 def test_compare_takes_the_flags_of_a_file(programs):
     write(programs, CONTENT.replace("fp16 = false", "") + "max_steps = 2\nseed = 5\n")
     words = ["--modes", "fp32", "--out", "out", "--", "--config", "c.toml", "--lr", "3"]

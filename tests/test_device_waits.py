@@ -61,7 +61,9 @@ def meta_job(monkeypatch, tmp_path, corpus, mode: str, optimizer: Any, *flags: s
     return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_TANH", "Transformer"])
+@pytest.mark.parametrize(
+    "kind", ["LSTM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("GRU", "RNN_TANH", "Transformer"))]
+)
 @pytest.mark.parametrize("mode", jobs.MODES)
 def test_no_step_waits_for_the_device(monkeypatch, tmp_path, corpus, mode, kind) -> None:
     job = meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--model", kind)

@@ -53,8 +53,8 @@ def check_equal_to_one(ranks, processes: int, script: str, *flags: str) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "tied"])
-@pytest.mark.parametrize("mode", FP32)
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["main", *(pytest.param(mode, marks=pytest.mark.slow) for mode in [*FP32][1:])])
 def test_two_processes_train_what_one_trains(ranks, mode, kind):
     check_equal_to_one(ranks, 2, *FP32[mode], *(["--tied"] if kind == "tied" else []))
 

@@ -58,6 +58,7 @@ def test_ctrl_c_to_torchrun(ranks):
     assert (ranks.folder / "model.pt").exists()
 
 
+@pytest.mark.slow
 def test_kill_9_of_a_rank_under_torchrun(ranks):
     ended = torchrun(ranks.folder, "main", *TRAIN, kill={"rank": 1, **STOP})
     assert ended.codes[0] != 0

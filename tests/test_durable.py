@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_at_any_write(tiny, monkeypatch, expected, record_te
     record_testsuite_property("failed writes survived", hits.total())
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace", "link"])
+@pytest.mark.parametrize("name", ["fsync", "replace", pytest.param("link", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_any_flush_or_rename(tiny, monkeypatch, expected, name):
     """A disk may say so only then. Without links the checkpoint before the last one is moved."""
     calls = 0
@@ -110,6 +110,7 @@ def test_no_links_and_a_kill_between_two_renames(tiny, monkeypatch, expected):
     assert outcome(tiny.folder) == expected
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(tmp_path, record_testsuite_property):
     """The limit is the system's own, RLIMIT_FSIZE: the kernel cuts a write short and then refuses it."""
     write_corpus(tmp_path / "corpus", train=20)
@@ -157,6 +158,7 @@ def mounted(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
 
 
+@pytest.mark.slow
 def test_a_small_disk(mounted, programs, record_testsuite_property):
     """A real one, with less and less room for the run."""
     write_corpus(Path("corpus"), train=20)
@@ -219,7 +221,7 @@ def test_a_disk_that_becomes_read_only(mounted, programs, monkeypatch):
         clear(folder)
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES], ids=["read-only", "not permitted"])
+@pytest.mark.parametrize("number", [errno.EROFS, pytest.param(errno.EACCES, marks=pytest.mark.slow)], ids=os.strerror)
 def test_a_directory_that_can_no_longer_be_changed(tiny, monkeypatch, expected, number):
     """Root may write anywhere, so the refusals are made here: from each change on, in a run and in its resumes."""
     run = tiny.folder / "run"
@@ -274,6 +276,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(tiny, monkeypatch):
     one_line(tiny.run(*START, "--max-skipped", "4"), 1, "4 steps in a row")
 
 
+@pytest.mark.slow
 def test_an_output_that_is_full(tiny, expected):
     """`python main.py > log` on a full disk."""
     with Path("/dev/full").open("wb") as full:

@@ -219,6 +219,7 @@ def test_a_new_run_dir_of_several_levels_is_made(programs):
     assert read_run(programs.folder / "new" / "deep" / "run").result["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_process_itself_shows_no_traceback(programs):
     """What the other tests see in their own process, once as a user does."""
     before = programs.files()

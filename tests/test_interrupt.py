@@ -101,6 +101,7 @@ def read_until(stream, text: bytes) -> bytes:
     raise AssertionError(f"{text!r} never came:\n{lines.decode()}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_as_a_user_sends_it(programs):
     """In a pipe, which gets the documented lines and no byte of a progress bar."""
     flags = [*TINY, "--fp16", "--epochs", "1000000", "--log-interval", "5"]
@@ -120,6 +121,7 @@ def test_ctrl_c_as_a_user_sends_it(programs):
     assert len(load_model(programs.folder / "model.pt")[1]) == 18
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_as_a_user_sends_it(programs):
     """During a test evaluation that would take long."""
     write_corpus(programs.folder / "big", test=200_000)
@@ -138,6 +140,7 @@ def test_a_second_ctrl_c_as_a_user_sends_it(programs):
     assert read_run(programs.folder / "run").result["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_progress_bar_on_a_terminal(programs):
     """Standard error is a terminal and standard output a pipe, as with `| tee log`: only the terminal gets the bar."""
     terminal, stderr = os.openpty()

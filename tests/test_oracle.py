@@ -154,7 +154,7 @@ def test_clipping_before_unscaling_is_caught(monkeypatch, tmp_path, corpus) -> N
     assert mutant[1] != plain[1]  # ... and what was made of it is not
 
 
-@pytest.mark.parametrize("scale", ["128", "8192"])
+@pytest.mark.parametrize("scale", ["128", pytest.param("8192", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [["--model", "LSTM"], ["--model", "GRU", "--tied"], TRANSFORMER])
 def test_manual_and_fp16_optimizer_agree_over_a_whole_run(monkeypatch, tmp_path, corpus, device, scale, model) -> None:
     flags = ["--fp16", *model, "--static-loss-scale", scale, "--epochs", "2", "--device", device]

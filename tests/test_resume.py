@@ -31,7 +31,7 @@ def whole(programs):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("LSTM tied", "GRU") else kind for kind in KINDS]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind != "LSTM" else kind for kind in KINDS]
 )
 @pytest.mark.parametrize("mode", jobs.MODES)
 def test_a_run_killed_twice(programs, monkeypatch, whole, mode, kind):
@@ -178,7 +178,18 @@ def test_a_diverged_run_is_not_resumed(programs):
     assert "has diverged, and would again" in programs.refuse("main", "--resume", "run")
 
 
-@pytest.mark.parametrize(("name", "call"), [("train_step", 7), ("train_step", BATCHES), ("evaluate", 2), ("finish", 1)])
+stopped_at = pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("train_step", 7),
+        pytest.param("train_step", BATCHES, marks=pytest.mark.slow),
+        ("evaluate", 2),
+        pytest.param("finish", 1, marks=pytest.mark.slow),
+    ],
+)
+
+
+@stopped_at
 @pytest.mark.parametrize("mode", ["manual", "fp16-optimizer-dynamic", "amp-bf16"])
 def test_ctrl_c_and_resume(programs, monkeypatch, whole, mode, name, call):
     """The interrupted run has tested a model and saved it; the resumed one does not know of that."""
@@ -191,7 +202,7 @@ def test_ctrl_c_and_resume(programs, monkeypatch, whole, mode, name, call):
     assert outcome(programs.folder) == expected
 
 
-@pytest.mark.parametrize(("name", "call"), [("train_step", 7), ("train_step", BATCHES), ("evaluate", 2), ("finish", 1)])
+@stopped_at
 @pytest.mark.parametrize("mode", ["fp32", "fp16-optimizer-dynamic", "amp-fp16"])
 def test_sigterm_and_resume(programs, monkeypatch, whole, mode, name, call):
     script, *flags = jobs.MODES[mode]

@@ -35,9 +35,8 @@ def run_soak() -> Iterator[Callable[[str, Path], int]]:
         assert process.wait(60) == 0
 
 
-@pytest.mark.parametrize(
-    "mode", [mode if mode in HIGHEST else pytest.param(mode, marks=pytest.mark.slow) for mode in DEFAULT_MODES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", DEFAULT_MODES)
 def test_a_long_run_stays_as_it_is(run_soak, tmp_path, mode) -> None:
     assert run_soak(mode, tmp_path) == 0
     run, faults = read_run(tmp_path / "run"), soak.plan()

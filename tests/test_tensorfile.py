@@ -103,6 +103,7 @@ def test_a_file_larger_than_the_memory(tmp_path: Path, monkeypatch, capsys) -> N
     assert capsys.readouterr().err == "error: out of memory\n"
 
 
+@pytest.mark.slow
 @needs_bounds
 def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
     """100 MiB, for files of up to 16 MiB that claim up to terabytes; and for one that has a terabyte of zeros."""

@@ -52,6 +52,7 @@ def result(folder: Path, run: str) -> dict:
     return json.loads((folder / "out/runs" / run / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_mode_that_fails_leaves_the_others(three) -> None:
     folder, done = three
     assert (done.code, done.err) == (0, "")
@@ -115,6 +116,7 @@ def stamps(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_is_run_again_and_nothing_else(three, continued) -> None:
     runs = continued.folder / "out/runs"
     interrupted = result(three[0], "amp-fp32-1111") | {"status": "interrupted", "steps": 3}
@@ -237,6 +239,7 @@ def test_nothing_to_compare(programs, monkeypatch) -> None:
     assert not (programs.folder / "o/report.html").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_as_a_user_sends_it(tmp_path) -> None:
     """While two trainers are at work: both end, no process stays behind, and it is said how to go on."""
     write_corpus(tmp_path / "corpus")

@@ -56,6 +56,7 @@ def test_any_bytes_are_an_object_or_refused(tmp_path_factory: pytest.TempPathFac
     assert refusal(lambda: read_object(path)).isprintable()
 
 
+@pytest.mark.slow
 @needs_bounds
 def test_a_run_directory_takes_little_memory(tmp_path: Path) -> None:
     """100 MiB for files of a terabyte, and for 20 MB of rows that would take half a gigabyte if they were kept."""

@@ -99,6 +99,7 @@ def test_a_long_run_is_drawn_from_few_points(tmp_path: Path) -> None:
     assert (at[0], at[-1]) == (1, 30_000)
 
 
+@pytest.mark.slow
 def test_matplotlibs_own_state_stays_as_it_is(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     write_png(tmp_path / "curves.png", make_comparison([make_run("fp32")]))

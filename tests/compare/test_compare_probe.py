@@ -160,6 +160,7 @@ def test_a_probe_that_fails_is_told_and_leaves_the_other(probes: Probes, tmp_pat
     ]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """With the real trainer and the real probe.py."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other's tiny parts take ten times as long

@@ -69,6 +69,7 @@ def nothing_left_behind():
     assert {name for name, value in cuda.items() if vars(torch.cuda)[name] is not value} == set()
 
 
+@pytest.mark.slow
 def test_a_script_for_cuda_runs_from_the_command_line(script):
     command = [
         sys.executable,
