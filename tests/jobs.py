@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ MODES = {
     "amp-bf16": ["main_amp", "--dtype", "bfloat16"],
     "amp-fp32": ["main_amp", "--dtype", "float32"],
 }
+
+
+def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """`values` for pytest.mark.parametrize; all but `kept` are slow, that is for `make test-all`."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def write_corpus(folder: Path, words: int = 61, lines: int = 300, seed: int = 0) -> Path:

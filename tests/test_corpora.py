@@ -309,6 +309,7 @@ def test_little_of_python_docs_valid_and_test_stands_in_train(docs: corpora.Text
         assert sum(line in train for line in lines) < 0.05 * len(lines)
 
 
+@pytest.mark.slow
 def test_python_docs_is_the_same_in_every_process(docs: corpora.Texts) -> None:
     program = "from lm import corpora; print(corpora.read('python-docs').sha256)"
     for seed in ("1", "2"):

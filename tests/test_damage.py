@@ -141,6 +141,7 @@ def test_no_good_checkpoint(tiny, killed, expected, left):
     assert outcome(tiny.folder) == expected
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory(tiny):
     """A second one is refused, a resume too, until the first is dead."""
     process = start(tiny.folder, *START, "--epochs", "1000000", stdout=subprocess.PIPE)

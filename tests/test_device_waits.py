@@ -61,9 +61,7 @@ def meta_job(monkeypatch, tmp_path, corpus, mode: str, optimizer: Any, *flags: s
     return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags)
 
 
-@pytest.mark.parametrize(
-    "kind", ["LSTM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("GRU", "RNN_TANH", "Transformer"))]
-)
+@pytest.mark.parametrize("kind", jobs.mostly_slow(["LSTM", "GRU", "RNN_TANH", "Transformer"], "LSTM"))
 @pytest.mark.parametrize("mode", jobs.MODES)
 def test_no_step_waits_for_the_device(monkeypatch, tmp_path, corpus, mode, kind) -> None:
     job = meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--model", kind)
@@ -75,7 +73,7 @@ def test_no_step_waits_for_the_device(monkeypatch, tmp_path, corpus, mode, kind)
         job.records.flush()  # the one place where the loop waits, once a log interval
 
 
-@pytest.mark.parametrize("mode", jobs.MODES)
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, "manual", "fp16-optimizer-dynamic", "amp-fp16"))
 def test_no_step_of_adamw_waits(monkeypatch, tmp_path, corpus, mode) -> None:
     """Nor its check and its skip: the kernel has the verdict as a tensor."""
     found = meta_kernel(monkeypatch)

@@ -53,8 +53,8 @@ def check_equal_to_one(ranks, processes: int, script: str, *flags: str) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", pytest.param("tied", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", ["main", *(pytest.param(mode, marks=pytest.mark.slow) for mode in [*FP32][1:])])
+@pytest.mark.parametrize("kind", jobs.mostly_slow(["LSTM", "tied"], "LSTM"))
+@pytest.mark.parametrize("mode", jobs.mostly_slow(FP32, "main"))
 def test_two_processes_train_what_one_trains(ranks, mode, kind):
     check_equal_to_one(ranks, 2, *FP32[mode], *(["--tied"] if kind == "tied" else []))
 
@@ -77,7 +77,7 @@ def test_only_rank_0_writes_and_speaks(ranks):
     assert (ranks.folder / "out-1").read_text() == ""
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", jobs.mostly_slow([2, 4], 2))
 def test_equal_runs_are_equal_to_the_byte(ranks, processes):
     """With dropout, whose masks are others on each rank."""
     for name in ("a", "b"):

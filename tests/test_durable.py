@@ -16,6 +16,7 @@ import torch
 import lm.train
 from disks import MODE, RUN_FILES, START, FailingCall, FullDisk, ReadOnly, check_whole, clear, one_line
 from forks import Forks
+from jobs import mostly_slow
 from lm.files import write_atomically
 from lm.records import RunDirectory
 from programs import Done, Programs, start, write_corpus
@@ -60,7 +61,7 @@ def test_a_disk_that_is_full_at_any_write(tiny, monkeypatch, expected, record_te
     record_testsuite_property("failed writes survived", hits.total())
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace", pytest.param("link", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", mostly_slow(["fsync", "replace", "link"], "replace"))
 def test_a_disk_that_is_full_at_any_flush_or_rename(tiny, monkeypatch, expected, name):
     """A disk may say so only then. Without links the checkpoint before the last one is moved."""
     calls = 0
@@ -221,7 +222,8 @@ def test_a_disk_that_becomes_read_only(mounted, programs, monkeypatch):
         clear(folder)
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, pytest.param(errno.EACCES, marks=pytest.mark.slow)], ids=os.strerror)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES], ids=["read-only", "not permitted"])
 def test_a_directory_that_can_no_longer_be_changed(tiny, monkeypatch, expected, number):
     """Root may write anywhere, so the refusals are made here: from each change on, in a run and in its resumes."""
     run = tiny.folder / "run"

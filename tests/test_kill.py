@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import jobs
 from forks import End, Forks
 from lm.checkpoint import load_model
@@ -87,6 +89,7 @@ class Run:
         return {path for path in paths if not path.startswith("corpus/")}
 
 
+@pytest.mark.slow
 def test_fifty_kills(tmp_path: Path, record_testsuite_property: Callable[[str, object], None]) -> None:
     """Half of them at any moment, the others before and after each kind of system call of a checkpoint's writing."""
     chance = random.Random(0)

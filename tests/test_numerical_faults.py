@@ -14,6 +14,7 @@ import jobs
 from faults import Faults, Plan, put_into
 from lm.data import Corpus, batchify, get_batch
 from lm.model import RNNModel, next_word_loss
+from lm.modes import DEFAULT_MODES
 from lm.train import Training, detach
 
 VALUES = (math.inf, -math.inf, math.nan)
@@ -21,7 +22,6 @@ GRADIENTS = ("encoder.weight", "rnn.weight_hh_l0", "decoder.bias")
 PLACES = ("loss", "loss-offset", "encoder", "rnn", "hidden", "score", "scores", *GRADIENTS)
 DYNAMIC_MODES = ("fp16-optimizer-dynamic", "amp-fp16")
 LR, CLIP, BPTT, BATCH = 2.0, 0.25, 5, 4  # those of jobs.SIZE, and the default
-every_mode = pytest.mark.parametrize("mode", jobs.MODES)
 
 
 def harmless(place: str, value: float) -> bool:
@@ -129,7 +129,7 @@ def equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@every_mode
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, *DEFAULT_MODES))
 def test_a_run_recovers(train, monkeypatch, corpus, mode, place) -> None:
     """Each fault costs its own step, unless its gradient is true; all else is as in plain PyTorch."""
     plan = {step: (place, value) for step, value in zip((3, 6, 8), VALUES, strict=True)}
@@ -147,7 +147,7 @@ def test_a_run_recovers(train, monkeypatch, corpus, mode, place) -> None:
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place not in ("hidden", "score")])
-@every_mode
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, *DEFAULT_MODES))
 def test_a_fault_that_stays_ends_the_run(train, monkeypatch, corpus, mode, place) -> None:
     plan = {step: (place, VALUES[step % 3]) for step in range(4, 99)}
     run = train(mode, plan, "--max-skipped", "5", "--max-steps", "20")

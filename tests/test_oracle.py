@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import jobs
 from lm.data import Corpus, batchify, get_batch
+from lm.modes import DEFAULT_MODES
 from lm.precision import MasterWeights, StepResult
 
 STEPS = 100
@@ -154,8 +155,10 @@ def test_clipping_before_unscaling_is_caught(monkeypatch, tmp_path, corpus) -> N
     assert mutant[1] != plain[1]  # ... and what was made of it is not
 
 
-@pytest.mark.parametrize("scale", ["128", pytest.param("8192", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", [["--model", "LSTM"], ["--model", "GRU", "--tied"], TRANSFORMER])
+@pytest.mark.parametrize("scale", jobs.mostly_slow(["128", "8192"], "128"))
+@pytest.mark.parametrize(
+    "model", jobs.mostly_slow([["--model", "LSTM"], ["--model", "GRU", "--tied"], TRANSFORMER], ["--model", "LSTM"])
+)
 def test_manual_and_fp16_optimizer_agree_over_a_whole_run(monkeypatch, tmp_path, corpus, device, scale, model) -> None:
     flags = ["--fp16", *model, "--static-loss-scale", scale, "--epochs", "2", "--device", device]
     if device == "cuda":
@@ -183,7 +186,7 @@ LEARNS = {mode: (mode, []) for mode in jobs.MODES} | {
 }
 
 
-@pytest.mark.parametrize("case", LEARNS)
+@pytest.mark.parametrize("case", jobs.mostly_slow(LEARNS, *DEFAULT_MODES))
 def test_every_mode_repeats_itself_and_learns(monkeypatch, tmp_path, corpus, case) -> None:
     mode, flags = LEARNS[case]
     for name in ("first", "second"):

@@ -30,9 +30,7 @@ def whole(programs):
     return make
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind != "LSTM" else kind for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", jobs.mostly_slow(KINDS, "LSTM"))
 @pytest.mark.parametrize("mode", jobs.MODES)
 def test_a_run_killed_twice(programs, monkeypatch, whole, mode, kind):
     """In the middle of the first epoch and of the last; checkpoints every 7 steps, of which an epoch has 18."""

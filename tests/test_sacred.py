@@ -251,6 +251,7 @@ def test_an_option_added_once_is_in_argparse_sacred_and_config_json(programs, mo
     assert read_run(programs.folder / "toml").config["patience"] == 8
 
 
+@pytest.mark.slow
 def test_as_a_process_it_is_imported_when_asked_for_and_warns_of_nothing(tmp_path: Path):
     code = (
         "import sys, lm.config, main\n"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fuzzing import fuzz
 from hostile import COMMANDS
+from jobs import mostly_slow
 from programs import HALF, SCRIPTS, TINY, Programs
 from runs import signal_at
 
@@ -67,7 +68,7 @@ TENSORS = [torch.zeros(3), torch.zeros(8, 8), torch.full((8,), torch.nan), torch
 PLAIN = [None, True, -1, 0, 1, 2**62, 1.5, float("nan"), float("inf"), "", "\x1b[2J\n", [], {}, {0: {}}, (0.9, "x")]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", mostly_slow(SCRIPTS, "main_fp16_optimizer"))
 def test_a_changed_checkpoint_is_gone_on_with_or_refused(
     programs: Programs, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:

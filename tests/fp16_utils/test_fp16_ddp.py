@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_all_ranks_skip_together(tmp_path, dtype):
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     workers = [

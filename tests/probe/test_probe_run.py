@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import lm.probe.measure
-from jobs import bits
+from jobs import bits, mostly_slow
 from lm.checkpoint import load_model, save_model
 from lm.config import make_args
 from lm.data import Corpus, batchify, get_batch
@@ -191,7 +191,7 @@ def test_a_model_that_is_probed_is_left_alone(corpus):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("script", ["main", "main_fp16_optimizer", "main_amp"])
+@pytest.mark.parametrize("script", mostly_slow(["main", "main_fp16_optimizer", "main_amp"], "main_fp16_optimizer"))
 def test_a_run_gives_its_fp32_weights_and_flags(programs, script):
     half = [] if script == "main_amp" else ["--fp16"]
     programs.train(script, *half, "--lr", "3", "--seed", "7")
