@@ -78,7 +78,11 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
 def _label_with_scale(run: Run) -> str:
     scale = run.config["static_loss_scale"]
-    return f"{run.label}-dynamic" if scale is None else f"{run.label}-scale-{scale:.9g}"
+    if scale is None:
+        return f"{run.label}-dynamic"
+    mantissa, exponent = math.frexp(scale)
+    as_power = mantissa == 0.5 and not 1 <= scale <= 2**16
+    return f"{run.label}-scale-{f'2^{exponent - 1}' if as_power else f'{scale:.9g}'}"
 
 
 def _refuse_duplicates(runs: Sequence[Run]) -> None:

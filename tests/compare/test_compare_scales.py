@@ -20,10 +20,10 @@ def comparison(folder: Path, *runs: tuple[str, float | None, int], reference: st
 
 
 def test_each_scale_is_a_mode_with_its_seeds(tmp_path: Path) -> None:
-    runs = [("manual", scale, seed) for scale in (1.0, 128.0, 0.1) for seed in (1, 2)]
+    runs = [("manual", scale, seed) for scale in (1.0, 128.0, 0.1, 2.0**-8, 2.0**17) for seed in (1, 2)]
     found = comparison(tmp_path, ("fp32", 1.0, 1), ("fp32", 1.0, 2), *runs)
     assert {mode.label: [run.seed for run in mode.runs] for mode in found.modes} == {
-        label: [1, 2] for label in ("fp32", "manual-scale-1", "manual-scale-128", "manual-scale-0.1")
+        label: [1, 2] for label in ("fp32", *(f"manual-scale-{scale}" for scale in ("1", "128", "0.1", "2^-8", "2^17")))
     }
     assert all(mode.verdict.pairs == 2 for mode in found.modes)
     assert "manual-scale-0.1" in table(found)
