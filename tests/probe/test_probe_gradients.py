@@ -106,6 +106,7 @@ def test_the_reference_is_autograd_in_float64(kind, tied, monkeypatch):
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_mode_has_the_gradient_that_its_trainer_has(name, monkeypatch, corpus):
+    monkeypatch.chdir(corpus.parent)  # where the trainers begin their runs
     training = build(monkeypatch, corpus, *TRAINERS[name])
     mode = Mode(name, ["--data", str(corpus), *SIZE])
     tokens, targets = get_batch(training.train_data, 0, 5)
