@@ -26,6 +26,12 @@ TINY = [
 ]
 """A model that trains in milliseconds on `write_corpus`: 359 training tokens make 89 rows, so `BATCHES` an epoch."""
 
+SMALL = TINY[2:10]
+"""Its sizes alone."""
+
+PROBE = ["--data", "corpus", "--batches", "4", "--out", "probe"]
+"""Flags of probe.py for a probe of them."""
+
 BATCHES = 18
 TOKENS = {"train_tokens": 359, "valid_tokens": 108, "test_tokens": 81}
 SENTENCES = ("the cat sat on the mat .", "a dog ran after the cat .", "the bird sang all day long in the tree .")

@@ -83,3 +83,12 @@ def test_an_apex_without_fp16_utils_is_said_clearly(monkeypatch, tmp_path, corpu
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "NVIDIA removed it in May 2025" in error
+
+
+def test_apex_that_is_not_there_is_said_clearly(monkeypatch, tmp_path, corpus, capsys) -> None:
+    code = jobs.run(monkeypatch, corpus, tmp_path / "run", "main_fp16_optimizer", "--fp16-utils", "apex")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "apex.fp16_utils" in error
+    assert not (tmp_path / "run").exists()

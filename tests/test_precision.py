@@ -2,7 +2,6 @@
 
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -282,15 +281,6 @@ def test_the_loss_is_scaled_in_fp32(make, monkeypatch, mode) -> None:
     job.precision.backward(loss)
     assert scaled[0].dtype == torch.float32
     assert float(scaled[0].detach()) == float(loss.detach()) * 8192
-
-
-def test_apex_that_is_not_there_is_said_clearly(monkeypatch, tmp_path, corpus, capsys) -> None:
-    code = jobs.run(monkeypatch, corpus, tmp_path / "run", "main_fp16_optimizer", "--fp16-utils", "apex")
-    assert code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "apex.fp16_utils" in error
-    assert not Path(tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("mode", ["fp32", "manual"])

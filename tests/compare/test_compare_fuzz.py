@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,37 @@ def test_any_bytes_are_an_object_or_refused(tmp_path_factory: pytest.TempPathFac
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_bytes(content)
     assert refusal(lambda: read_object(path)).isprintable()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@fuzz(60)
+@given(data=st.data(), value=json_values)
+def test_any_value_in_any_field_is_read_or_refused(tmp_path: Path, data: st.DataObject, value: Any) -> None:
+    path = tmp_path / "run"
+    if not path.exists():
+        make_run(path)
+    name = data.draw(st.sampled_from(FILES))
+    kept = (path / name).read_bytes()
+    rows = [json.loads(line) for line in kept.splitlines()] if name.endswith("l") else [json.loads(kept)]
+    row = data.draw(st.sampled_from(rows))
+    row[data.draw(st.sampled_from(sorted(row)))] = value
+    (path / name).write_text("\n".join(map(json.dumps, rows)))
+    text = "read"
+    try:
+        run = read_run(path)
+        lengths = {len(column) for column in run.steps.values()}
+        assert len(lengths) == 1
+        assert all(type(v) is float for name in ("loss", "grad_norm", "loss_scale", "lr") for v in run.steps[name])
+    except UsageError as error:
+        text = str(error)
+    (path / name).write_bytes(kept)
+    assert text.isprintable()
 
 
 @pytest.mark.slow
