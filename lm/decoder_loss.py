@@ -9,6 +9,9 @@ bfloat16; 1.3 to 1.5 and 2.1 where memory was kept too. That was with slices of 
 
 The operations on a row are those of `plain_decoder_loss` in the same order, so the results are equal in every bit. But
 on a CPU without instructions for the half dtype, the fp32 sums behind the decoder's gradient are taken slice by slice.
+
+On a CPU the memory of the logits stays for the next ones. Freed, it would be the hole that the C library cuts small
+tensors from, and the next logits would need new memory: a process of 651 MiB had 1,006 after 300 steps in fp32.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.autograd.function import once_differentiable
 
 from lm.kernels import compute_dtype, half_through_fp32, linear
@@ -26,6 +29,9 @@ SLICE_BYTES = 1 << 24
 
 CACHED_BYTES = 1 << 20
 """Of a slice of fp32 logits that is only read and written, on a CPU: 7 rows of 33,280, which its L2 cache holds."""
+
+_unused: list[UntypedStorage] = []
+"""The memory of the last logits on a CPU, unless somebody still has them; one at most."""
 
 
 def plain_decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -51,27 +57,47 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
         fp32, shape ().
     """
     dtype = compute_dtype(weight)
+    logits = _new_logits(len(input), len(weight), dtype, input.device)
     loss: Tensor = _DecoderLoss.apply(  # type: ignore[no-untyped-call]
-        input.to(dtype), weight.to(dtype), bias.to(dtype), targets, half_through_fp32(weight)
+        input.to(dtype), weight.to(dtype), bias.to(dtype), targets, logits, half_through_fp32(weight)
     )
+    if not loss.requires_grad:  # so no backward pass will need them
+        _keep_memory(logits)
     return loss
 
 
 def logits_of(loss: Tensor) -> Tensor:
     """The logits behind `loss`, which `decoder_loss` returned; its backward pass makes them their own gradient.
 
-    In `compute_dtype` of the weight (where that is fp32, log probabilities until then); shape (rows, vocabulary).
+    In `compute_dtype` of the weight (where that is fp32, log probabilities until then); shape (rows, vocabulary). They
+    are the caller's from now on: no later loss takes their memory.
     """
-    logits: Tensor = loss.grad_fn.saved_tensors[-1]  # type: ignore[union-attr]
+    node: Any = loss.grad_fn
+    node.keep_memory = False
+    logits: Tensor = node.saved_tensors[-1]
     return logits
+
+
+def _new_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not initialised."""
+    unused = _unused.pop() if _unused and device.type == "cpu" else None
+    if unused is None or unused.nbytes() < rows * vocabulary * dtype.itemsize:
+        return torch.empty((rows, vocabulary), dtype=dtype, device=device)
+    return torch.empty(0, dtype=dtype).set_(unused, 0, (rows, vocabulary), (vocabulary, 1))
+
+
+def _keep_memory(logits: Tensor) -> None:
+    if logits.device.type == "cpu":  # elsewhere torch keeps freed memory itself, by its size
+        _unused[:] = [logits.untyped_storage()]
 
 
 class _DecoderLoss(torch.autograd.Function):
     """Autocast has no hold on what writes to `out=`, so all of it runs in the dtypes that stand here."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, through_fp32: bool) -> Tensor:
-        logits = input.new_empty(len(input), len(weight))
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, logits: Tensor, through_fp32: bool
+    ) -> Tensor:
         if through_fp32:
             _multiply_through_fp32(input, weight, bias, logits)
         else:
@@ -83,7 +109,7 @@ class _DecoderLoss(torch.autograd.Function):
             torch.gather(log_p, 1, targets[rows, None], out=log_p_of_targets[rows])
         # As a saved tensor: an attribute would live as long as somebody keeps the loss.
         ctx.save_for_backward(input, weight, targets, logits)
-        ctx.through_fp32 = through_fp32
+        ctx.through_fp32, ctx.keep_memory = through_fp32, True
         return F.nll_loss(log_p_of_targets, torch.zeros_like(targets))  # the mean, summed in the order of the plain one
 
     @staticmethod
@@ -102,7 +128,10 @@ class _DecoderLoss(torch.autograd.Function):
                 part.copy_(grad_of_logits)
             selected.scatter_(1, at_target, 0.0)
         grads = _products_through_fp32 if ctx.through_fp32 else _products
-        return *grads(logits, input, weight), logits.sum(0), None, None
+        result = *grads(logits, input, weight), logits.sum(0), None, None, None
+        if ctx.keep_memory:
+            _keep_memory(logits)
+        return result
 
 
 def _multiply_through_fp32(input: Tensor, weight: Tensor, bias: Tensor, logits: Tensor) -> None:

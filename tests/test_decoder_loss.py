@@ -11,7 +11,7 @@ from torch import Tensor
 import jobs
 from lm import decoder_loss as module
 from lm import kernels
-from lm.decoder_loss import decoder_loss, plain_decoder_loss
+from lm.decoder_loss import decoder_loss, logits_of, plain_decoder_loss
 
 ROWS, SIZE, VOCABULARY = 23, 12, 40
 
@@ -107,4 +107,56 @@ def test_a_loss_that_is_kept_keeps_no_logits() -> None:
     assert (ROWS, VOCABULARY) not in sizes
     assert loss.grad_fn is not None
     with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def memory() -> list[int]:
+    """Where the logits that come next will be."""
+    return [storage.data_ptr() for storage in module._unused]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_logits_is_used_again_for_others_that_fit(dtype) -> None:
+    first = loss_and_grads(decoder_loss, torch.float32, None)
+    kept = memory()
+    assert len(kept) == 1
+    with torch.no_grad():
+        inputs, targets = operands(dtype)
+        half = ROWS // 2
+        assert torch.equal(
+            decoder_loss(inputs[0][:half], *inputs[1:], targets[:half]),
+            plain_decoder_loss(inputs[0][:half], *inputs[1:], targets[:half]),
+        )
+    assert memory() == kept
+    for ours, again in zip(first, loss_and_grads(decoder_loss, torch.float32, None), strict=True):
+        assert torch.equal(ours, again)
+    assert memory() == kept
+
+
+def test_logits_that_do_not_fit_get_memory_of_their_own(monkeypatch) -> None:
+    small = torch.zeros(ROWS * VOCABULARY - 1)
+    monkeypatch.setattr(module, "_unused", [small.untyped_storage()])
+    both = (loss_and_grads(function, torch.float32, None) for function in (decoder_loss, plain_decoder_loss))
+    for ours, plain in zip(*both, strict=True):
+        assert torch.equal(ours, plain)
+    assert [storage.nbytes() for storage in module._unused] == [4 * ROWS * VOCABULARY]
+    assert small.untyped_storage().nbytes() == 4 * (ROWS * VOCABULARY - 1)
+
+
+def test_logits_that_were_asked_for_are_not_written_over() -> None:
+    inputs, targets = operands(torch.float32)
+    loss = decoder_loss(*inputs, targets)
+    gradient = logits_of(loss)
+    loss.backward()
+    before = gradient.clone()
+    loss_and_grads(decoder_loss, torch.float32, None, 1024.0)
+    assert torch.equal(gradient, before)
+
+
+def test_a_second_backward_pass_is_refused_even_where_the_graph_was_kept() -> None:
+    inputs, targets = operands(torch.float32)
+    loss = decoder_loss(*inputs, targets)
+    loss.backward(retain_graph=True)
+    decoder_loss(*inputs, targets).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
