@@ -26,14 +26,15 @@ def evaluate(
     """
     model.eval()
     model.zero_grad()
-    losses, words = [], []
+    starts = range(0, len(source) - 1, bptt)[:max_batches]
+    losses = torch.empty(len(starts), device=source.device)  # one by one, they would lie in the holes that logits leave
+    words = []
     with precision.forward():
         hidden = model.init_hidden(source.size(1))
-        for i in progress_bar(range(0, len(source) - 1, bptt)[:max_batches], "evaluation"):
+        for k, i in enumerate(progress_bar(starts, "evaluation")):
             between()
             tokens, targets = get_batch(source, i, bptt)
-            loss, hidden = next_word_loss(model, tokens, targets, hidden)
-            losses.append(loss)
+            losses[k], hidden = next_word_loss(model, tokens, targets, hidden)
             words.append(targets.numel())
     weights = torch.tensor(words, dtype=torch.float64)
-    return float((torch.stack(losses).cpu().double() * weights).sum() / weights.sum())
+    return float((losses.cpu().double() * weights).sum() / weights.sum())

@@ -32,8 +32,8 @@ START = dict.fromkeys(("steps", "skipped", *LINES), 0)
 class RunDirectory:
     """Writes the records of one run into its directory, which nobody else may write to until `close`.
 
-    Steps are kept as tensors on the device until `flush` fetches them all with a single wait. `create` and
-    `reopen` make one.
+    Steps are kept on the device until `flush` fetches them all with a single wait, in one tensor: as one for each
+    number they would lie in the holes that large tensors leave for the next step. `create` and `reopen` make one.
 
     Args:
         path: of the directory; None writes nothing, for the processes of a run whose rank is not 0.
@@ -47,7 +47,8 @@ class RunDirectory:
         self.steps = 0
         self.skipped = 0
         self.listeners: list[Listener] = []
-        self._pending: list[tuple[dict[str, Any], tuple[Tensor, ...]]] = []
+        self._pending: list[dict[str, Any]] = []
+        self._values = torch.empty(0, 4)
         self._lock = None if path is None else lock(path)
 
     @classmethod
@@ -144,17 +145,22 @@ class RunDirectory:
     def step(self, epoch: int, lr: float, loss: Tensor, result: StepResult) -> None:
         """Keep the row of one step; `loss` is fp32 of shape ()."""
         self.steps += 1
-        row = {"step": self.steps, "epoch": epoch, "lr": lr}
-        self._pending.append((row, (loss, result.grad_norm, result.loss_scale, result.applied)))
+        n = len(self._pending)
+        if n == len(self._values):
+            kept, self._values = self._values, torch.empty(max(64, 2 * n), 4, device=loss.device)
+            self._values[:n] = kept
+        values = (loss, result.grad_norm, result.loss_scale, result.applied)
+        torch.stack([v.detach().float() for v in values], out=self._values[n])
+        self._pending.append({"step": self.steps, "epoch": epoch, "lr": lr})
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch the steps since the last call from the device, append them to `steps.jsonl`, and return them."""
         if not self._pending:
             return []
-        values = torch.stack([torch.stack([v.detach().float() for v in tensors]) for _, tensors in self._pending])
+        values = self._values[: len(self._pending)]
         values[:, 0] = distributed.mean(values[:, 0])  # the rest is the same in every process
         rows = []
-        for (row, _), (loss, grad_norm, loss_scale, applied) in zip(self._pending, values.tolist(), strict=True):
+        for row, (loss, grad_norm, loss_scale, applied) in zip(self._pending, values.tolist(), strict=True):
             rows.append(
                 {
                     "step": row["step"],

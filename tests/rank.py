@@ -82,7 +82,7 @@ def dump(name: str) -> None:
 
     def dumping(training: Training, i: int) -> None:
         step(training, i)
-        _, (loss, norm, scale, applied) = training.records._pending[-1]
+        loss, norm, scale, applied = training.records._values[len(training.records._pending) - 1]
         row = {
             "loss": loss.item(),
             "grad_norm": norm.item().hex(),

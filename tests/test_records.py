@@ -20,8 +20,8 @@ from programs import BATCHES, HALF, SCRIPTS, TINY, read_rows, read_run, strict_j
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
 
 
-def step_result(norm: float = 1.0, scale: float = 1.0, applied: bool = True) -> StepResult:
-    return StepResult(torch.tensor(applied), torch.tensor(norm), torch.tensor(scale))
+def step_result(norm: float | torch.Tensor = 1.0, scale: float = 1.0, applied: bool = True) -> StepResult:
+    return StepResult(torch.tensor(applied), torch.as_tensor(norm), torch.tensor(scale))
 
 
 def bits(value: float) -> bytes:
@@ -99,6 +99,20 @@ def test_rows_are_in_the_file_after_flush_and_counted(tmp_path):
     records.step(2, 1.0, torch.tensor(2.0), step_result())
     records.flush()
     assert [row["step"] for row in read_rows(tmp_path / "run" / "steps.jsonl")] == [1, 2, 3, 4]
+
+
+def test_any_number_of_steps_waits_for_the_flush(tmp_path):
+    records = RunDirectory.create(tmp_path / "run", "x", {})
+    for count in (200, 1, 64, 65):
+        norm = torch.zeros(())
+        for k in range(count):
+            norm.fill_(k)  # what was recorded is the value that it had then
+            records.step(1, 1.0, torch.tensor(k + 0.5), step_result(norm, scale=2.0, applied=k % 2 == 0))
+        rows = records.flush()
+        assert [row["loss"] for row in rows] == [k + 0.5 for k in range(count)]
+        assert [row["grad_norm"] for row in rows] == list(range(count))
+        assert [row["applied"] for row in rows] == [k % 2 == 0 for k in range(count)]
+    assert records.steps == 330
 
 
 def test_epochs_and_result(tmp_path):
