@@ -1,5 +1,6 @@
 """The training job at a size that tests can afford, run through the real scripts."""
 
+import gc
 import importlib
 import json
 import random
@@ -33,6 +34,11 @@ MODES = {
 def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
     """`values` for pytest.mark.parametrize; all but `kept` are slow, that is for `make test-all`."""
     return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def count_tensors() -> int:
+    """How many tensors there are in this process, parameters aside."""
+    return sum(type(x) is torch.Tensor for x in gc.get_objects())  # isinstance asks lazy modules, too
 
 
 def write_corpus(folder: Path, words: int = 61, lines: int = 300, seed: int = 0) -> Path:

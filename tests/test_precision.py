@@ -291,3 +291,9 @@ def test_evaluation_and_checkpoint_take_no_memory_that_they_need_not(make, mode)
     assert [p.grad for p in job.model.parameters()] == [None] * len(list(job.model.parameters()))
     saved = job.precision.state_dict()["masters"]
     assert [m.data_ptr() for m in saved] == [m.data_ptr() for m in masters(job)]
+
+
+def test_evaluation_keeps_no_tensor_of_a_batch(make) -> None:
+    job, counts = make("fp32"), []
+    evaluate(job.model, job.precision, job.valid_data, 2, 10, lambda: counts.append(jobs.count_tensors()))
+    assert counts[1:] == counts[1:2] * 9

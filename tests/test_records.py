@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lm.train
+from jobs import count_tensors
 from lm.errors import UsageError
 from lm.precision import StepResult
 from lm.records import RunDirectory, perplexity, to_json
@@ -113,6 +114,14 @@ def test_any_number_of_steps_waits_for_the_flush(tmp_path):
         assert [row["grad_norm"] for row in rows] == list(range(count))
         assert [row["applied"] for row in rows] == [k % 2 == 0 for k in range(count)]
     assert records.steps == 330
+
+
+def test_steps_that_wait_are_one_tensor(tmp_path):
+    records = RunDirectory.create(tmp_path / "run", "x", {})
+    before = count_tensors()
+    for _ in range(60):
+        records.step(1, 1.0, torch.tensor(2.0), step_result())
+    assert count_tensors() == before
 
 
 def test_epochs_and_result(tmp_path):
