@@ -38,6 +38,7 @@ def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
 
 def count_tensors() -> int:
     """How many tensors there are in this process, parameters aside."""
+    gc.collect()  # those of earlier tests
     return sum(type(x) is torch.Tensor for x in gc.get_objects())  # isinstance asks lazy modules, too
 
 

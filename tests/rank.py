@@ -82,6 +82,7 @@ def dump(name: str) -> None:
 
     def dumping(training: Training, i: int) -> None:
         step(training, i)
+        assert training.records._pending
         loss, norm, scale, applied = training.records._values[len(training.records._pending) - 1]
         row = {
             "loss": loss.item(),
