@@ -36,10 +36,15 @@ def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
     return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor of this process, parameters aside."""
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor]  # isinstance asks lazy modules, too
+
+
 def count_tensors() -> int:
-    """How many tensors there are in this process, parameters aside."""
-    gc.collect()  # those of earlier tests
-    return sum(type(x) is torch.Tensor for x in gc.get_objects())  # isinstance asks lazy modules, too
+    """How many there are, without what earlier tests left behind."""
+    gc.collect()
+    return len(live_tensors())
 
 
 def write_corpus(folder: Path, words: int = 61, lines: int = 300, seed: int = 0) -> Path:
