@@ -7,8 +7,9 @@ fp32 is done to a few rows at a time, and their gradient overwrites them. Forwar
 bfloat16; 1.3 to 1.5 and 2.1 where memory was kept too. That was with slices of 126 rows in a buffer of their own; with
 7, fp32 ones in their place, it is 1.12 to 1.16 times as fast again in fp32, and the same in half, on one core.
 
-The operations on a row are those of `plain_decoder_loss` in the same order, so the results are equal in every bit. But
-on a CPU without instructions for the half dtype, the fp32 sums behind the decoder's gradient are taken slice by slice.
+The operations on a row are those of `plain_decoder_loss` in the same order, so the results are equal in every bit. On a
+CPU without instructions for the half dtype the logits and their gradient are fp32 too, and rounded to half in a slice:
+so every product is one of fp32 matrices, as `linear` has it.
 
 On a CPU the memory of the logits stays for the next ones. Freed, it would be the hole that the C library cuts small
 tensors from, and the next logits would need new memory: 1,006 MiB after 300 steps in fp32, where it is 663 with this.
@@ -25,10 +26,10 @@ from torch.autograd.function import once_differentiable
 from lm.kernels import compute_dtype, half_through_fp32, linear
 
 SLICE_BYTES = 1 << 24
-"""Of a slice of fp32 logits that is multiplied: 126 rows of 33,280. Less makes products slower, more takes memory."""
+"""Of a slice of fp32 logits, anywhere but on a CPU: 126 rows of 33,280."""
 
 CACHED_BYTES = 1 << 20
-"""Of a slice of fp32 logits that is only read and written, on a CPU: 7 rows of 33,280, which its L2 cache holds."""
+"""Of a slice of fp32 logits on a CPU: 7 rows of 33,280, which its L2 cache holds."""
 
 _unused: list[UntypedStorage] = []
 """The memory of the last logits on a CPU, unless somebody still has them; one at most."""
@@ -57,10 +58,12 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
         fp32, shape ().
     """
     dtype = compute_dtype(weight)
-    logits = _new_logits(len(input), len(weight), dtype, input.device)
-    loss: Tensor = _DecoderLoss.apply(  # type: ignore[no-untyped-call]
-        input.to(dtype), weight.to(dtype), bias.to(dtype), targets, logits, half_through_fp32(weight)
-    )
+    operands = [x.to(dtype) for x in (input, weight, bias)]
+    half = dtype if half_through_fp32(weight) else None
+    if half:
+        operands = [x.float() for x in operands]  # and their gradients are rounded to half on the way back
+    logits = _new_logits(len(input), len(weight), operands[0].dtype, input.device)
+    loss: Tensor = _DecoderLoss.apply(*operands, targets, logits, half)  # type: ignore[no-untyped-call]
     if not loss.requires_grad:  # so no backward pass will need them
         _keep_memory(logits)
     return loss
@@ -69,8 +72,9 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
 def logits_of(loss: Tensor) -> Tensor:
     """The logits behind `loss`, which `decoder_loss` returned; its backward pass makes them their own gradient.
 
-    In `compute_dtype` of the weight (where that is fp32, log probabilities until then); shape (rows, vocabulary). They
-    are the caller's from now on: no later loss takes their memory.
+    In `compute_dtype` of the weight, or in fp32 where `half_through_fp32` says so, whose gradient is then rounded to
+    half; shape (rows, vocabulary). In fp32 they are log probabilities until then. They are the caller's from now on:
+    no later loss takes their memory.
     """
     node: Any = loss.grad_fn
     node.keep_memory = False
@@ -98,20 +102,17 @@ class _DecoderLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, logits: Tensor, through_fp32: bool
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, logits: Tensor, half: torch.dtype | None
     ) -> Tensor:
-        if through_fp32:
-            _multiply_through_fp32(input, weight, bias, logits)
-        else:
-            torch.addmm(bias, input, weight.t(), out=logits)
+        torch.addmm(bias, input, weight.t(), out=logits)
         log_p_of_targets = torch.empty((len(input), 1), dtype=torch.float32, device=input.device)
-        fp32 = _fp32_rows(_cached_rows(logits), logits)
+        fp32 = _fp32_rows(logits)
         for rows in _slices(logits, len(fp32)):
-            log_p = _log_softmax(logits[rows], fp32)
+            log_p = _log_softmax(_round(logits[rows], half), fp32)
             torch.gather(log_p, 1, targets[rows, None], out=log_p_of_targets[rows])
         # As a saved tensor: an attribute would live as long as somebody keeps the loss.
         ctx.save_for_backward(input, weight, targets, logits)
-        ctx.through_fp32, ctx.keep_memory = through_fp32, True
+        ctx.half, ctx.keep_memory = half, True
         return F.nll_loss(log_p_of_targets, torch.zeros_like(targets))  # the mean, summed in the order of the plain one
 
     @staticmethod
@@ -119,7 +120,7 @@ class _DecoderLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, targets, logits = ctx.saved_tensors
         grad_of_log_p = -grad / len(targets)
-        fp32 = _fp32_rows(_cached_rows(logits), logits)
+        fp32 = _fp32_rows(logits)
         one_hot = torch.zeros_like(fp32)
         for rows in _slices(logits, len(fp32)):
             part, at_target = logits[rows], targets[rows, None]
@@ -128,35 +129,17 @@ class _DecoderLoss(torch.autograd.Function):
             grad_of_logits = torch._log_softmax_backward_data(selected, log_p, 1, torch.float32, out=log_p)
             if grad_of_logits is not part:
                 part.copy_(grad_of_logits)
+            _round(part, ctx.half)
             selected.scatter_(1, at_target, 0.0)
-        grads = _products_through_fp32 if ctx.through_fp32 else _products
-        result = *grads(logits, input, weight), logits.sum(0), None, None, None
+        grads = torch.mm(logits, weight), torch.mm(logits.t(), input), logits.sum(0)
         if ctx.keep_memory:
             _keep_memory(logits)
-        return result
+        return *grads, None, None, None
 
 
-def _multiply_through_fp32(input: Tensor, weight: Tensor, bias: Tensor, logits: Tensor) -> None:
-    wide_input, wide_weight, wide_bias = input.float(), weight.float(), bias.float()
-    fp32 = _fp32_rows(_rows(SLICE_BYTES, logits), logits)
-    for rows in _slices(logits, len(fp32)):
-        logits[rows] = torch.addmm(wide_bias, wide_input[rows], wide_weight.t(), out=fp32[: len(logits[rows])])
-
-
-def _products(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the input and of the weight, from that of the logits."""
-    return torch.mm(grad, weight), torch.mm(grad.t(), input)
-
-
-def _products_through_fp32(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    wide_input, wide_weight = input.float(), weight.float()
-    grad_input, grad_weight = torch.empty_like(wide_input), torch.zeros_like(wide_weight)
-    fp32 = _fp32_rows(_rows(SLICE_BYTES, grad), grad)
-    for rows in _slices(grad, len(fp32)):
-        part = fp32[: len(grad[rows])].copy_(grad[rows])
-        torch.mm(part, wide_weight, out=grad_input[rows])
-        grad_weight.addmm_(part.t(), wide_input[rows])
-    return grad_input.to(grad.dtype), grad_weight.to(grad.dtype)
+def _round(fp32: Tensor, half: torch.dtype | None) -> Tensor:
+    """In place: each number to the nearest in `half`, if there is one to round to."""
+    return fp32.copy_(fp32.to(half)) if half else fp32
 
 
 def _log_softmax(logits: Tensor, fp32: Tensor) -> Tensor:
@@ -165,16 +148,10 @@ def _log_softmax(logits: Tensor, fp32: Tensor) -> Tensor:
     return torch._log_softmax(wide, 1, False, out=wide)
 
 
-def _rows(size: int, logits: Tensor) -> int:
-    """How many rows of fp32 logits take `size` bytes: from 1 to all."""
-    return min(len(logits), max(1, size // (4 * logits.size(1))))
-
-
-def _cached_rows(logits: Tensor) -> int:
-    return _rows(CACHED_BYTES if logits.device.type == "cpu" else SLICE_BYTES, logits)
-
-
-def _fp32_rows(rows: int, logits: Tensor) -> Tensor:
+def _fp32_rows(logits: Tensor) -> Tensor:
+    """Memory for a slice of fp32 logits: from one row to all."""
+    size = CACHED_BYTES if logits.device.type == "cpu" else SLICE_BYTES
+    rows = min(len(logits), max(1, size // (4 * logits.size(1))))
     return logits.new_empty(rows, logits.size(1), dtype=torch.float32)
 
 
