@@ -1,7 +1,10 @@
 """The comparison as a table for the terminal, and as JSON for programs. Names from run directories are data."""
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tabulate import tabulate
@@ -127,7 +130,8 @@ def write_summary(path: Path, comparison: Comparison) -> None:
 
     Its keys are the attributes of `lm.report.types`, but a run has only its path, seed, status, machine, versions and
     command, the rows of its epochs, test loss, number of steps, and problems, and a probe the name of the file with its
-    result. So it can stand for the runs where they are not kept.
+    result. To an epoch's row comes "train_loss", the mean of the finite losses of its steps, skipped ones included;
+    null where there is none. So it can stand for the runs where they are not kept.
 
     Raises:
         OSError: `path` cannot be written.
@@ -153,13 +157,18 @@ def write_summary(path: Path, comparison: Comparison) -> None:
 
 
 def _run(run: Run) -> dict[str, Any]:
+    losses: dict[int, list[float]] = defaultdict(list)
+    for epoch, loss in zip(run.steps["epoch"], run.steps["loss"], strict=True):
+        if math.isfinite(loss):
+            losses[epoch].append(loss)
+    means = {epoch: fmean(of_epoch) for epoch, of_epoch in losses.items()}
     return {
         "path": run.path,
         "seed": run.seed,
         "status": run.status,
         "device_name": run.config.get("device_name"),
         "environment": run.config.get("environment"),
-        "epochs": run.epochs,
+        "epochs": [row | {"train_loss": means.get(row["epoch"])} for row in run.epochs],
         "test_loss": None if run.result is None else run.result["test_loss"],
         "steps": len(run.steps["step"]),
         "problems": run.problems,

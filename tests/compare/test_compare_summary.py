@@ -101,8 +101,10 @@ def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None
         "device_name": "A CPU x 2",
         "environment": expected.runs[0].config["environment"],
         "epochs": [
-            {"epoch": 1, "valid_loss": 6.125025, "valid_ppl": math.exp(6.125025), "lr": 20.0, "seconds": 1.5},
-            {"epoch": 2, "valid_loss": 5.125, "valid_ppl": math.exp(5.125), "lr": 20.0, "seconds": 1.5},
+            {"epoch": 1, "valid_loss": 6.125025, "valid_ppl": math.exp(6.125025), "lr": 20.0, "seconds": 1.5}
+            | {"train_loss": 6.125025},
+            {"epoch": 2, "valid_loss": 5.125, "valid_ppl": math.exp(5.125), "lr": 20.0, "seconds": 1.5}
+            | {"train_loss": 5.125},
         ],
         "test_loss": 5.501,
         "steps": 8,
@@ -111,6 +113,17 @@ def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None
     assert summary["modes"][3]["failures"][0] == vars(comparison.modes[3].failures[0])
     assert summary["modes"][4]["test_ppl"] is None
     assert summary["pairs"] == [vars(pair) for pair in comparison.pairs]
+
+
+def test_mean_training_loss_of_an_epoch(tmp_path: Path) -> None:
+    """Of the finite losses, whether the step was applied or not."""
+    losses = [6.0, math.nan, 4.0, math.inf, 2.0, 2.5, 3.0, 8.0, math.nan, math.nan, math.nan, math.nan, 1.0]
+    applied = [True, False, True, False, True, True, True, False, False, False, False, False, True]
+    run = make_run(tmp_path / "a", losses=losses, applied=applied, steps_per_epoch=4, valid_losses=[5.0, 4.5, 4.25])
+    write_summary(tmp_path / "summary.json", compare([read_run(run)]))
+    (written,) = strict_json((tmp_path / "summary.json").read_text(encoding="utf-8"))["modes"][0]["runs"]
+    assert [row["train_loss"] for row in written["epochs"]] == [5.0, 3.875, None]
+    assert [row["valid_loss"] for row in written["epochs"]] == [5.0, 4.5, 4.25]
 
 
 def test_summary_of_nan_and_inf_is_strict_json(tmp_path: Path) -> None:
