@@ -1,4 +1,4 @@
-"""The decoder and its loss as one operation, whose fp32 numbers never leave the cache.
+"""The decoder and its loss as one operation, which takes the softmax of a few rows at a time, while the cache has them.
 
 At 700 x 33,280 logits every pass over them goes through memory, and an fp32 tensor of that shape is 93 MB. Here the
 logits are kept once, in the dtype of the product (as log probabilities where that is fp32). What is done to them in
@@ -98,7 +98,7 @@ def _keep_memory(logits: Tensor) -> None:
 
 
 class _DecoderLoss(torch.autograd.Function):
-    """Autocast has no hold on what writes to `out=`, so all of it runs in the dtypes that stand here."""
+    """Forward has `out=`, on which autocast has no hold; backward belongs outside of autocast, as torch says."""
 
     @staticmethod
     def forward(

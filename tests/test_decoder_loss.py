@@ -30,10 +30,15 @@ def loss_and_grads(function: Any, dtype: torch.dtype, autocast: torch.dtype | No
     return [loss, *(x.grad for x in inputs)]
 
 
-@pytest.fixture(params=[1, 5, ROWS, 10_000], ids="{}-rows".format)
+@pytest.fixture(params=[1, 7, ROWS, 10_000], ids="{}-rows".format)
 def slices(request, monkeypatch) -> None:
-    monkeypatch.setattr(module, "SLICE_BYTES", request.param * VOCABULARY * 4)
-    monkeypatch.setattr(module, "CACHED_BYTES", min(request.param, 7) * VOCABULARY * 4)
+    monkeypatch.setattr(module, "CACHED_BYTES", request.param * VOCABULARY * 4)
+
+
+@pytest.fixture(params=["fp32", "fp16-without-instructions"])
+def dtype(request, monkeypatch) -> torch.dtype:
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: False)
+    return torch.float32 if request.param == "fp32" else torch.float16
 
 
 DTYPES = [
@@ -66,8 +71,8 @@ def test_the_loss_scale_keeps_its_meaning(monkeypatch, instructions, scale, what
     assert [what(x) for x in ours[1:]] == [what(x) for x in plain[1:]]
 
 
-def test_two_losses_before_their_backward_do_not_disturb_each_other() -> None:
-    inputs, targets = operands(torch.float32)
+def test_two_losses_before_their_backward_do_not_disturb_each_other(dtype) -> None:
+    inputs, targets = operands(dtype)
     first, second = decoder_loss(*inputs, targets), decoder_loss(*inputs, targets.flip(0))
     (first + second).backward()
     sums = [x.grad.clone() for x in inputs]
@@ -78,19 +83,21 @@ def test_two_losses_before_their_backward_do_not_disturb_each_other() -> None:
         torch.testing.assert_close(total, x.grad)
 
 
-def test_in_evaluation() -> None:
-    inputs, targets = operands(torch.float32)
+def test_in_evaluation(dtype) -> None:
+    inputs, targets = operands(dtype)
     with torch.no_grad():
         loss = decoder_loss(*inputs, targets)
     assert not loss.requires_grad
     assert torch.equal(loss, plain_decoder_loss(*inputs, targets))
 
 
-def test_a_loss_that_is_kept_keeps_no_logits() -> None:
-    inputs, targets = operands(torch.float32)
+def test_a_loss_that_is_kept_keeps_no_logits_and_no_copy_of_a_weight(dtype) -> None:
+    inputs, targets = operands(dtype)
+    before = jobs.count_tensors()
     loss = decoder_loss(*inputs, targets)
     loss.backward()
     assert (ROWS, VOCABULARY) not in [x.shape for x in jobs.live_tensors()]
+    assert jobs.count_tensors() == before + 1  # the loss
     assert loss.grad_fn is not None
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
@@ -101,8 +108,11 @@ def memory() -> list[int]:
     return [storage.data_ptr() for storage in module._unused]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_logits_is_used_again_for_others_that_fit(dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "instructions"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_memory_of_logits_is_used_again_for_others_that_fit(monkeypatch, dtype, instructions) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: instructions)
     first = loss_and_grads(decoder_loss, torch.float32, None)
     kept = memory()
     assert len(kept) == 1
@@ -129,13 +139,13 @@ def test_logits_that_do_not_fit_get_memory_of_their_own(monkeypatch) -> None:
     assert small.untyped_storage().nbytes() == 4 * (ROWS * VOCABULARY - 1)
 
 
-def test_logits_that_were_asked_for_are_not_written_over() -> None:
-    inputs, targets = operands(torch.float32)
+def test_logits_that_were_asked_for_are_not_written_over(dtype) -> None:
+    inputs, targets = operands(dtype)
     loss = decoder_loss(*inputs, targets)
     gradient = logits_of(loss)
     loss.backward()
     before = gradient.clone()
-    loss_and_grads(decoder_loss, torch.float32, None, 1024.0)
+    loss_and_grads(decoder_loss, dtype, None, 1024.0)
     assert torch.equal(gradient, before)
 
 

@@ -130,8 +130,8 @@ def write_summary(path: Path, comparison: Comparison) -> None:
 
     Its keys are the attributes of `lm.report.types`, but a run has only its path, seed, status, machine, versions and
     command, the rows of its epochs, test loss, number of steps, and problems, and a probe the name of the file with its
-    result. To an epoch's row comes "train_loss", the mean of the finite losses of its steps, skipped ones included;
-    null where there is none. So it can stand for the runs where they are not kept.
+    result. To an epoch's row comes "train_loss", the mean of the finite losses of its steps, each counted alike,
+    skipped ones included; null where there is none. So it can stand for the runs where they are not kept.
 
     Raises:
         OSError: `path` cannot be written.

@@ -135,8 +135,10 @@ def test_the_default_leaves_out_what_is_the_same():
     assert len(PROBED) == 5
 
 
+@pytest.mark.parametrize("instructions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_gradient_of_the_logits_is_that_of_the_formula(dtype):
+def test_the_gradient_of_the_logits_is_that_of_the_formula(monkeypatch, dtype, instructions):
+    monkeypatch.setattr("lm.kernels.cpu_multiplies", lambda _: instructions)
     model, (tokens, targets) = make_model(), batch()
     model.eval()
     if dtype is torch.float16:
@@ -152,7 +154,8 @@ def test_the_gradient_of_the_logits_is_that_of_the_formula(dtype):
     precision.backward(loss)
     probabilities = torch.softmax(logits.flatten(0, 1).float(), 1)
     expected = (probabilities - F.one_hot(targets, WORDS)) * (128.0 / len(targets))
-    assert torch.equal(buffer.float(), buffer.to(dtype).float())  # rounded to it, wherever it is kept
+    assert buffer.dtype == (dtype if instructions else torch.float32)
+    assert torch.equal(buffer.float(), buffer.to(dtype).float())
     eps = torch.finfo(dtype).eps
     assert torch.allclose(buffer.float(), expected, rtol=2 * eps, atol=1e-6)
 
