@@ -5,14 +5,15 @@ logits are kept once, in the dtype of the product (as log probabilities where th
 fp32 is done to a few rows at a time, and their gradient overwrites them. Forward and backward of this part against
 `plain_decoder_loss`, on two cores of an AMD Zen 4 with other programs running: 1.1 to 1.3 times as fast in fp32, 1.9 in
 bfloat16; 1.3 to 1.5 and 2.1 where memory was kept too. That was with slices of 126 rows in a buffer of their own; with
-7, fp32 ones in their place, it is 1.12 to 1.16 times as fast again in fp32, and the same in half, on one core.
+7, fp32 ones in their place, it is 1.12 to 1.16 times as fast again in fp32, and the same in bfloat16, on one core.
 
 The operations on a row are those of `plain_decoder_loss` in the same order, so the results are equal in every bit. On a
 CPU without instructions for the half dtype the logits and their gradient are fp32 too, and rounded to half in a slice:
 so every product is one of fp32 matrices, as `linear` has it.
 
 On a CPU the memory of the logits stays for the next ones. Freed, it would be the hole that the C library cuts small
-tensors from, and the next logits would need new memory: 1,006 MiB after 300 steps in fp32, where it is 663 with this.
+tensors from, and the next logits would need new memory: 1,006 MiB after 300 steps in fp32, one thread, where it is 663
+with this.
 """
 
 from collections.abc import Iterator
