@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.autograd.function import once_differentiable
 
-from lm.kernels import compute_dtype, half_through_fp32, linear
+from lm.kernels import compute_dtype, half_through_fp32, linear, rounded
 
 SLICE_BYTES = 1 << 24
 """Of a slice of fp32 logits, anywhere but on a CPU: 126 rows of 33,280."""
@@ -59,10 +59,8 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
         fp32, shape ().
     """
     dtype = compute_dtype(weight)
-    operands = [x.to(dtype) for x in (input, weight, bias)]
     half = dtype if half_through_fp32(weight) else None
-    if half:
-        operands = [x.float() for x in operands]  # and their gradients are rounded to half on the way back
+    operands = [rounded(x, half) if half else x.to(dtype) for x in (input, weight, bias)]
     logits = _new_logits(len(input), len(weight), operands[0].dtype, input.device)
     loss: Tensor = _DecoderLoss.apply(*operands, targets, logits, half)  # type: ignore[no-untyped-call]
     if not loss.requires_grad:  # so no backward pass will need them

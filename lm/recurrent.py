@@ -15,12 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lm.kernels import compute_dtype, half_through_fp32
-
-
-def _rounded(x: Tensor, half: torch.dtype) -> Tensor:
-    """`x` (fp32) rounded to `half`, and its gradient on the way back."""
-    return x.to(half).float()
+from lm.kernels import compute_dtype, half_through_fp32, rounded
 
 
 class _BiasOverTime(torch.autograd.Function):
@@ -45,25 +40,25 @@ class _BiasOverTime(torch.autograd.Function):
 
 def _lstm_cell(x: Tensor, state: list[Tensor], weight: Tensor, bias: Tensor, half: torch.dtype) -> list[Tensor]:
     h, c = state
-    i, f, g, o = _rounded(x + torch.addmm(bias, h, weight), half).chunk(4, 1)
-    c = _rounded(torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh()), half)
-    return [_rounded(o.sigmoid() * c.tanh(), half), c]
+    i, f, g, o = rounded(x + torch.addmm(bias, h, weight), half).chunk(4, 1)
+    c = rounded(torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh()), half)
+    return [rounded(o.sigmoid() * c.tanh(), half), c]
 
 
 def _gru_cell(x: Tensor, state: list[Tensor], weight: Tensor, bias: Tensor, half: torch.dtype) -> list[Tensor]:
     (h,) = state
-    r_x, z_x, n_x = _rounded(x, half).chunk(3, 1)
-    r_h, z_h, n_h = _rounded(torch.addmm(bias, h, weight), half).chunk(3, 1)
+    r_x, z_x, n_x = rounded(x, half).chunk(3, 1)
+    r_h, z_h, n_h = rounded(torch.addmm(bias, h, weight), half).chunk(3, 1)
     n = torch.addcmul(n_x, (r_x + r_h).sigmoid(), n_h).tanh()
-    return [_rounded(torch.lerp(n, h, (z_x + z_h).sigmoid()), half)]
+    return [rounded(torch.lerp(n, h, (z_x + z_h).sigmoid()), half)]
 
 
 def _tanh_cell(x: Tensor, state: list[Tensor], weight: Tensor, bias: Tensor, half: torch.dtype) -> list[Tensor]:
-    return [_rounded(_rounded(x + torch.addmm(bias, state[0], weight), half).tanh(), half)]
+    return [rounded(rounded(x + torch.addmm(bias, state[0], weight), half).tanh(), half)]
 
 
 def _relu_cell(x: Tensor, state: list[Tensor], weight: Tensor, bias: Tensor, half: torch.dtype) -> list[Tensor]:
-    return [_rounded(x + torch.addmm(bias, state[0], weight), half).relu()]
+    return [rounded(x + torch.addmm(bias, state[0], weight), half).relu()]
 
 
 CELLS = {"LSTM": _lstm_cell, "GRU": _gru_cell, "RNN_TANH": _tanh_cell, "RNN_RELU": _relu_cell}
@@ -83,7 +78,7 @@ def through_fp32(rnn: nn.RNNBase, input: Tensor, state: list[Tensor]) -> tuple[T
     cell, half = CELLS[rnn.mode], input.dtype
     last: list[list[Tensor]] = []
     for layer, weights in enumerate(rnn.all_weights):
-        w_x, w_h, b_x, b_h = (_rounded(w, half) for w in weights)
+        w_x, w_h, b_x, b_h = (rounded(w, half) for w in weights)
         of_layer = [s[layer].float() for s in state]
         products = F.linear(input.float(), w_x, b_x)
         states: list[Tensor] = []
