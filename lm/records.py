@@ -234,6 +234,19 @@ def _new_directory(name: str) -> Path:
     raise UsageError(f"{base} and 999 like it exist already; give --run-dir")
 
 
+def machine(config: dict[str, Any]) -> dict[str, str]:
+    """What decides the bits of a run besides its command: device, torch, and into how many parts sums are cut.
+
+    `config` is what `config.json` holds.
+    """
+    environment = config["environment"]
+    return {
+        "device": str(config["device_name"]),
+        "torch": str(environment.get("torch")),
+        "threads": str(environment.get("threads")),
+    }
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan"."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)

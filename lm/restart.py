@@ -7,7 +7,7 @@ from lm import distributed
 from lm.console import say
 from lm.errors import UsageError, printable
 from lm.records import START, RunDirectory
-from lm.resume import check_like, processes_of, read_checkpoint, status_of
+from lm.resume import check_like, moved, processes_of, read_checkpoint, status_of
 from lm.state import restore_state
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def go_on(training: "Training", config: dict[str, Any], writes: bool) -> None:
     """Let `training` go on from the checkpoint of --resume, or from the beginning where there is none yet.
 
-    `config` is what `config.json` says from now on, if the flags are others than the run had; `writes` whether this
-    process keeps the records.
+    `config` is what `config.json` says from now on, if flags or machine are others than the run had; `writes` whether
+    this process keeps the records.
 
     Raises:
         UsageError: the run cannot be resumed; it is as it was then.
@@ -34,7 +34,8 @@ def go_on(training: "Training", config: dict[str, Any], writes: bool) -> None:
             _restore(training, content)
         elif writes:
             training.records.go_back(START)
-        if training.args.changed or processes_of(directory) != distributed.world_size():
+        elsewhere = moved(directory, config)
+        if elsewhere or training.args.changed or processes_of(directory) != distributed.world_size():
             training.records.write_config(config)
     except BaseException as error:
         training.records.close()
@@ -47,6 +48,8 @@ def go_on(training: "Training", config: dict[str, Any], writes: bool) -> None:
             ) from None
         raise
     say(f"| going on with {directory} at epoch {training.at.epoch}, step {training.records.steps + 1}")
+    if elsewhere:
+        say(f"| {elsewhere}: its bits may be others from here on than those of a run that stayed where it was")
 
 
 def _restore(training: "Training", content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lm.console import say
 from lm.errors import BadFileError, UsageError, printable
 from lm.files import write_atomically
 from lm.jsonfile import read_object
+from lm.records import machine
 from lm.tensorfile import load_tensors
 
 FORMAT = "lm-precision checkpoint 1"
@@ -158,6 +159,16 @@ def status_of(directory: Path) -> str | None:
 def processes_of(directory: Path) -> Any:
     """How many processes the run had when its config.json was written."""
     return _entry(directory / "config.json", "processes")
+
+
+def moved(directory: Path, config: dict[str, Any]) -> str:
+    """What of the machine is not what the run's config.json says, and `config` does; "" where it is the same."""
+    try:
+        before = machine(read_object(directory / "config.json"))
+    except (OSError, UsageError, LookupError, AttributeError, RecursionError):
+        return ""
+    now = machine(config)
+    return ", ".join(f"{name} {now[name]}, not {printable(before[name])}" for name in now if now[name] != before[name])
 
 
 def _entry(path: Path, name: str) -> Any:

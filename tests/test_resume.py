@@ -1,10 +1,12 @@
 """A run that was killed anywhere and resumed is, to the byte, the run that was left alone."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import jobs
 import lm.train
@@ -136,6 +138,22 @@ def test_a_finished_run_is_tested_again_and_stays_as_it_is(programs):
     before = outcome(programs.folder)
     assert "| End of training | test loss" in resume(programs, "main").out
     assert outcome(programs.folder) == before
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(programs, monkeypatch):
+    """And its config.json names the new machine; of a run that stays where it was nothing is said."""
+    kill_at(monkeypatch, programs, "train_step", BATCHES + 7, "main", *FLAGS)
+    path = Path("run/config.json")
+    here = strict_json(path.read_text())
+    assert "its bits may" not in resume(programs, "main").out
+    threads = here["environment"]["threads"]
+    elsewhere = here | {"environment": here["environment"] | {"threads": threads + 1, "torch": "1.0\n"}}
+    path.write_text(json.dumps(elsewhere))
+    out = resume(programs, "main").out
+    line = f"| torch {torch.__version__}, not 1.0\\n, threads {threads}, not {threads + 1}: its bits may be others"
+    assert out.splitlines()[1].startswith(line)
+    assert strict_json(path.read_text())["environment"] | {"command": []} == here["environment"] | {"command": []}
+    assert "its bits may" not in resume(programs, "main").out
 
 
 def test_flags_given_again(programs, monkeypatch):

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from lm.errors import UsageError, printable
-from lm.records import perplexity
+from lm.records import machine, perplexity
 from lm.report.statistics import judge
 from lm.report.types import BitEquality, Comparison, Failure, ModeSummary, Run, Verdict
 
@@ -224,11 +224,7 @@ def _must_agree(runs: list[Run], *, same_scale: bool) -> bool:
 
 
 def _machines(runs: Sequence[Run]) -> set[tuple[str, ...]]:
-    """What decides the bits of a result besides the program: device, torch, and into how many parts sums are cut."""
-    return {
-        (run.config["device_name"], *(str(run.config["environment"].get(name)) for name in ("torch", "threads")))
-        for run in runs
-    }
+    return {tuple(machine(run.config).values()) for run in runs}
 
 
 def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> BitEquality:
