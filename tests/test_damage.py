@@ -72,6 +72,7 @@ def damages() -> dict[str, Callable[[Path], object]]:
     )
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(tiny, killed, expected, record_testsuite_property):
     """The one before it is used. A flip in what nobody reads, such as padding, is none."""
     fell_back = 0
@@ -91,6 +92,7 @@ def test_a_damaged_checkpoint(tiny, killed, expected, record_testsuite_property)
     record_testsuite_property("damaged checkpoints survived", fell_back)
 
 
+@pytest.mark.slow
 def test_every_damage_is_found_or_none(killed, capsys):
     """200 flipped bits and 50 lengths: what is read is one of the two checkpoints, to the bit."""
     path = again(killed)

@@ -183,6 +183,7 @@ def test_resumed_with_another_number_of_processes(ranks, before, after, kind):
     assert difference(run.epochs, read_run(ranks.folder / "whole").epochs, "valid_loss") < TOLERANCE
 
 
+@pytest.mark.slow
 def test_resumed_with_another_number_of_processes_and_dropout(ranks):
     """It goes on, with other masks, from the same weights."""
     flags = ["--dropout", "0.3", "--tied"]

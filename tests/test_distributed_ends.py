@@ -128,6 +128,7 @@ def test_a_full_disk_when_the_run_has_diverged(ranks):
     assert "Traceback" not in "".join(ended.err)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(ranks):
     """Stopped dead; what ends it is the parent's SIGKILL, as torchrun's would."""
     hang = {"rank": 0, **STOP, "number": signal.SIGSTOP}

@@ -53,6 +53,7 @@ def fail_every(
         clear(programs.folder)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_write(tiny, monkeypatch, expected, record_testsuite_property):
     hits = fail_every(tiny, monkeypatch, expected, FullDisk)
     assert hits.keys() == {*RUN_FILES, "model.pt"}

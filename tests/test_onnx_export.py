@@ -274,6 +274,7 @@ def test_without_the_package_a_line_says_how_to_install_it(programs, monkeypatch
 
 
 @needed
+@pytest.mark.slow
 def test_of_several_processes_the_first_one_writes(ranks) -> None:
     ranks.train(2, "main", "--dry-run", *EXPORT, name="b")
     assert [(ranks.folder / f"out-{n}").read_text().count("model.onnx") for n in range(2)] == [1, 0]

@@ -120,6 +120,7 @@ def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
 
 
 @needs_bounds
+@pytest.mark.slow
 def test_a_large_file_takes_three_times_its_size(tmp_path: Path) -> None:
     torch.save(torch.zeros(2), tmp_path / "small.pt")
     torch.save([torch.zeros(2**20) for _ in range(16)], tmp_path / "large.pt")

@@ -112,6 +112,7 @@ PIECES = [
 ]
 
 
+@pytest.mark.slow
 def test_pickles_at_random(tmp_path: Path) -> None:
     """Made of the instructions that torch.save uses, in any order."""
     accepted = []
