@@ -73,14 +73,14 @@ class MasterWeights:
 
     Args:
         params: the model's parameters.
-        optimizer: over the masters of `params`, in the same order, or over `params` themselves.
+        optimizer: over the masters of `params`, in the same order, or over `params` themselves, in any.
         loss_scale: S, above 0. A power of two makes steps 2 and 3 exact.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], optimizer: Optimizer, loss_scale: float = 1.0) -> None:
         self._params = list(params)
         self._masters: list[nn.Parameter] = _parameters(optimizer)
-        self._has_copies = any(m is not p for p, m in zip(self._params, self._masters, strict=True))
+        self._has_copies = set(self._params) != set(self._masters)
         self._optimizer = optimizer
         self._set_loss_scale(loss_scale)
 
@@ -180,8 +180,10 @@ class WrappedOptimizer:
         # Finite gradients whose norm is inf are clipped to 0 by a finite max_norm; inf / inf would make them nan.
         max_norm = min(max_norm, torch.finfo(torch.float32).max)
         norm = torch.as_tensor(self._optimizer.clip_master_grads(max_norm), dtype=torch.float32, device=self._device)
-        self._optimizer.step()
         applied = norm.isfinite() & (norm >= 0)  # clip_master_grads says -1 on overflow
+        if isinstance(self._optimizer, FP16_Optimizer):  # or AdamW would move the weights for gradients clipped to 0
+            self._optimizer._found_inf = (~applied).float()
+        self._optimizer.step()
         return StepResult(applied, torch.where(applied, norm, torch.inf), self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:

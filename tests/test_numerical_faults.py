@@ -222,9 +222,10 @@ def test_a_scale_at_its_bound_survives_a_checkpoint(make, mode) -> None:
 
 
 @pytest.mark.parametrize("clip", [CLIP, math.inf])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("mode", [mode for mode in jobs.MODES if "fp32" in mode or "bf16" in mode])
-def test_finite_gradients_whose_norm_is_not_are_not_applied(make, mode, clip) -> None:
-    job = make(mode)
+def test_finite_gradients_whose_norm_is_not_are_not_applied(make, mode, optimizer, clip) -> None:
+    job = make(mode, "--optimizer", optimizer)
     assert step_with(job, 1.0).applied
     before = jobs.bits(list(job.model.parameters()))
     result = step_with(job, 3e38, clip)

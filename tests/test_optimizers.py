@@ -1,5 +1,6 @@
 """--optimizer: AdamW in every mode, against torch's own, over skipped steps and over a resume."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jobs
 from lm.config import parse_args
 from lm.data import Corpus, batchify, get_batch
 from lm.errors import UsageError
+from lm.precision import MasterWeights
 from programs import BATCHES, HALF, SCRIPTS, TINY
 from runs import kill_at, outcome, resume
 from test_oracle import BATCH, BPTT, CLIP, PlainLSTM, history
@@ -147,3 +149,23 @@ def test_a_hostile_state_never_reaches_the_kernel(programs, script, name, value,
     state["param_groups"][0]["amsgrad"] = True
     torch.save(content, path)
     assert "amsgrad is True" in programs.refuse(script, "--resume", "run")
+
+
+def test_fp32_parameters_in_groups_of_another_order() -> None:
+    """They are their own masters, in whatever order the optimizer has them."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    plain, x = copy.deepcopy(net), torch.randn(5, 3)
+
+    def sgd(of: torch.nn.Sequential) -> torch.optim.SGD:
+        return torch.optim.SGD([{"params": of[1].parameters()}, {"params": of[0].parameters(), "lr": 0.01}], lr=0.1)
+
+    precision, optimizer = MasterWeights(net.parameters(), sgd(net)), sgd(plain)
+    for _ in range(3):
+        net.zero_grad()
+        precision.backward(net(x).square().mean())
+        assert precision.step(math.inf).applied
+        plain.zero_grad()
+        plain(x).square().mean().backward()
+        optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True)] == [True, True]
