@@ -50,7 +50,7 @@ def without(argv: list[str], flag: str) -> list[str]:
     rest = []
     for word in words:
         if word == flag:
-            next(words)
+            next(words, None)
         elif not word.startswith(f"{flag}="):
             rest.append(word)
     return rest

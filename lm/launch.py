@@ -34,7 +34,10 @@ from lm.records import to_json
 from lm.report.types import Failure
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-OWN_FLAGS = ("--run-dir", "--save", "--fp16", "--dtype", "--dynamic-loss-scale", "--no-fp16", "--no-dynamic-loss-scale")
+OWN_FLAGS = (
+    *("--run-dir", "--resume", "--save"),
+    *("--fp16", "--dtype", "--dynamic-loss-scale", "--no-fp16", "--no-dynamic-loss-scale"),
+)
 """What distinguishes the runs of a comparison, and so cannot be given to all of them."""
 POLL = 0.1  # seconds between two looks at the processes
 GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes and Slurm give as many
@@ -72,21 +75,18 @@ class Job:
         """`result.json`; None unless the directory holds this very run, and its end."""
         try:
             result = read_object(self.run_dir / "result.json")
-            # Wherever the comparison lay then: the last four words are the places of the results.
-            return result if self._recorded()[:-4] == self.command[2:-4] and isinstance(result["status"], str) else None
-        except (UsageError, OSError, ValueError, LookupError, TypeError):
+            return result if self.started() and isinstance(result["status"], str) else None
+        except (UsageError, OSError, ValueError, LookupError):
             return None
 
     def started(self) -> bool:
-        """Whether the directory holds the beginning of this very run, to go on with."""
+        """Whether the directory holds the beginning of this very run, wherever the comparison lay then."""
         try:
-            return self._recorded() == self.command[2:]
-        except (UsageError, OSError, ValueError, LookupError, TypeError):
+            script, *words = read_object(self.run_dir / "config.json")["environment"]["command"]
+            same = Path(script).name == Path(self.command[1]).name
+            return same and _without_places(words) == _without_places(self.command[2:])
+        except (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
-
-    def _recorded(self) -> list[str]:
-        command: list[str] = read_object(self.run_dir / "config.json")["environment"]["command"]
-        return [] if Path(command[0]).name != Path(self.command[1]).name else command[1:]
 
     def failure(self, exit_code: int) -> Failure:
         """This job as one that went wrong, with the last line that it said."""
@@ -95,6 +95,10 @@ class Job:
         if exit_code < 0:
             message = f"{signal.strsignal(-exit_code)} (signal {-exit_code}); its last line: {message}"
         return Failure(self.label, self.seed, self.command, exit_code, message)
+
+
+def _without_places(words: list[str]) -> list[str]:
+    return without(without(words, "--run-dir"), "--save")
 
 
 def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[str], str]:
@@ -120,6 +124,8 @@ def _refuse_own(flags: Sequence[str]) -> None:
     for word in flags:
         if word.partition("=")[0] in OWN_FLAGS:
             raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
+        if word.partition("=")[0] == "--onnx-export":
+            raise UsageError(f"{word} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR")
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
@@ -220,7 +226,7 @@ class _Process:
         self.start = time.monotonic()
         command = job.command
         if job.started():
-            command = [*command[:2], "--resume", str(job.run_dir)]
+            command = [*command[:2], "--resume", str(job.run_dir), *command[-2:]]  # --save is where the folder is now
         elif job.run_dir.exists():
             shutil.rmtree(job.run_dir)
         with job.log.open("ab") as log:

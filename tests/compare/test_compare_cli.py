@@ -205,6 +205,8 @@ MISTAKES = {
     "trainer's dtype": ([*TRAIN, "--dtype=float32"], "--dtype=float32 after --"),
     "trainer's records": ([*TRAIN, "--run-dir", "x"], "--run-dir after --"),
     "trainer's model": ([*TRAIN, "--save", "x"], "--save after --"),
+    "trainer's resume": ([*TRAIN, "--resume", "x"], "--resume after --"),
+    "one file of all": ([*TRAIN, "--onnx-export", "x.onnx"], "--onnx-export after -- names one file for all runs"),
     "trainer's unknown flag": ([*TRAIN, "--hidden", "8"], "unrecognized arguments: --hidden 8"),
     "trainer's value": ([*TRAIN, "--nhid", "none"], "--nhid"),
     "no value": ([*TRAIN, "--seed"], "--seed: expected one argument"),

@@ -196,16 +196,31 @@ def test_which_runs_are_kept(tmp_path) -> None:
     elsewhere = Job("manual", 5, ["--nhid", "8"], Path("/elsewhere/manual-5")).command
     record(here, "diverged", ["/home/main.py", *elsewhere[2:]])
     assert here.result() == {"status": "diverged"}
+    record(here, "finished", ["main.py", *elsewhere[2:], "--save", "there/model.pt"])  # resumed in a third place
+    assert here.result() == {"status": "finished"}
     for other in (
         Job("fp32", 5, ["--nhid", "8"], here.run_dir),
         Job("manual", 6, ["--nhid", "8"], here.run_dir),
         Job("manual", 5, ["--nhid", "9"], here.run_dir),
     ):
         assert other.result() is None
+        assert not other.started()
+    for no_command in ([], "main.py", ["main.py", 3], ["main.py", "--save"], None):
+        record(here, "finished", no_command)
+        assert here.result() is None
     (here.run_dir / "result.json").write_text('{"status": ')
     assert here.result() is None
     shutil.rmtree(here.run_dir)
     assert here.result() is None
+
+
+def test_a_run_under_way_goes_on_wherever_the_folder_is_now(trainer, tmp_path) -> None:
+    (here,) = trainer(a="print(sys.argv[1:])")
+    with comparison_folder(tmp_path / "out", PLAN) as lock:
+        record(here, "interrupted", ["a.py", *Job("a", 1, [], Path("elsewhere/a-1")).command[2:]])
+        run_jobs([here], [{}], lock)
+    assert here.log.read_text() == f"{['--resume', str(here.run_dir), '--save', str(here.run_dir / 'model.pt')]}\n"
+    assert (here.run_dir / "config.json").exists()
 
 
 @pytest.mark.parametrize("flags", ["--epochs 2", "--epochs 3 --bptt 8", "--epochs 2 --max-steps 9", "--dry-run"])
