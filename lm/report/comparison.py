@@ -16,6 +16,8 @@ SAME_IN_FP16 = ("manual", "fp16-optimizer")
 
 SIZES = ("model", "emsize", "nhid", "nlayers", "tied", "dropout")
 TRAINING = ("batch_size", "bptt", "lr", "clip", "epochs", "max_steps", "dry_run")
+LATER = {"nhead": 2, "optimizer": "sgd"}
+"""What older runs do not say, and what they had."""
 
 
 def compare(
@@ -120,7 +122,8 @@ def _job(config: dict[str, Any]) -> dict[str, Any]:
     corpus = config["corpus"]
     job = {f"corpus sha256 of {split}": corpus["sha256"][split] for split in ("train", "valid", "test")}
     job |= {f"corpus {name}": corpus[name] for name in ("words", "vocab_size")}
-    return job | {name: config[name] for name in SIZES + TRAINING}
+    job |= {name: config[name] for name in SIZES + TRAINING}
+    return job | {name: config.get(name, default) for name, default in LATER.items()}
 
 
 def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:

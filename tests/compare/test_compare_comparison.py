@@ -83,21 +83,12 @@ def test_duplicates_are_refused_even_anyway(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "ours"),
     [
-        ("model", "GRU", "LSTM"),
-        ("emsize", 16, 8),
-        ("nhid", 16, 8),
-        ("nlayers", 1, 2),
-        ("dropout", 0.5, 0.2),
-        ("tied", True, False),
-        ("batch_size", 40, 20),
-        ("bptt", 70, 35),
-        ("lr", 5.0, 20.0),
-        ("clip", math.inf, 0.25),
-        ("epochs", 3, 2),
-        ("max_steps", 100, None),
-        ("dry_run", True, False),
+        ("model", "GRU", "LSTM"), ("emsize", 16, 8), ("nhid", 16, 8), ("nlayers", 1, 2), ("nhead", 4, 2),
+        ("dropout", 0.5, 0.2), ("tied", True, False), ("batch_size", 40, 20), ("bptt", 70, 35),
+        ("optimizer", "adamw", "sgd"), ("lr", 5.0, 20.0), ("clip", math.inf, 0.25), ("epochs", 3, 2),
+        ("max_steps", 100, None), ("dry_run", True, False),
     ],
-)
+)  # fmt: skip
 def test_another_job_is_refused(tmp_path: Path, field: str, value: Any, ours: Any) -> None:
     runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", **{field: value}), run(tmp_path, "amp-fp16")]
     difference = f"{field} is {ours} in {runs[0].path}, {runs[2].path}, {value} in {runs[1].path}"
