@@ -16,9 +16,10 @@ from lm.jsonfile import read_object
 from lm.launch import Job, comparison_folder, run_jobs
 from lm.options import make_parser
 from lm.probe.result import read_probe
-from lm.probe.sources import OF_JOB
+from lm.probe.sources import OF_JOB, loss_scales
 from lm.probe.statistics import LEAST_BATCHES
 from lm.report.types import Comparison, Probe, Run
+from lm.resume import command_of
 
 BATCHES = 32
 
@@ -86,13 +87,15 @@ def _jobs(out: Path, run: Run, modes: list[str]) -> list[ProbeJob]:
     config, folder = run.config, out / "probes"
     options = make_parser("main", None).options()
     rows = config["corpus"]["train_tokens"] // config["batch_size"]
+    job = {name: config[name] for name in OF_JOB if name in config}
+    job |= loss_scales(config["script"], command_of(run.path, config["script"]))
     batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // config["bptt"])))]
     fresh = [
         *batches,
         "--data",
         config["data"],
         "--",
-        *as_flags(options, {name: config[name] for name in OF_JOB if name in config}),
+        *as_flags(options, job),
     ]
     return [
         ProbeJob(f"probe {when}", run.seed, flags, folder / f"{run.label}-{run.seed}-{when}", modes)

@@ -33,14 +33,14 @@ def advise(result: dict[str, Any]) -> list[str]:
 
 
 def _shares(result: dict[str, Any], share: str, k: int) -> dict[str, float]:
-    """Tensor -> predicted share at the loss scale 2**k; beyond the largest k, that there."""
-    ks = result["scales"]["k"]
-    index = min(k - ks[0], len(ks) - 1)
+    """Tensor -> predicted share at the loss scale 2**k."""
+    index = k - result["scales"]["k"][0]
     return {name: shares[share][index] for name, shares in result["scales"]["predicted"].items()}
 
 
 def _is_safe(result: dict[str, Any], k: int) -> bool:
-    return not any(_shares(result, "overflowed", k + MARGIN).values())
+    known = k + MARGIN <= result["scales"]["k"][-1]
+    return known and not any(_shares(result, "overflowed", k + MARGIN).values())
 
 
 def _blockers(result: dict[str, Any], k: int) -> dict[str, float]:

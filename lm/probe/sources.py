@@ -22,6 +22,7 @@ from lm.state import restore_state
 from lm.tensorfile import load_tensors
 
 OF_MODEL = ("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied")
+OF_SCALE = ("static_loss_scale", "init_scale")
 OF_JOB = ("batch_size", "bptt", *OF_MODEL, "optimizer", "lr", "clip", "seed")
 REFUSED = {
     **dict.fromkeys(("fp16", "dtype", "dynamic_loss_scale"), "--modes says that"),
@@ -70,6 +71,8 @@ def from_checkpoint(path: Path, data: str, flags: list[str]) -> Source:
     args = _read(flags, OF_MODEL)
     set_up(args)
     model, vocabulary = load_model(path)
+    flags = [*flags, "--model", model.options["kind"]]
+    args = parse_args("main", None, flags)  # whose learning rate is that of the model
     corpus = Corpus(data)
     if corpus.dictionary.idx2word != vocabulary:
         raise UsageError(
@@ -110,8 +113,15 @@ def from_run(run: Path, data: str | None, flags: list[str]) -> Source:
         raise UsageError(f"--run {run}: {printable(error)}") from None
     args.lr = at.lr
     options = make_parser("main", None).options()
-    common = as_flags(options, {name: getattr(args, name) for name in OF_JOB})
+    common = as_flags(options, {name: getattr(args, name) for name in OF_JOB} | loss_scales(script, theirs))
     return Source(args, common, data, corpus, model, _weights("run", run, at.epoch, steps))
+
+
+def loss_scales(script: str, flags: list[str]) -> dict[str, float]:
+    """Those that `flags` of a trainer ask for, by the names of the options."""
+    parser = make_parser(script, None)
+    args, default = parser.parse_args(flags), parser.get_default
+    return {name: getattr(args, name) for name in OF_SCALE if getattr(args, name, default(name)) != default(name)}
 
 
 def _weights(kind: str, path: Path | None = None, epoch: int | None = None, steps: int | None = None) -> dict[str, Any]:
@@ -163,7 +173,8 @@ def _command(run: Path) -> tuple[str, list[str]]:
         raise UsageError(f"--run {printable(run)}: {str(error).removeprefix(f'--resume {printable(run)}: ')}") from None
     parser = make_parser(script, None)
     args = parser.parse_args(flags)
-    names = [name for name in parser.options() if name in (*OF_JOB, "data", "fp16", "dtype", "dynamic_loss_scale")]
+    ours = (*OF_JOB, *OF_SCALE, "data", "fp16", "dtype", "dynamic_loss_scale")
+    names = [name for name in parser.options() if name in ours]
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return script, as_flags(parser.options(), values)
 

@@ -85,6 +85,15 @@ def test_fresh_weights_of_the_same_flags_and_those_at_the_end_are_probed(probes:
     ]
 
 
+def test_a_loss_scale_that_was_asked_for_is_that_of_the_probe(probes: Probes) -> None:
+    path = probes.runs[0].path / "config.json"
+    config = json.loads(path.read_text())
+    config["environment"]["command"] += ["--static-loss-scale", "2", "--init-scale", "65536"]
+    path.write_text(json.dumps(config))
+    fresh, _ = commands(probes.compare())
+    assert fresh[-2:] == ["--seed=1111", "--static-loss-scale=2.0"]
+
+
 def test_what_was_probed_is_kept_unless_something_else_is_asked_for(
     probes: Probes, capsys: pytest.CaptureFixture[str]
 ) -> None:

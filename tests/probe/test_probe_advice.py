@@ -72,7 +72,7 @@ def test_everything_overflows():
 
 def test_nothing_overflows():
     result = made_up({"a": -8}, {"a": 99})
-    assert advice.window(result) == {"low": -8, "high": 24}
+    assert advice.window(result) == {"low": -8, "high": 20}  # beyond 2**24 nobody has looked
     assert sentences(result, "rise to 2**24 and beyond, where a has most flushed: 1e-06")
 
 

@@ -190,25 +190,28 @@ def test_a_model_that_is_probed_is_left_alone(corpus):
 @pytest.mark.parametrize("script", mostly_slow(["main", "main_fp16_optimizer", "main_amp"], "main_fp16_optimizer"))
 def test_a_run_gives_its_fp32_weights_and_flags(programs, script):
     half = [] if script == "main_amp" else ["--fp16"]
-    programs.train(script, *half, "--lr", "3", "--seed", "7")
+    programs.train(script, *half, "--lr", "3", "--seed", "7", "--static-loss-scale", "2")
     before = programs.files()
     result = probe(programs, "--run", "run", trainer=())
     assert result["weights"] == {"kind": "run", "path": "run", "epoch": 3, "steps": 36}
     assert (result["seed"], result["batch_size"], result["bptt"], result["model"]["emsize"]) == (7, 4, 5, 8)
     assert result["lr"] in (3.0, 0.75)
+    assert result["modes"]["manual"]["loss_scale"] == 2
     changed = {name: content for name, content in programs.files().items() if not name.startswith("probe")}
     assert changed == before
     model, _ = load_model(programs.folder / "model.pt")
     assert model.options == result["model"]
 
 
-def test_a_model_file(saved, monkeypatch):
+@pytest.mark.parametrize(("kind", "lr"), [("LSTM", 20.0), ("Transformer", 5.0)])
+def test_a_model_file(saved, kind, lr):
     text = Corpus("corpus")
-    args = make_args("main", data="corpus", emsize=8, nhid=8)
+    args = make_args("main", data="corpus", model=kind, emsize=8, nhid=8)
     save_model(saved.folder / "model.pt", make_model(args, text.vocab_size).half(), text.dictionary.idx2word)
     result = probe(saved, "--checkpoint", "model.pt", trainer=("--bptt", "6", "--batch_size", "3"))
     assert result["weights"]["kind"] == "checkpoint"
     assert (result["bptt"], result["batch_size"], result["model"]["nhid"]) == (6, 3, 8)
+    assert (result["model"]["kind"], result["lr"]) == (kind, lr)
 
 
 def test_attention_does_not_see_the_bias_of_its_keys(corpus):
