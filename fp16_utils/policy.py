@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fp16_utils.checks import SMALLEST_SCALE, checked_count, checked_factor, checked_scale
 
+LARGEST_COUNT = 2**31 - 1
+"""Of good updates, in int32; with a longer window the scale never grows."""
+
 
 class StaticScale:
     """A loss scale that only its owner changes.
@@ -94,7 +97,7 @@ class DynamicScale:
         """Apply the policy. found_inf: float32, shape (), 0. or 1., on the scale's device."""
         overflow = found_inf.bool()
         count = self.good_updates + 1
-        grows = count >= self.scale_window
+        grows = count >= min(self.scale_window, LARGEST_COUNT)
         reduced = (self.scale / self.scale_factor).clamp(min=self._floor)
         grown = (self.scale * self.scale_factor).clamp(max=self.max_loss_scale)
         self.scale = torch.where(overflow, reduced, torch.where(grows, grown, self.scale))

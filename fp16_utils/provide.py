@@ -25,11 +25,13 @@ class ProvidedApex:
             # Or an import of it would load a second copy, with classes of its own.
             sys.modules[f"apex.fp16_utils.{name}"] = importlib.import_module(f"fp16_utils.{name}")
         self._apex.fp16_utils = package  # type: ignore[attr-defined]
+        self._restored = False
 
     def restore(self) -> None:
         """Leave imports of apex as they were found. A second call does nothing."""
-        if not vars(self._apex).get("fp16_utils"):
+        if self._restored:
             return
+        self._restored = True
         del self._apex.fp16_utils
         if self._attribute_before is not None:
             self._apex.fp16_utils = self._attribute_before  # type: ignore[attr-defined]

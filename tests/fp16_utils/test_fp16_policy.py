@@ -170,3 +170,16 @@ def test_the_scale_can_be_set(dynamic):
     optimizer.backward(parameter.sum())
     assert optimizer.loss_scale == 64.0
     assert parameter.grad.item() == 1.0
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 3_000_000_000, 2**32])
+def test_a_window_that_is_never_full(window):
+    """Beyond int32, in which updates are counted, it would be another number."""
+    parameter = nn.Parameter(torch.zeros(1))
+    args = {"init_scale": 8.0, "scale_window": window}
+    optimizer = wrap(torch.optim.SGD([parameter], lr=1.0), dynamic_loss_scale=True, dynamic_loss_args=args)
+    scales = []
+    for overflow in (False, False, True, False):
+        one_update(optimizer, parameter, overflow)
+        scales.append(optimizer.loss_scale)
+    assert scales == [8.0, 8.0, 4.0, 4.0]

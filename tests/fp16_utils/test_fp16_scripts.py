@@ -176,13 +176,16 @@ def test_an_installed_apex_keeps_the_rest(tmp_path, monkeypatch, own, imported):
     monkeypatch.syspath_prepend(tmp_path)
     before = importlib.import_module("apex") if imported else None
     attributes = dict(vars(before)) if imported else {}
-    with fp16_utils.provide_apex():
+    with fp16_utils.provide_apex() as provided:
         assert importlib.import_module("apex.amp").initialize == 1
         assert importlib.import_module("apex.fp16_utils") is fp16_utils
         assert importlib.import_module("apex").fp16_utils is fp16_utils
     if imported:
         assert sys.modules["apex"] is before
         assert vars(before).get("fp16_utils") is attributes.get("fp16_utils")
+        amp = importlib.import_module("apex.amp")
+        provided.restore()  # does nothing
+        assert sys.modules["apex.amp"] is amp
     for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
         assert imported
         del sys.modules[name]
