@@ -61,8 +61,9 @@ class Log:
         """Print the mean over the steps since the last line, and end the interval."""
         ms = (time.monotonic() - self.start) * 1000 / self.steps
         row = self.end(words)
+        lr = f"{row['lr']:.2f}" if row["lr"] >= 0.01 else f"{row['lr']:.2g}"
         text = (
-            f"| epoch {self.epoch:3d} | {batch:5d}/{self.batches:5d} batches | lr {row['lr']:02.2f} "
+            f"| epoch {self.epoch:3d} | {batch:5d}/{self.batches:5d} batches | lr {lr} "
             f"| ms/batch {ms:5.2f} | loss {row['loss']:5.2f} | ppl {row['ppl']:8.2f}"
         )
         if row["skipped"]:

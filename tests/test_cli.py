@@ -235,6 +235,11 @@ def test_lr_is_divided_by_4_when_validation_does_not_improve(programs, script, f
         assert torch.equal(saved[name], best[name])
 
 
+def test_a_small_rate_is_not_shown_as_zero(programs):
+    run = programs.train("main", "--lr", "0.0012", "--epochs", "1", "--log-interval", "6")
+    assert set(re.findall(r"\| lr (\S+) \|", run.out)) == {"0.0012"}
+
+
 def test_a_first_validation_of_nan_is_not_the_best(programs, monkeypatch):
     scripted = iter([math.nan, 4.0, 3.0, 3.0])
     monkeypatch.setattr(lm.train, "evaluate", lambda *_: next(scripted))
