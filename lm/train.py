@@ -155,14 +155,14 @@ class Training:
                 save = args.checkpoint_interval and records.steps % args.checkpoint_interval == 0
                 # Once steps are skipped, each one is looked at: the run must end while the bad gradients are there.
                 if at.skipped_in_a_row or save or at.batch % flush_interval == 0 or at.batch % args.log_interval == 0:
-                    log.add(self.check(records.flush()))
+                    log.add(self.flush())
                 if at.batch % args.log_interval == 0:
                     log.line(at.batch, at.words)
                 if save:
                     self.write_checkpoint()
                 if stop := self.stop.poll():
                     break
-        log.add(self.check(records.flush()))
+        log.add(self.flush())
         if log.steps:
             log.end(at.words)
         if stop == TERMINATE:
@@ -209,8 +209,10 @@ class Training:
         self.keep_or_anneal(loss)
         at.epoch, at.batch, at.epoch_seconds, self.hidden = at.epoch + 1, 0, 0.0, None
 
-    def check(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Give `rows` back, or raise RunError where too many steps in a row came to nothing."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Write the rows of the steps since the last time; raise RunError where too many in a row came to nothing."""
+        rows = self.records.flush()
+        self.at.training_seconds += self.tick()  # a GPU's steps take theirs here, where they are waited for
         for row in rows:
             good = row["applied"] and math.isfinite(row["loss"])
             self.at.skipped_in_a_row = 0 if good else self.at.skipped_in_a_row + 1
