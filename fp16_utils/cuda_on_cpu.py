@@ -28,9 +28,9 @@ TENSOR_TYPES = (
 def cuda_on_cpu() -> Iterator[None]:
     """Within this context, what asks for CUDA gets the CPU.
 
-    That is: `.cuda()` of tensors and modules, any `device` argument that names CUDA, the tensor types of
-    torch.cuda, and `torch.cuda.synchronize`, `set_device` and `current_device`. `torch.cuda.is_available()`
-    still says False, and streams, events and NCCL are not replaced.
+    That is: `.cuda()` of tensors and modules, any `device` argument that names CUDA (of bare numbers only that of
+    `x.to(0)`), the tensor types of torch.cuda, and `torch.cuda.synchronize`, `set_device` and `current_device`.
+    `torch.cuda.is_available()` still says False, and streams, events and NCCL are not replaced.
     """
     # Optimizers import it, and it looks torch.cuda's functions up by identity: it must see the real ones.
     importlib.import_module("torch._dynamo")

@@ -133,7 +133,7 @@ def release_freed_memory() -> None:
 
 
 def device_name(device: str) -> str:
-    """The processor's own name, such as "NVIDIA H100 80GB HBM3"."""
+    """The processor's own name, such as "NVIDIA H100 80GB HBM3"; of xpu and mps that of the CPU beside it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -145,7 +145,7 @@ def device_name(device: str) -> str:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory that this process has held: allocated by torch on a GPU, resident on the CPU."""
+    """The most memory that this process has held: allocated by torch with CUDA, else resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
