@@ -9,13 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fp16_utils import fused, gradients, optimizer_state
-from fp16_utils.checks import (
-    checked_loss,
-    checked_max_norm,
-    checked_norm_type,
-    checked_optimizer,
-    checked_scale,
-)
+from fp16_utils.checks import checked_loss, checked_max_norm, checked_norm_type, checked_optimizer, checked_scale
 from fp16_utils.closures import ScaledClosure, SkippedStep
 from fp16_utils.masters import Masters
 from fp16_utils.policy import new_policy
@@ -123,7 +117,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     @property
     def overflow(self) -> bool:
-        """Whether the last `update_master_grads` met an inf or nan. Reading it may wait for the device."""
+        """Whether the gradients have an inf, a nan or, found by clipping, no finite norm. Reading it may wait."""
         if self._overflow is None:
             self._overflow = bool(self._found_inf.item())
         if self._unreported:
@@ -184,13 +178,17 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         """Scale the masters' gradients down to a total norm of `max_norm`, as torch's clip_grad_norm_ does.
 
         Returns:
-            The norm before clipping: float32, shape (), on the device. After an overflow it is -1, and the
-            gradients stay as they are.
+            The norm before clipping: float32, shape (), on the device. After an overflow, or where finite
+            gradients are too large for their norm to be finite, it is -1: the gradients stay as they are, and
+            `step` skips. The loss scale had no part in the latter and does not react.
         """
         self.require_updated("clip_master_grads()")
         max_norm, norm_type = checked_max_norm(max_norm), checked_norm_type(norm_type)
         grads = self._masters.all_grads()
-        norm = gradients.clip_(grads, max_norm, norm_type, self._found_inf)
+        norm = gradients.total_norm(grads, norm_type, self._found_inf.device)
+        if self.check_overflow:  # clipped by an infinite norm they would be zeros, for which AdamW moves the weights
+            self._found_inf, self._overflow = torch.maximum(self._found_inf, (~norm.isfinite()).float()), None
+        gradients.clip_(grads, max_norm, norm, self._found_inf)
         return norm.masked_fill(self._found_inf.bool(), -1.0)
 
     def inspect_master_grad_data(self) -> list[list[Tensor | None]] | None:

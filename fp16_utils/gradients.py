@@ -102,17 +102,22 @@ def reciprocal(scale: Tensor) -> Tensor:
     return scale.reciprocal() if scale.device.type == "mps" else scale.double().reciprocal().float()
 
 
-def clip_(grads: Sequence[Tensor], max_norm: float, norm_type: float, found_inf: Tensor) -> Tensor:
-    """Clip as torch.nn.utils.clip_grad_norm_ does, to the last bit, and return the norm before clipping.
+def total_norm(grads: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """Return the norm (float32, shape (), on `device`) over all `grads` in their order.
 
-    The norm (float32, shape ()) is over all `grads` in their order. Sparse gradients are given by their values.
+    Sparse gradients are given by their values.
+    """
+    return torch.nn.utils.get_total_norm(grads, norm_type).to(device, non_blocking=True)
+
+
+def clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor, found_inf: Tensor) -> None:
+    """Clip `grads` of the total `norm` as torch.nn.utils.clip_grad_norm_ does, to the last bit.
+
     Where `found_inf` (float32, shape ()) is 1 they stay as they are: a norm of nan would make nan of all of them,
     and hide which one overflowed.
     """
-    norm = torch.nn.utils.get_total_norm(grads, norm_type).to(found_inf.device, non_blocking=True)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     multiply_(grads, factor.masked_fill(found_inf.bool(), 1.0))
-    return norm
 
 
 def any_nonfinite(grads: Sequence[Tensor]) -> bool:

@@ -73,7 +73,7 @@ class MasterWeights:
 
     Args:
         params: the model's parameters.
-        optimizer: over the masters of `params`, in the same order, or over `params` themselves, in any.
+        optimizer: over the masters of `params`, in the same order, or over `params` themselves, in any order.
         loss_scale: S, above 0. A power of two makes steps 2 and 3 exact.
     """
 
@@ -177,12 +177,10 @@ class WrappedOptimizer:
     def step(self, max_norm: float) -> StepResult:
         """See `Precision.step`."""
         self._optimizer.update_master_grads()
-        # Finite gradients whose norm is inf are clipped to 0 by a finite max_norm; inf / inf would make them nan.
+        # In apex finite gradients whose norm is inf are clipped to 0 by a finite max_norm, and to nan by inf.
         max_norm = min(max_norm, torch.finfo(torch.float32).max)
         norm = torch.as_tensor(self._optimizer.clip_master_grads(max_norm), dtype=torch.float32, device=self._device)
         applied = norm.isfinite() & (norm >= 0)  # clip_master_grads says -1 on overflow
-        if isinstance(self._optimizer, FP16_Optimizer):  # or AdamW would move the weights for gradients clipped to 0
-            self._optimizer._found_inf = (~applied).float()
         self._optimizer.step()
         return StepResult(applied, torch.where(applied, norm, torch.inf), self._loss_scale)
 

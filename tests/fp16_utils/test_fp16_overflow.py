@@ -114,6 +114,27 @@ def test_the_largest_float16_survives_the_smallest_scale():
     assert optimizer.param_groups[0]["params"][0].grad.item() == 65504.0 * 2.0**100
 
 
+@pytest.mark.parametrize("max_norm", [1.0, float("inf")])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_finite_gradients_without_a_finite_norm_are_not_clipped_to_zeros(dtype, fused, max_norm):
+    parameter = nn.Parameter(torch.ones(2, dtype=dtype))
+    optimizer = wrap(torch.optim.AdamW([parameter], lr=0.5, fused=fused), dynamic_loss_scale=True)
+    optimizer.backward(parameter.float().sum())
+    optimizer.step()
+    before = snapshot([[parameter]], optimizer)
+    optimizer.zero_grad()
+    optimizer.loss_scale = 1.0
+    optimizer.backward((parameter.float() * 3e38).mean())
+    assert not optimizer.overflow
+    assert optimizer.clip_master_grads(max_norm).item() == -1.0
+    assert optimizer.overflow
+    assert optimizer.param_groups[0]["params"][0].grad.tolist() == parameter.grad.tolist()
+    optimizer.step()
+    assert same(before, snapshot([[parameter]], optimizer))
+    assert optimizer.loss_scale == 1.0
+
+
 def test_check_overflow_false_applies_what_comes():
     parameter = nn.Parameter(torch.ones(2, dtype=torch.float16))
     optimizer = wrap(torch.optim.SGD([parameter], lr=1.0), static_loss_scale=2.0, check_overflow=False)
