@@ -254,11 +254,12 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     def _set_state(self, state: dict[str, Any]) -> None:
         device = self._found_inf.device
-        policy = optimizer_state.checked(state, self.optimizer, self._masters.by_group(), device)
+        masters = (self._masters.by_group(), self._masters.trainable_by_group())
+        policy, targets = optimizer_state.checked(state, self.optimizer, masters, device)
         if policy.dynamic and not self.check_overflow:
             raise ValueError("state_dict has a dynamic loss scale; check_overflow is False and must be True")
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
-        self._masters.load(state["fp32_from_fp16"])
+        self._masters.load(targets, state["fp32_from_fp16"])
         self._policy = policy
         self._overflow = state["overflow"]
         self._found_inf = torch.full_like(self._found_inf, float(state["overflow"]))

@@ -207,7 +207,7 @@ def convert_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class FP16Model(nn.Module):
-    """A network in float16, but for its affine batch norms, that casts its inputs.
+    """A network in float16, but for its affine batch norms, that casts its inputs (see `forward`).
 
     Args:
         network: converted in place.
@@ -221,5 +221,5 @@ class FP16Model(nn.Module):
         self.network = convert_network(network, dtype=torch.float16)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Return the network's output for `inputs`, of which floating point ones are cast to float16."""
-        return self.network(*(t.half() if t.is_floating_point() else t for t in inputs))
+        """Return the network's output for `inputs`, cast to float16 but for indices (int32, int64) and masks (bool)."""
+        return self.network(*(t if t.dtype in (torch.int32, torch.int64, torch.bool) else t.half() for t in inputs))

@@ -15,8 +15,9 @@ class Masters:
     """The master weights of an optimizer's half-precision parameters.
 
     In the optimizer's groups each float16 or bfloat16 parameter is replaced by its master, a leaf tensor in
-    fp32. It is so for frozen parameters (requires_grad=False) too: they have no gradient, hence no update,
-    until they are unfrozen. An fp32 parameter stays where it is and is its own master.
+    fp32. It is so for frozen parameters (requires_grad=False, no gradient) too, which may be unfrozen later:
+    until then nothing is written to them, and their masters follow what they are given, such as a moving average
+    or pretrained weights. An fp32 parameter stays where it is and is its own master.
 
     The gradients in the model stand at some loss scale, and those of fp32 parameters at 1 once they were
     unscaled in place. This class keeps account of it, so that a further backward pass adds like to like.
@@ -33,6 +34,7 @@ class Masters:
         self._half: list[Tensor] = []
         self._masters: list[Tensor] = []
         self._own: list[Tensor] = []
+        self._frozen: set[Tensor] = set()  # whose masters may have to follow
         self._all_float16 = True
         self._one = torch.ones((), dtype=torch.float32, device=device)
         # None: no gradient has been made since the last zero_grad.
@@ -75,6 +77,7 @@ class Masters:
         if state_moved:
             # Loading casts state to its parameter's dtype by the optimizer's own rules.
             self._optimizer.load_state_dict(self._optimizer.state_dict())
+        self._frozen.update(filter(_is_frozen, masters))
         self._half_groups.append(list(masters))
         self._master_groups.append(list(masters.values()))
         self._half = list(chain.from_iterable(self._half_groups))
@@ -93,27 +96,44 @@ class Masters:
 
     def by_group(self) -> list[list[Tensor]]:
         """Return the masters, detached, group by group."""
+        self._follow_frozen()
         return [[master.detach() for master in group] for group in self._master_groups]
 
-    @torch.no_grad()
-    def load(self, groups: list[list[Tensor]]) -> None:
-        """Copy saved masters (as of `by_group`) into the masters and the model."""
-        gradients.copy_values(self._masters, list(chain.from_iterable(groups)))
-        self.copy_to_model()
+    def trainable_by_group(self) -> list[list[Tensor]]:
+        """Return those that apex.fp16_utils would have made: none of a parameter with requires_grad=False."""
+        self._follow_frozen()
+        pairs = (zip(*groups, strict=True) for groups in zip(self._half_groups, self._master_groups, strict=True))
+        return [[master.detach() for half, master in group if half.requires_grad] for group in pairs]
 
     @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Round the masters to the model's half-precision parameters."""
+    def load(self, targets: list[list[Tensor]], saved: list[list[Tensor]]) -> None:
+        """Copy `saved` into the masters `targets` (as of `by_group`), and all masters into the model."""
+        gradients.copy_values(list(chain.from_iterable(targets)), list(chain.from_iterable(saved)))
         gradients.copy_values(self._half, self._masters)
 
     @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Round the masters to the model's half-precision parameters, but for frozen ones."""
+        pairs = [(h, m) for h, m in zip(self._half, self._masters, strict=True) if not _is_frozen(h)]
+        gradients.copy_values([half for half, _ in pairs], [master for _, master in pairs])
+
+    @torch.no_grad()
+    def _follow_frozen(self) -> None:
+        """Give masters what their frozen parameters were given; one that still rounds to it keeps its bits."""
+        for half, master in zip(self._half, self._masters, strict=True):
+            if half in self._frozen or _is_frozen(half):
+                master.copy_(torch.where(master.to(half.dtype) == half, master, half.float()))
+
+    @torch.no_grad()
     def zero_model_grads(self, drop: bool) -> None:
-        """Zero the gradients of the model's half-precision parameters, or set them to None."""
-        grads = [gradients.dense(p.grad) for p in self._half if p.grad is not None]
-        if drop:
-            for param in self._half:
+        """Zero the gradients of the model's half-precision parameters, or set them to None.
+
+        Sparse ones are dropped: their indices would stay, and on the CPU torch cannot add to them in float16.
+        """
+        for param in self._half:
+            if drop or (param.grad is not None and param.grad.layout != torch.strided):
                 param.grad = None
-        elif grads:
+        if grads := [p.grad for p in self._half if p.grad is not None]:
             torch._foreach_zero_(grads)
         self._half_grads_scale = self._own_grads_scale = None
 
@@ -142,6 +162,9 @@ class Masters:
             1. if there was one, before or after unscaling, else 0.: float32, shape (), on the device of
                `scale`.
         """
+        if not all(map(_is_frozen, self._frozen)):  # one was unfrozen
+            self._follow_frozen()
+        self._frozen = set(filter(_is_frozen, self._half))
         gradients.copy_to_masters(self._half, self._masters)
         gradients.coalesce(self._own)
         self._half_grads_scale = scale if self._half_grads_scale is None else self._half_grads_scale
@@ -159,3 +182,7 @@ class Masters:
                 gradients.multiply_(grads, inv_scale)
         self._own_grads_scale = self._one
         return found_inf
+
+
+def _is_frozen(half: Tensor) -> bool:
+    return not half.requires_grad and half.grad is None

@@ -1,5 +1,6 @@
 """Checks of a state dict before any of it is loaded."""
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,12 +24,12 @@ ELEMENTWISE = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sq
 
 
 def checked(
-    state: Any, optimizer: Optimizer, masters: list[list[Tensor]], device: torch.device
-) -> StaticScale | DynamicScale:
-    """Raise TypeError or ValueError unless all of `state` fits `optimizer` and `masters`.
+    state: Any, optimizer: Optimizer, masters: Sequence[list[list[Tensor]]], device: torch.device
+) -> tuple[StaticScale | DynamicScale, list[list[Tensor]]]:
+    """Raise TypeError or ValueError unless all of `state` fits `optimizer` and one of the `masters`.
 
     Returns:
-        The loss scale policy that `state` describes, on `device`.
+        The loss scale policy that `state` describes, on `device`; the first of `masters` that it fits.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state_dict is a {type(state).__name__}; it must be a dict with the keys {KEYS}")
@@ -43,24 +44,30 @@ def checked(
         raise ValueError(
             f"state_dict['dynamic_loss_scale'] is {state['dynamic_loss_scale']}, its 'loss_scaler' is {kind}"
         )
-    _check_masters(state["fp32_from_fp16"], masters)
+    fitting = _fitting(state["fp32_from_fp16"], masters)
     _check_optimizer_state(state["optimizer_state_dict"], optimizer)
-    return policy
+    return policy, fitting
 
 
-def _check_masters(saved: Any, masters: list[list[Tensor]]) -> None:
+def _fitting(saved: Any, masters: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
     if not isinstance(saved, list) or not all(isinstance(group, list | tuple) for group in saved):
         raise TypeError("state_dict['fp32_from_fp16'] must be a list of lists of tensors, one list for each group")
     if not all(isinstance(tensor, Tensor) for group in saved for tensor in group):
         raise TypeError("state_dict['fp32_from_fp16'] must hold tensors only")
-    got = [[tuple(t.shape) for t in group] for group in saved]
-    expected = [[tuple(t.shape) for t in group] for group in masters]
-    if got != expected:
-        where = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
-        detail = f"{len(got)} groups, not {len(expected)}"
-        if where is not None:
-            detail = f"the shapes {got[where]} in group {where}, not {expected[where]}"
-        raise ValueError(f"state_dict['fp32_from_fp16'] has {detail}; it is of another model or other groups")
+    got = _shapes(saved)
+    for candidate in masters:
+        if _shapes(candidate) == got:
+            return candidate
+    expected = _shapes(masters[0])
+    where = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
+    detail = f"{len(got)} groups, not {len(expected)}"
+    if where is not None:
+        detail = f"the shapes {got[where]} in group {where}, not {expected[where]}"
+    raise ValueError(f"state_dict['fp32_from_fp16'] has {detail}; it is of another model or other groups")
+
+
+def _shapes(groups: list[list[Tensor]]) -> list[list[tuple[int, ...]]]:
+    return [[tuple(tensor.shape) for tensor in group] for group in groups]
 
 
 def _check_optimizer_state(saved: Any, optimizer: Optimizer) -> None:

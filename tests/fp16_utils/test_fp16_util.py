@@ -161,6 +161,9 @@ def test_network_to_half_and_model_cast_their_inputs():
     assert isinstance(network_to_half(mlp())[0], tofp16)
     assert FP16Model(mlp())(x).dtype == torch.float16
     assert FP16Model(nn.Embedding(3, 2))(torch.tensor([1])).dtype == torch.float16
+    pixels = torch.randint(256, (2, 4), dtype=torch.uint8)
+    assert torch.equal(FP16Model(mlp())(pixels), mlp().half()(pixels.half()))
+    assert FP16Model(nn.Identity())(torch.tensor([True])).dtype == torch.bool
     assert tofp16()(x).dtype == torch.float16
 
 
