@@ -69,11 +69,15 @@ def _static(result: dict[str, Any]) -> list[str]:
             f"a factor of {2**MARGIN} to overflow; take 2**{best} ({2.0**best:g}), where {_most_flushed(result, best)}."
         ]
     blockers = _blockers(result, best)
+    top = result["scales"]["k"][-1] - MARGIN  # beyond which overflow is not known
+    scales, largest = ("No single scale serves", "the largest scale that keeps")
+    if best == top:
+        scales, largest = f"No single scale up to 2**{top} serves, and larger ones were not looked at", "which keeps"
     shown = ", ".join(f"{name} ({share:.2g})" for name, share in list(blockers.items())[:3])
     more = f" and {len(blockers) - 3} more" if len(blockers) > 3 else ""
     return [
-        f"No single scale serves: keep {shown}{more} in fp32. That is the share flushed at 2**{best}, the largest "
-        f"scale that keeps a factor of {2**MARGIN} from overflow; {limit:g} is the limit."
+        f"{scales}: keep {shown}{more} in fp32. That is the share flushed at 2**{best}, {largest} a factor of "
+        f"{2**MARGIN} from overflow; {limit:g} is the limit."
     ]
 
 
@@ -132,7 +136,9 @@ def _bias(result: dict[str, Any]) -> list[str]:
     for name, mode in result["modes"].items():
         total = mode["total"]
         bias, error, flushed = total["bias"], total["bias_error"], total["bias_flushed"]
-        if bias is None or error is None or flushed is None or bias <= 2 * error or bias < 1e-2:
+        if bias is None or error is None or flushed is None or bias < 1e-2:
+            continue
+        if (bias + error) ** 2 >= 1.5 * bias**2:  # its square is within twice the square's standard error
             continue
         sentences.append(
             f"{name} at a loss scale of {mode['loss_scale']:g} is biased: its mean error is {bias:.2g} +- {error:.1g} "

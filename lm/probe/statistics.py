@@ -151,7 +151,8 @@ def error_to_noise(squares: Tensor, reference: Tensor) -> Estimate:
 def bias(errors: Tensor, reference: Tensor) -> Estimate:
     """|mean error| over |mean gradient|, without what errors that average out add to the first.
 
-    The standard error is that of the square, at the bias: it can be told from 0 where it exceeds its error.
+    Its error leads upwards to the root of the square plus the square's standard error: bias**2 + s is
+    (bias + error)**2. The bias can be told from 0 where its square exceeds 2 s.
 
     Args:
         errors: inner products of the errors.

@@ -223,7 +223,9 @@ def _must_agree(runs: list[Run], *, same_scale: bool) -> bool:
     """Powers of two are exact factors; fp16 can overflow and underflow besides, and so needs the same one."""
     scales = {run.config["static_loss_scale"] for run in runs}
     exact = all(scale and 0 < scale < math.inf and math.frexp(scale)[0] == 0.5 for scale in scales)
-    return exact and len(_machines(runs)) == 1 and (len(scales) == 1 or not same_scale)
+    alike = len({(str(run.config.get("tf32", False)), str(run.config.get("processes", 1))) for run in runs}) == 1
+    same_bits = alike and len(_machines(runs)) == 1 and not job_differences(runs)
+    return exact and same_bits and (len(scales) == 1 or not same_scale)
 
 
 def _machines(runs: Sequence[Run]) -> set[tuple[str, ...]]:
@@ -248,6 +250,7 @@ def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> B
     if different:
         step, seed, loss, other_loss = min(different)
         sentence = f"differ first at step {step} (seed {seed}): {loss!r} in {first}, {other_loss!r} in {second}"
+        sentence += ". They must agree by design" if expected else ""
     elif steps == 0:
         sentence = "not compared: no seed has a run of both"
     elif unequal:

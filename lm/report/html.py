@@ -7,7 +7,7 @@ from lm.report import curves
 from lm.report.elements import Chart, bullets, flat, listed, place_of, sample, switches, text, write_page
 from lm.report.figures import charts
 from lm.report.probe_html import section
-from lm.report.summary import COLUMNS, equality, problems, row
+from lm.report.summary import COLUMNS, problems, row
 from lm.report.types import Comparison, ModeSummary, Run
 
 WORDS = {"better", "equivalent", "undecided", "worse"}
@@ -85,7 +85,9 @@ def _results(comparison: Comparison) -> list[str]:
         "in a bit.</p>",
         bullets(mode.verdict.sentence for mode in comparison.modes),
     ]
-    return body + listed("equality", "Bit-equality of the training losses", [equality(p) for p in comparison.pairs])
+    return body + listed(
+        "equality", "Bit-equality of the training losses", [pair.sentence for pair in comparison.pairs]
+    )
 
 
 def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:

@@ -138,7 +138,9 @@ def _loss(axis: Any, drawn: list[Mode], reference: Mode | None, window: int) -> 
 
 def _difference(axis: Any, drawn: list[Mode], reference: Mode, window: int) -> None:
     band = curves.noise(reference, window)
-    title = "Difference in training loss to the reference, same batch and seed; below zero is better"
+    title = "Training loss minus the reference's at the same batch and seed"
+    title += f", mean of {window} steps" if window > 1 else ""
+    title += "; grey: its seeds around their mean" if band else ""
     _over_steps(axis, title, "nats", drawn)
     if band:
         _band(axis, band)

@@ -44,8 +44,8 @@ def charts(result: Result, prefix: str = "", places: Mapping[str, int] | None = 
             "bias",
             "Bias",
             "Length of the mean error, over the length of the mean gradient: what does not average out. "
-            "Bars: twice the standard error; where one reaches down to the axis, the bias may be 0. A bias that was "
-            "found to be 0 has no mark.",
+            "Bars: its square plus and minus twice the square's standard error; where one reaches down to the axis, "
+            "the bias may be 0. A bias that was found to be 0 has no mark.",
         ),
         _heat(result, f"{prefix}heat"),
     ]
@@ -99,19 +99,38 @@ def _errors(result: Result, name: str, places: Mapping[str, int], figure: str, t
     for turn, mode in enumerate(values):
         at = np.arange(len(rows), dtype=np.float64) + SPREAD * ((turn + 0.5) / len(values) - 0.5)
         errors = view.column(result, mode, f"{figure}_error")
-        _add_marks(drawn, mode, places[mode], values[mode][rows], errors[rows], at, [texts[i] for i in rows])
+        bars = _bars(figure, values[mode][rows], errors[rows])
+        _add_marks(drawn, mode, places[mode], values[mode][rows], errors[rows], bars, at, [texts[i] for i in rows])
     return Chart(name, title, caption, drawn, over_steps=False)
 
 
-def _add_marks(drawn: Any, mode: str, index: int, x: Floats, errors: Floats, y: Floats, texts: list[str]) -> None:
+def _bars(figure: str, x: Floats, errors: Floats) -> tuple[Floats, Floats]:
+    """Lengths down and up: twice the standard error, which for a bias is its square's (see `statistics.bias`)."""
+    if figure != "bias":
+        return 2 * errors, 2 * errors
+    two = 2 * ((x + errors) ** 2 - x**2)
+    return x - np.sqrt(np.maximum(x**2 - two, 0.0)), np.sqrt(x**2 + two) - x
+
+
+def _add_marks(
+    drawn: Any,
+    mode: str,
+    index: int,
+    x: Floats,
+    errors: Floats,
+    bars: tuple[Floats, Floats],
+    y: Floats,
+    texts: list[str],
+) -> None:
     style = curves.style(index)
     there = x > 0
+    down, up = (np.nan_to_num(bar[there]) for bar in bars)
     x, errors = x[there], np.nan_to_num(errors[there])
     drawn.add_scatter(
         x=x,
         y=y[there],
         # A bar must end above 0, or a logarithmic axis has no place for it.
-        error_x={"type": "data", "array": 2 * errors, "arrayminus": np.minimum(2 * errors, x * (1 - 1e-6))}
+        error_x={"type": "data", "array": up, "arrayminus": np.minimum(down, x * (1 - 1e-6))}
         | {"symmetric": False, "color": style.colour, "thickness": 1.2, "width": 0},
         customdata=errors,
         text=[text for text, kept in zip(texts, there, strict=True) if kept],

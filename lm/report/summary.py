@@ -12,7 +12,7 @@ from tabulate import tabulate
 from lm.errors import printable
 from lm.files import write_atomically
 from lm.records import to_json
-from lm.report.types import BitEquality, Comparison, ModeSummary, Run
+from lm.report.types import Comparison, ModeSummary, Run
 
 COLUMNS = {  # header -> alignment
     "mode": "left",
@@ -45,7 +45,7 @@ def table(comparison: Comparison) -> str:
     sections = {
         "Columns": LEGEND,
         "Verdicts": [mode.verdict.sentence for mode in comparison.modes],
-        "Bit-equality of the training losses": [equality(pair) for pair in comparison.pairs],
+        "Bit-equality of the training losses": [pair.sentence for pair in comparison.pairs],
         "What this covers": comparison.covers,
         "Not finished": list(_unfinished(comparison.modes)),
         "Noted in the files": list(problems(comparison.modes)),
@@ -100,11 +100,6 @@ def memory(count: float | None) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
-
-
-def equality(pair: BitEquality) -> str:
-    """The sentence on a pair, with the remark that it deserves where it should agree and does not."""
-    return pair.sentence + (" They must agree by design." if pair.expected and pair.steps and not pair.equal else "")
 
 
 def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:

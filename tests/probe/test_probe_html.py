@@ -36,7 +36,14 @@ def test_errors_of_the_result_stand_in_their_rows(tmp_path: Path, chart: str, fi
         wanted = [of_mode["total"], *(of_mode["tensors"][name] for name in PARAMETERS)]
         assert numbers(trace["x"]) == [values[figure] for values in wanted]
         assert numbers(trace["customdata"]) == [values[f"{figure}_error"] for values in wanted]
-        assert numbers(trace["error_x"]["array"]) == [2 * values[f"{figure}_error"] for values in wanted]
+        found = numbers(trace["error_x"]["arrayminus"]), numbers(trace["error_x"]["array"])
+        for row, values in enumerate(wanted):
+            x, error = values[figure], values[f"{figure}_error"]
+            s = (x + error) ** 2 - x**2
+            down, up = (2 * error, 2 * error) if figure != "bias" else (
+                x - math.sqrt(max(0, x**2 - 2 * s)), math.sqrt(x**2 + 2 * s) - x,
+            )  # fmt: skip
+            assert (found[0][row], found[1][row]) == pytest.approx((min(down, x), up), rel=1e-5)
         assert [round(row) for row in numbers(trace["y"])] == list(range(len(wanted)))
         assert trace["text"] == ["all parameters", *PARAMETERS]
         assert (trace["meta"], trace["marker"]["color"]) == (i, curves.style(i).colour)
@@ -52,7 +59,7 @@ def test_no_bar_reaches_0_where_there_is_no_place_for_it(tmp_path: Path) -> None
     trace = page_of(tmp_path, result).charts["bias"]["data"][1]
     assert trace["text"] == ["all parameters", *PARAMETERS[1:]]  # 0 has no mark
     low, high = numbers(trace["error_x"]["arrayminus"]), numbers(trace["error_x"]["array"])
-    assert (low[0], high[0]) == (pytest.approx(1e-4, rel=1e-5), 6e-4)
+    assert (low[0], high[0]) == pytest.approx((1e-4, math.sqrt(31e-8) - 1e-4), rel=1e-5)
     assert low[0] < 1e-4
     assert (low[1], high[1]) == (0, 0)
 
