@@ -99,6 +99,8 @@ def main() -> int:
     args = parse_args()
     device = device_of(args)
     if args.outf != "-":
+        if Path(args.outf).resolve() == args.checkpoint.resolve():
+            raise UsageError(f"--outf and --checkpoint are both {args.outf}; give the text a file of its own")
         check_writable("--outf", Path(args.outf))
     model, vocabulary = load_model(args.checkpoint)
     torch.manual_seed(args.seed)

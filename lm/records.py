@@ -61,7 +61,7 @@ class RunDirectory:
             UsageError: the directory holds a run already or is in use, or cannot be made or written to.
         """
         where = "runs" if path is None else f"--run-dir {path}"
-        with _clear_errors(where, f"{where}: cannot write there ({{}}); give another directory"):
+        with _clear_errors(where, "write there", "give another directory"):
             new = path is None or not path.exists()
             path = _new_directory(name) if path is None else path
             path.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class RunDirectory:
             UsageError: another process is at it, or it cannot be opened.
         """
         where = f"--resume {path}"
-        with _clear_errors(where, f"{where}: cannot open it ({{}}); give a run directory"):
+        with _clear_errors(where, "open it", "give a run directory"):
             records = cls(path)
         for file in FILES:
             remove_leftovers(path / file)
@@ -209,17 +209,18 @@ class RunDirectory:
         if self.path is None:
             return
         text = to_json(content, indent=2) + "\n"
-        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+        # A path in the command need not be UTF-8.
+        write_atomically(self.path / name, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 @contextmanager
-def _clear_errors(where: str, cannot: str) -> Iterator[None]:
+def _clear_errors(where: str, cannot: str, advice: str) -> Iterator[None]:
     try:
         yield
     except BlockingIOError:
         raise UsageError(f"{where} is in use by another run; wait for its end, or give another directory") from None
     except OSError as error:
-        raise UsageError(cannot.format(error.strerror)) from None
+        raise UsageError(f"{where}: cannot {cannot} ({error.strerror}); {advice}") from None
 
 
 def _new_directory(name: str) -> Path:

@@ -13,7 +13,7 @@ from lm.console import say
 from lm.errors import BadFileError, UsageError, printable
 from lm.files import write_atomically
 from lm.jsonfile import read_object
-from lm.records import machine
+from lm.records import FILES, machine
 from lm.tensorfile import load_tensors
 
 FORMAT = "lm-precision checkpoint 1"
@@ -67,6 +67,16 @@ class Position:
         if position.epoch < 1 or not 0 < position.lr < math.inf:
             raise ValueError(f"epoch is {position.epoch}, lr is {position.lr}")
         return position
+
+
+def check_not_of_the_run(flag: str, path: Path, run_dir: Path | None) -> None:
+    """Raise UsageError, naming `flag`, where `path` is one of the run's own files, or holds its directory.
+
+    `run_dir` is None for a new directory below runs/.
+    """
+    run = (Path("runs", "new") if run_dir is None else run_dir).resolve()
+    if path.resolve() in (run, *run.parents, *(run / name for name in (*FILES, PREVIOUS, DAMAGED))):
+        raise UsageError(f"{flag} {path} is the run's own, or a folder of it; give another name")
 
 
 def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from lm.onnx_export import export_onnx
 from lm.precision import Precision
 from lm.records import RunDirectory, perplexity
 from lm.restart import go_on
-from lm.resume import Position, write_checkpoint
+from lm.resume import Position, check_not_of_the_run, write_checkpoint
 from lm.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.state import take_state
 from lm.trial import settle, try_once
@@ -74,9 +74,10 @@ class Training:
         distributed.own_random_numbers(args.seed)
         writes = distributed.rank() == 0
         for flag, path in {"--save": args.save, "--onnx-export": args.onnx_export}.items():
-            # The run directory is made, and tried, next.
-            if writes and path is not None and (args.run_dir is None or args.run_dir != path.parent):
-                check_writable(flag, path)
+            if writes and path is not None:
+                check_not_of_the_run(flag, path, args.run_dir)
+                if args.run_dir is None or args.run_dir != path.parent:  # that directory is made, and tried, next
+                    check_writable(flag, path)
         config = describe(args, corpus, model, self.dtypes)
         if args.resume is not None:
             go_on(self, config, writes)

@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 
+from disks import RUN_FILES
 from lm.errors import exit_code
 from lm.recurrent import LSTM
 from programs import SCRIPTS, TINY, Programs, read_run, start
+from runs import resume
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -190,6 +192,38 @@ def test_unwritable_save(programs, script, place):
     error = refuse(programs, script, "--save", place)
     assert f"--save {place}" in error
     assert (programs.folder / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("run_dir", ["run", "deep/run"])
+@pytest.mark.parametrize("name", ["", "..", *RUN_FILES, "checkpoint.previous.pt", "checkpoint.damaged.pt"])
+@pytest.mark.parametrize("flag", ["--save", "--onnx-export"])
+def test_save_may_not_be_the_runs_own(programs, flag, name, run_dir):
+    """Else the model took the checkpoint's place, or the run its directory's."""
+    (programs.folder / "link").symlink_to(".")
+    place = f"link/{run_dir}/{name}"
+    assert f"{flag} {place.removesuffix('/')} is the run's own" in refuse(
+        programs, "main", flag, place, "--run-dir", run_dir
+    )
+
+
+def test_save_may_not_be_the_runs_own_when_it_goes_on(programs):
+    programs.train("main")
+    assert "--save run/checkpoint.pt is" in programs.refuse("main", "--resume", "run", "--save", "run/checkpoint.pt")
+    assert "--save runs is" in programs.refuse("main", *TINY[:-2], "--save", "runs")
+
+
+@pytest.mark.parametrize("run_dir", ["corpus/train.txt/{seed}", "corpus/train.txt/{}"])
+def test_braces_in_a_path(programs, run_dir):
+    assert f"--run-dir {run_dir}: cannot write there (Not a directory)" in refuse(
+        programs, "main", "--run-dir", run_dir
+    )
+
+
+def test_a_path_that_is_not_utf8(programs):
+    (programs.folder / "corpus").rename(programs.folder / "caf\udce9")
+    run = programs.train("main", "--data", "caf\udce9", "--save", "caf\udce9/model.pt")
+    assert (run.result["status"], run.config["data"]) == ("finished", "caf\udce9")
+    resume(programs, "main", "--epochs", "3", "--data", "caf\udce9", "--save", "caf\udce9/model.pt")
 
 
 @pytest.mark.parametrize("place", ["corpus/train.txt", "corpus/train.txt/run"])

@@ -170,6 +170,10 @@ def test_mistakes(saved, flags, said):
         assert part in error
 
 
+def test_the_text_may_not_take_the_models_place(saved):
+    assert "--outf and --checkpoint are both model.pt" in saved.refuse("generate", "--outf", "model.pt")
+
+
 def test_an_outf_that_cannot_be_written_is_found_before_the_work(saved):
     """After the thousandth word it would be too late."""
     done = saved.run("generate", "--outf", "nowhere/x.txt", "--log-interval", "1")
