@@ -66,10 +66,12 @@ class Options:
         }
         self.comments = {name: (option.help or "") % vars(option) for name, option in self.options.items()}
         self.comments["dataset"] += "; or a folder of such folders"
+        self.asked: set[str] = set()
 
     def __call__(self, fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
         """The configuration, where `fixed` wins over the defaults."""
         asked = fixed or {}
+        self.asked = set(asked)
         adamw = asked.get("use_optimizer") is True or asked.get("optimizer") == "adamw"
         defaults = self.defaults | {"lr": default_lr("adamw" if adamw else "sgd", asked.get("model_type", "LSTM"))}
         summary = ConfigDict(defaults)(fixed, preset, fallback)
@@ -79,15 +81,15 @@ class Options:
     def flags(self, config: dict[str, Any]) -> list[str]:
         """The command line that says the same as `config`.
 
-        To resume a run, only what differs from the defaults: the rest is as that run has it.
+        To resume a run, only what was asked for: the rest is as that run has it.
 
         Raises:
             UsageError: some value is no option's.
         """
         values = {name: config[name] for name in self.options}
         if values["resume"] is not None:
-            values = {name: value for name, value in values.items() if value != self.defaults[name]}
-        elif values["dataset"] is not None:
+            values = {name: value for name, value in values.items() if name in self.asked}
+        if values.get("dataset") is not None:
             values["dataset"] = corpora.find(str(values["dataset"]))
         return as_flags(self.options, values)
 
@@ -107,13 +109,13 @@ class Observed:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.model = Path()
+        self.directory = self.model = Path()
         self.test_ppl: float | None = None
 
     def start(self, directory: Path, config: dict[str, Any], step: int) -> None:
         """Note where the run's files are."""
         self.run.info["run_dir"] = str(directory.absolute())
-        self.model = Path(config["save"])
+        self.directory, self.model = directory, Path(config["save"])
 
     def interval(self, row: dict[str, Any]) -> None:
         """Log the training."""
@@ -132,7 +134,8 @@ class Observed:
         """Keep the result and the model."""
         self.run.info["result"] = row
         self.test_ppl = row["test_ppl"]
-        if self.model.exists():
+        saved = self.test_ppl is not None or (self.directory / "epochs.jsonl").stat().st_size > 0
+        if saved and self.model.exists():  # else the file is another run's
             self.run.add_artifact(self.model)
 
 
@@ -180,6 +183,9 @@ def make_experiment(script_file: str, description: str | None) -> Experiment:
     @experiment.config_hook
     def check(config: dict[str, Any], command_name: str, logger: Any) -> dict[str, Any]:
         """Refuse before anything is written."""
+        seed = config["seed"]
+        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
+            raise ConfigError(f"--seed {seed!r} is not a whole number of at least 0 and below 2**32, as numpy's is")
         if command_name == "train":
             try:
                 parse_args(script_file, description, options.flags(config))

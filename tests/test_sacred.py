@@ -168,8 +168,36 @@ def test_a_resumed_run_may_be_longer_but_not_another(programs):
 
 
 @pytest.mark.parametrize(
+    ("started", "resumed", "said"),
+    [
+        ("epochs=1 max_steps=36", "epochs=40 max_steps=36", ""),  # 40 is the default
+        ("epochs=1 tied=False", "tied=True", "--tied True: the run was started with False"),
+        ("epochs=1 optimizer=adamw lr=0.01", "optimizer=adamw epochs=2", ""),
+        ("epochs=1", "dataset=moved epochs=2", ""),
+    ],
+)
+def test_what_is_asked_of_a_resumed_run_is_what_is_said(programs, started, resumed, said):
+    train(programs, "main", *started.split())
+    if "moved" in resumed:
+        (programs.folder / "moved").mkdir()
+        (programs.folder / "corpus").rename(programs.folder / "moved" / "wikitext-2")
+    done = programs.run("main", "with", "resume=run", *resumed.split())
+    epochs = len(read_run(programs.folder / "run").epochs)
+    assert (done.code, epochs, said in done.err) == ((1, 1, True) if said else (0, 2, True)), done.err
+
+
+def test_the_model_of_another_run_is_no_artifact(programs):
+    (programs.folder / "model.pt").write_bytes(b"of another run")
+    programs.spoil_gradients(set(range(1, 99)), "decoder.bias")
+    done = programs.run("main", "with", *UPDATES, "tied=False", "max_skipped=4", "-F", "observed")
+    assert (done.code, stored(programs, "run.json")["artifacts"]) == (1, [])
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("with seed=4294967296", "ConfigError: --seed 4294967296 below 2**32"),
+        ("print_config with seed=high", "ConfigError: --seed 'high' whole"),
         ("with epcohs=3", "ConfigAddedError epcohs=3"),
         ("print_config with epcohs=3", "ConfigAddedError epcohs=3"),
         ("with lr=high", "ConfigError: --lr 'high' above"),
