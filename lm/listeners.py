@@ -63,6 +63,7 @@ def event_files() -> Listener:
             raise
         raise UsageError(
             f"--tensorboard without TensorBoard (no {error.name} here): pip install 'lm-precision[tensorboard]', "
-            "or leave the flag out: steps.jsonl in the run directory has the same numbers"
+            "or leave the flag out (--no-tensorboard, where the resumed run has it): steps.jsonl in the run directory "
+            "has the same numbers"
         ) from None
     return EventFiles()

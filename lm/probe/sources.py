@@ -173,7 +173,7 @@ def _command(run: Path) -> tuple[str, list[str]]:
         raise UsageError(f"--run {printable(run)}: {str(error).removeprefix(f'--resume {printable(run)}: ')}") from None
     parser = make_parser(script, None)
     args = parser.parse_args(flags)
-    ours = (*OF_JOB, *OF_SCALE, "data", "fp16", "dtype", "dynamic_loss_scale")
+    ours = (*OF_JOB, *OF_SCALE, "use_optimizer", "data", "fp16", "dtype", "dynamic_loss_scale")
     names = [name for name in parser.options() if name in ours]
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return script, as_flags(parser.options(), values)

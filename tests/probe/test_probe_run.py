@@ -60,6 +60,12 @@ def test_all_of_it(programs):
     assert result["peak_memory_bytes"] > 1e7
 
 
+def test_a_run_that_was_started_with_use_optimizer(programs):
+    programs.train("main", "--use-optimizer")
+    flags = [word for word in PROBE if word not in ("--data", "corpus")]
+    assert programs.run("probe", *flags, "--modes", "fp32", "--run", "run").code == 0
+
+
 def test_the_same_again_is_the_same(programs):
     results = []
     for _ in range(2):
