@@ -12,7 +12,7 @@ MAX_REPEATS = 128
 
 
 class SkippedStep(Exception):  # noqa: N818  not an error: it carries a skip out of the wrapped optimizer's step
-    """The first closure call of a step overflowed under a static scale, before any weight changed."""
+    """The first closure call of a step overflowed at a scale that stays, before any weight changed."""
 
 
 class ScaledClosure:
@@ -21,8 +21,9 @@ class ScaledClosure:
     1. Before every call but the first of a step, the masters are copied to the model.
     2. The user's closure runs. While it overflows under a dynamic scale, it is repeated with the reduced
        scale.
-    3. Under a static scale a repetition would overflow again: the step is skipped at its first call; later,
-       when the optimizer has already moved the masters, it is an error.
+    3. Where the scale does not fall a repetition would end alike (it is static or the smallest, or the gradients
+       were clipped and have no finite norm): the step is skipped at its first call; later, when the scale has
+       fallen or the optimizer has already moved the masters, it is an error.
 
     Args:
         owner: the optimizer whose `backward` the closure calls.
@@ -39,23 +40,27 @@ class ScaledClosure:
         """Return the user closure's loss.
 
         Raises:
-            SkippedStep: see the class.
-            RuntimeError: it still overflows after 128 repeats, or overflows at a later call under a static
-                scale.
+            SkippedStep, RuntimeError: see the class; RuntimeError also if it still overflows after 128 repeats.
         """
         owner = self._owner
         first = owner.first_closure_call_this_step
         owner.first_closure_call_this_step = False
         if not first:
             self._copy_to_model()
-        for _ in range(1 + MAX_REPEATS if owner.dynamic_loss_scale else 1):
+        fell = False
+        for _ in range(1 + MAX_REPEATS):
+            scale = owner.loss_scale_tensor
             loss = self._closure()
             owner.require_updated("step(closure)")
             if not owner.overflow:
                 return loss
-        if first and not owner.dynamic_loss_scale:
+            if owner.loss_scale >= scale.item():
+                break
+            fell = True
+        if first and not fell:
             raise SkippedStep
         raise RuntimeError(
             f"step(closure): the closure's gradients still overflow at loss scale {owner.loss_scale:g}; "
-            "its loss is inf or nan at any scale, or the static or smallest allowed loss scale is too large"
+            "its loss is inf or nan at any scale, its gradients have no finite norm, or the static or smallest allowed "
+            "loss scale is too large"
         )

@@ -41,7 +41,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
        multiply all by 1 / scale, look for inf and nan, and let the loss scale react (see
        `fp16_utils.policy`). `loss_scale` is from here on the scale of the next `backward`.
     3. `clip_master_grads`: scale the true gradients down to `max_norm`.
-    4. `step`: unless there was an inf or nan, update the masters and copy them to the model. A skipped step
+    4. `step`: unless `overflow`, update the masters and copy them to the model. A skipped step
        changes no weight and no optimizer state, and returns None.
 
     Nothing here waits for the device but `step`, which reads one value to know whether to skip; and with a
@@ -112,7 +112,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     @property
     def found_inf(self) -> Tensor:
-        """`overflow` as 0. or 1. without waiting: float32, shape (), on the device; replaced by an update."""
+        """`overflow` as 0. or 1. without waiting: float32, shape (), on the device; replaced, never changed."""
         return self._found_inf
 
     @property
@@ -180,7 +180,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         Returns:
             The norm before clipping: float32, shape (), on the device. After an overflow, or where finite
             gradients are too large for their norm to be finite, it is -1: the gradients stay as they are, and
-            `step` skips. The loss scale had no part in the latter and does not react.
+            `step` skips, unless check_overflow=False. The loss scale had no part in the latter and does not react.
         """
         self.require_updated("clip_master_grads()")
         max_norm, norm_type = checked_max_norm(max_norm), checked_norm_type(norm_type)
@@ -203,7 +203,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         return [[None if p.grad is None else p.grad.detach() for p in g["params"]] for g in self.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the masters and copy them to the model, unless there was an inf or nan in a gradient.
+        """Update the masters and copy them to the model, unless `overflow`.
 
         Args:
             closure: for optimizers such as LBFGS; it calls `zero_grad()`, computes the loss, calls
@@ -215,7 +215,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
         Raises:
             RuntimeError: there has been no `backward` and `update_master_grads` since the last step; or the
-                closure still overflows after 128 repeats, or after its first call under a static scale.
+                closure still overflows after 128 repeats, or after its first call at a scale that does not fall.
         """
         if closure is not None:
             return self._step_with_closure(closure)
@@ -279,7 +279,8 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self.verbose:
             before, after = self._attempted_scale.item(), self.loss_scale
-            change = f"reduced from {before:g} to {after:g}" if after < before else f"stays at {before:g}"
+            same = f"stays at {after:g}" if after == before else f"is {after:g} from here on"
+            change = f"reduced from {before:g} to {after:g}" if after < before else same
             print(f"Gradient overflow: step skipped, loss scale {change}")
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:

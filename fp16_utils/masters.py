@@ -34,7 +34,7 @@ class Masters:
         self._half: list[Tensor] = []
         self._masters: list[Tensor] = []
         self._own: list[Tensor] = []
-        self._frozen: set[Tensor] = set()  # whose masters may have to follow
+        self._frozen: set[Tensor] = set()  # at the last update
         self._all_float16 = True
         self._one = torch.ones((), dtype=torch.float32, device=device)
         # None: no gradient has been made since the last zero_grad.
@@ -113,8 +113,8 @@ class Masters:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Round the masters to the model's half-precision parameters, but for frozen ones."""
-        pairs = [(h, m) for h, m in zip(self._half, self._masters, strict=True) if not _is_frozen(h)]
+        """Round the masters to the model's half-precision parameters, but for those that were frozen at the update."""
+        pairs = [(h, m) for h, m in zip(self._half, self._masters, strict=True) if h not in self._frozen]
         gradients.copy_values([half for half, _ in pairs], [master for _, master in pairs])
 
     @torch.no_grad()
@@ -128,10 +128,12 @@ class Masters:
     def zero_model_grads(self, drop: bool) -> None:
         """Zero the gradients of the model's half-precision parameters, or set them to None.
 
-        Sparse ones are dropped: their indices would stay, and on the CPU torch cannot add to them in float16.
+        Sparse ones are dropped: their indices would stay, and on the CPU torch cannot add to them in float16. So are
+        those of parameters that were frozen since: momentum and weight decay move weights for zeros.
         """
         for param in self._half:
-            if drop or (param.grad is not None and param.grad.layout != torch.strided):
+            sparse = param.grad is not None and param.grad.layout != torch.strided
+            if drop or sparse or not param.requires_grad:
                 param.grad = None
         if grads := [p.grad for p in self._half if p.grad is not None]:
             torch._foreach_zero_(grads)

@@ -102,7 +102,7 @@ def test_a_closure_that_always_overflows_ends_in_a_clear_error():
     closure = closure_for(network, optimizer, factors=[float("nan")] * 1000)
     with pytest.raises(RuntimeError, match="still overflow at loss scale"):
         optimizer.step(closure)
-    assert len(closure.calls) == 129
+    assert closure.calls == [2.0**k for k in range(16, -101, -1)]
     assert same(before, snapshot(network))
     optimizer.loss_scale = 128.0
     assert optimizer.step(closure_for(network, optimizer)) is not None
@@ -118,6 +118,32 @@ def test_a_static_scale_skips_at_the_first_call_and_fails_later(capsys):
     assert "stays at 64" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="loss scale 64"):
         optimizer.step(closure_for(network, optimizer, factors=(1.0, float("inf"))))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_gradients_without_a_finite_norm_skip_at_the_first_call_and_fail_later(dynamic):
+    """A smaller scale would not help, so nothing is repeated."""
+    network = mlp(torch.bfloat16)
+    optimizer = wrap(lbfgs(network.parameters()), dynamic_loss_scale=dynamic, dynamic_loss_args={"init_scale": 1.0})
+    before = snapshot(network)
+
+    def clipped(factors):
+        inner = closure_for(network, optimizer, factors=factors)
+
+        def closure():
+            loss = inner()
+            optimizer.clip_master_grads(1.0)
+            return loss
+
+        closure.calls = inner.calls
+        return closure
+
+    closure = clipped([1e38])
+    assert optimizer.step(closure) is None
+    assert (closure.calls, optimizer.loss_scale) == ([1.0], 1.0)
+    assert same(before, snapshot(network))
+    with pytest.raises(RuntimeError, match="no finite norm"):
+        optimizer.step(clipped([1.0, 1e38]))
 
 
 def test_other_optimizers_take_a_closure_too():

@@ -71,7 +71,6 @@ def test_weights_loaded_while_frozen_are_where_training_goes_on(dtype, steps_bef
 def test_a_pause_costs_the_master_no_bit(dtype):
     network, optimizer = with_frozen_first(dtype, frozen=False)
     train(network, optimizer, steps=2)
-    optimizer.zero_grad(set_to_none=True)
     network[0].requires_grad_(False)
     masters = optimizer.param_groups[0]["params"][:2]
     before = snapshot(masters)
@@ -82,6 +81,17 @@ def test_a_pause_costs_the_master_no_bit(dtype):
     network[0].requires_grad_(True)
     train(network, optimizer, steps=1)
     assert not same(before, snapshot(masters))
+
+
+def test_unfrozen_within_a_step():
+    network, optimizer = with_frozen_first(torch.float16)
+    network[0].load_state_dict(mlp(torch.float16, seed=7)[0].state_dict())
+    optimizer.zero_grad()
+    optimizer.backward(loss_of(network, *problem()))
+    network[0].requires_grad_(True)
+    optimizer.step()
+    assert same(snapshot(network[0]), snapshot(mlp(torch.float16, seed=7)[0]))
+    assert torch.equal(optimizer.state_dict()["fp32_from_fp16"][0][0], network[0].weight.float())
 
 
 @pytest.mark.parametrize("dtype", HALVES)
