@@ -2,6 +2,7 @@
 
 # PYTHON_ARGCOMPLETE_OK
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def main() -> int:
     args = parse_args()
     device = device_of(args)
     if args.outf != "-":
-        if Path(args.outf).resolve() == args.checkpoint.resolve():
+        if os.path.realpath(args.outf) == os.path.realpath(args.checkpoint):
             raise UsageError(f"--outf and --checkpoint are both {args.outf}; give the text a file of its own")
         check_writable("--outf", Path(args.outf))
     model, vocabulary = load_model(args.checkpoint)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.cli import OneLineParser, as_flags
-from lm.errors import UsageError
+from lm.errors import UsageError, printable
 from lm.resume import command_of
 
 MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "tensorboard", "data", "save", "onnx_export")
@@ -26,6 +26,9 @@ def read_flags(parser: OneLineParser, script: str, argv: list[str]) -> argparse.
         UsageError: some flag or value is wrong, wherever it comes from, or is not that of the run to resume.
     """
     argv = expand(parser, argv)
+    for word in argv:
+        if not _is_text(word):
+            raise UsageError(f"{printable(word)} is not UTF-8, as a run's records are; give the file another name")
     given = parser.parse_args(argv)
     given.argv, given.changed = argv, False
     if given.resume is None:
@@ -42,6 +45,14 @@ def read_flags(parser: OneLineParser, script: str, argv: list[str]) -> argparse.
     args.argv = [*flags, *without(argv, "--resume")] if differing else flags
     args.changed = bool(differing)
     return args
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def without(argv: list[str], flag: str) -> list[str]:

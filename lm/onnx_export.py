@@ -29,12 +29,9 @@ def check_onnx_export(args: argparse.Namespace) -> None:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise UsageError(
-                f"--onnx-export without ONNX (no {error.name} here): pip install 'lm-precision[onnx]', "
-                + (
-                    "or leave the flag out: --resume with the finished run and --onnx-export writes the file later"
-                    if args.resume is None
-                    else "which a run that was started with the flag needs"
-                )
+                f"--onnx-export without ONNX (no {error.name} here): pip install 'lm-precision[onnx]', which a run "
+                "needs that was started with the flag, or leave the flag out: --resume with the finished run and "
+                "--onnx-export writes the file later"
             ) from None
     if args.onnx_export.resolve() == args.save.resolve():
         raise UsageError(f"--onnx-export and --save are both {args.save}; give each a file of its own")

@@ -209,8 +209,7 @@ class RunDirectory:
         if self.path is None:
             return
         text = to_json(content, indent=2) + "\n"
-        # A path in the command need not be UTF-8.
-        write_atomically(self.path / name, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+        write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
 
 @contextmanager

@@ -74,8 +74,9 @@ def check_not_of_the_run(flag: str, path: Path, run_dir: Path | None) -> None:
 
     `run_dir` is None for a new directory below runs/.
     """
-    run = (Path("runs", "new") if run_dir is None else run_dir).resolve()
-    if path.resolve() in (run, *run.parents, *(run / name for name in (*FILES, PREVIOUS, DAMAGED))):
+    run = Path(os.path.realpath("runs" if run_dir is None else run_dir))
+    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, PREVIOUS, DAMAGED))
+    if os.path.realpath(path) in {str(run), *map(str, run.parents), *files}:
         raise UsageError(f"{flag} {path} is the run's own, or a folder of it; give another name")
 
 

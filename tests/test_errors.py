@@ -9,7 +9,6 @@ from disks import RUN_FILES
 from lm.errors import exit_code
 from lm.recurrent import LSTM
 from programs import SCRIPTS, TINY, Programs, read_run, start
-from runs import resume
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -210,6 +209,17 @@ def test_save_may_not_be_the_runs_own_when_it_goes_on(programs):
     programs.train("main")
     assert "--save run/checkpoint.pt is" in programs.refuse("main", "--resume", "run", "--save", "run/checkpoint.pt")
     assert "--save runs is" in programs.refuse("main", *TINY[:-2], "--save", "runs")
+    (programs.folder / "elsewhere.pt").symlink_to("run/checkpoint.pt")
+    (programs.folder / "run" / "checkpoint.pt").rename(programs.folder / "far.pt")
+    (programs.folder / "run" / "checkpoint.pt").symlink_to("../far.pt")
+    for place in ("elsewhere.pt", "far.pt", "run/checkpoint.pt"):
+        assert f"--save {place} is" in programs.refuse("main", "--resume", "run", "--save", place)
+
+
+def test_a_link_to_itself_is_a_place_as_any_other(programs):
+    (programs.folder / "loop").symlink_to("loop")
+    assert "--run-dir loop: cannot write there" in refuse(programs, "main", "--run-dir", "loop")
+    assert "loop" in programs.refuse("generate", "--checkpoint", "loop")
 
 
 @pytest.mark.parametrize("run_dir", ["corpus/train.txt/{seed}", "corpus/train.txt/{}"])
@@ -219,11 +229,10 @@ def test_braces_in_a_path(programs, run_dir):
     )
 
 
-def test_a_path_that_is_not_utf8(programs):
+@pytest.mark.parametrize("flag", ["--data", "--save", "--run-dir"])
+def test_a_path_that_is_not_utf8(programs, flag):
     (programs.folder / "corpus").rename(programs.folder / "caf\udce9")
-    run = programs.train("main", "--data", "caf\udce9", "--save", "caf\udce9/model.pt")
-    assert (run.result["status"], run.config["data"]) == ("finished", "caf\udce9")
-    resume(programs, "main", "--epochs", "3", "--data", "caf\udce9", "--save", "caf\udce9/model.pt")
+    assert "caf\\udce9 is not UTF-8" in refuse(programs, "main", flag, "caf\udce9")
 
 
 @pytest.mark.parametrize("place", ["corpus/train.txt", "corpus/train.txt/run"])

@@ -16,6 +16,9 @@ SAME_IN_FP16 = ("manual", "fp16-optimizer")
 
 SIZES = ("model", "emsize", "nhid", "nlayers", "tied", "dropout")
 TRAINING = ("batch_size", "bptt", "lr", "clip", "epochs", "max_steps", "dry_run")
+LENGTH = ("epochs", "max_steps", "dry_run")
+"""Those of `TRAINING` that change no step."""
+
 LATER = {"nhead": 2, "optimizer": "sgd"}
 """What older runs do not say, and what they had."""
 
@@ -224,7 +227,8 @@ def _must_agree(runs: list[Run], *, same_scale: bool) -> bool:
     scales = {run.config["static_loss_scale"] for run in runs}
     exact = all(scale and 0 < scale < math.inf and math.frexp(scale)[0] == 0.5 for scale in scales)
     alike = len({(str(run.config.get("tf32", False)), str(run.config.get("processes", 1))) for run in runs}) == 1
-    same_bits = alike and len(_machines(runs)) == 1 and not job_differences(runs)
+    jobs = [{name: value for name, value in _job(run.config).items() if name not in LENGTH} for run in runs]
+    same_bits = alike and len(_machines(runs)) == 1 and all(job == jobs[0] for job in jobs)
     return exact and same_bits and (len(scales) == 1 or not same_scale)
 
 

@@ -180,7 +180,7 @@ def _heat(result: Result, name: str) -> Chart:
     )
     window = result["window"]
     if window is None:
-        caption += "No single scale serves every tensor."
+        caption += "No scale that was looked at serves every tensor."
     else:
         edges = window["low"] - 0.5, window["high"] + 0.5
         drawn.add_vrect(*edges, line={"color": "#000000", "width": 2})

@@ -68,6 +68,12 @@ def test_other_machines_and_jobs_need_not_agree(tmp_path: Path, other: dict[str,
     assert compare([run(tmp_path, "fp32"), run(tmp_path, "amp-fp32", **other)], anyway=True).pairs == []
 
 
+def test_a_longer_run_must_agree_as_far_as_the_other_goes(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "fp32", epochs=4, max_steps=9), run(tmp_path, "amp-fp32", 1111, LOSSES[:5])]
+    (pair,) = compare(runs, anyway=True).pairs
+    assert (pair.expected, pair.steps) == (True, 5)
+
+
 def test_asked_pairs_come_first_and_once(tmp_path: Path) -> None:
     runs = [run(tmp_path, mode) for mode in ("fp32", "amp-fp32", "manual", "fp16-optimizer")]
     asked = [("manual", "fp32"), ("fp16-optimizer", "manual"), ("fp32", "manual")]

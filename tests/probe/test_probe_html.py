@@ -88,7 +88,7 @@ def test_shares_at_every_scale_and_the_window(tmp_path: Path) -> None:
 def test_no_window_is_said(tmp_path: Path) -> None:
     page = page_of(tmp_path, sample() | {"window": None, "scale": None})
     assert page.charts["heat"]["layout"].get("shapes", []) == []
-    assert "No single scale serves every tensor." in page.text
+    assert "No scale that was looked at serves every tensor." in page.text
     assert "Frame:" not in page.text
 
 

@@ -62,8 +62,8 @@ def test_all_of_it(programs):
 
 def test_a_run_that_was_started_with_use_optimizer(programs):
     programs.train("main", "--use-optimizer")
-    flags = [word for word in PROBE if word not in ("--data", "corpus")]
-    assert programs.run("probe", *flags, "--modes", "fp32", "--run", "run").code == 0
+    assert programs.run("probe", *PROBE[2:], "--modes", "fp32", "--run", "run").code == 0
+    assert read_probe(programs.folder / "probe" / "probe.json")["lr"] == 0.001
 
 
 def test_the_same_again_is_the_same(programs):
