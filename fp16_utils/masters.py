@@ -101,7 +101,6 @@ class Masters:
 
     def trainable_by_group(self) -> list[list[Tensor]]:
         """Return those that apex.fp16_utils would have made: none of a parameter with requires_grad=False."""
-        self._follow_frozen()
         pairs = (zip(*groups, strict=True) for groups in zip(self._half_groups, self._master_groups, strict=True))
         return [[master.detach() for half, master in group if half.requires_grad] for group in pairs]
 

@@ -226,10 +226,14 @@ def _must_agree(runs: list[Run], *, same_scale: bool) -> bool:
     """Powers of two are exact factors; fp16 can overflow and underflow besides, and so needs the same one."""
     scales = {run.config["static_loss_scale"] for run in runs}
     exact = all(scale and 0 < scale < math.inf and math.frexp(scale)[0] == 0.5 for scale in scales)
-    alike = len({(str(run.config.get("tf32", False)), str(run.config.get("processes", 1))) for run in runs}) == 1
-    jobs = [{name: value for name, value in _job(run.config).items() if name not in LENGTH} for run in runs]
-    same_bits = alike and len(_machines(runs)) == 1 and all(job == jobs[0] for job in jobs)
-    return exact and same_bits and (len(scales) == 1 or not same_scale)
+    alike = all(_deciding(run.config) == _deciding(runs[0].config) for run in runs)
+    return exact and alike and (len(scales) == 1 or not same_scale)
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the bits of a step besides the precision."""
+    job = {name: value for name, value in _job(config).items() if name not in LENGTH}
+    return job | machine(config) | {"tf32": config.get("tf32", False), "processes": config.get("processes", 1)}
 
 
 def _machines(runs: Sequence[Run]) -> set[tuple[str, ...]]:
