@@ -14,20 +14,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lm.cli import HelpFormatter, OneLineParser, add_version, complete, finite_above_0, whole
-from lm.console import say
-from lm.errors import RunError, UsageError, exit_code
-from lm.files import check_writable
-from lm.launch import Job, check_flags, comparison_folder, run_jobs, slot_environments
-from lm.launch_probe import run_probes
-from lm.modes import DEFAULT_MODES, MODES, mode_names
-from lm.report.comparison import compare
-from lm.report.html import write_html
-from lm.report.png import write_png
-from lm.report.probe_table import table as probe_table
-from lm.report.runs import read_run
-from lm.report.summary import table, write_summary
-from lm.report.types import Failure, Run
+from lm.launch.jobs import Job, check_flags, comparison_folder, run_jobs, slot_environments
+from lm.launch.probe_jobs import run_probes
+from lm.options.modes import DEFAULT_MODES, MODES, mode_names
+from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, finite_above_0, whole
+from roundoff.errors import RunError, UsageError
+from roundoff.program import exit_code
+from roundoff.report.html import write_html
+from roundoff.report.png import write_png
+from roundoff.report.probe_table import table as probe_table
+from roundoff.report.summary import table, write_summary
+from roundoff.runs.files import check_writable
+from roundoff.runs.reading import Run, read_run
+from roundoff.terminal import say
+from roundoff.verdict.comparison import compare
+from roundoff.verdict.types import Failure
 
 FILES = {"summary.json": write_summary, "report.html": write_html, "curves.png": write_png}
 USAGE = """compare.py [options] [-- TRAINER FLAGS...]   run the modes, then compare them

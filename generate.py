@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from lm.checkpoint import load_model
-from lm.cli import HelpFormatter, OneLineParser, add_device_options, add_version, complete, number, whole
-from lm.console import say
-from lm.device import device_of
-from lm.errors import UsageError, exit_code, printable
-from lm.files import check_writable, write_atomically
-from lm.model import RNNModel
+from lm.model.language_model import RNNModel
+from lm.model.model_file import load_model
+from lm.options.device import add_device_options, device_of
+from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
+from roundoff.errors import UsageError, printable
+from roundoff.program import exit_code
+from roundoff.runs.files import check_writable, write_atomically
+from roundoff.terminal import say
 
 WORDS_A_LINE = 20
 

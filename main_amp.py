@@ -5,13 +5,13 @@ import sys
 
 import torch
 
-from lm.config import parse_args, set_up
-from lm.data import Corpus
-from lm.errors import exit_code
-from lm.model import make_model
-from lm.optimizers import make_optimizer
-from lm.precision import Autocast
-from lm.train import fit
+from lm.data.corpus import Corpus
+from lm.model.language_model import make_model
+from lm.options.config import parse_args, set_up
+from lm.options.optimizers import make_optimizer
+from lm.training.loop import fit
+from lm.training.program import exit_code
+from roundoff.precision import Autocast
 
 
 def main() -> int:

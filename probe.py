@@ -13,16 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lm.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
-from lm.console import say
-from lm.corpora import DEFAULT
-from lm.errors import UsageError, exit_code
-from lm.files import check_writable
-from lm.modes import MODES, mode_names
-from lm.probe.mode import PROBED
-from lm.probe.result import write_probe
-from lm.probe.run import probe
-from lm.probe.sources import Source, fresh, from_checkpoint, from_run
+from lm.data.corpora import DEFAULT
+from lm.launch.probing.mode import PROBED
+from lm.launch.probing.run import probe
+from lm.launch.probing.sources import Source, fresh, from_checkpoint, from_run
+from lm.options.modes import MODES, mode_names
+from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
+from roundoff.errors import UsageError
+from roundoff.gradients.result import write_probe
+from roundoff.program import exit_code
+from roundoff.runs.files import check_writable
+from roundoff.terminal import say
 
 FILES = ("probe.json", "probe.html", "probe.png")
 USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
@@ -86,9 +87,9 @@ def find_source(args: argparse.Namespace) -> Source:
 
 def report(out: Path, result: dict[str, Any]) -> None:
     """Print the table and write `FILES` into the folder `out`."""
-    from lm.report.probe_html import write_html  # here, since what draws takes 50 MB that measuring needs
-    from lm.report.probe_png import write_png
-    from lm.report.probe_table import table
+    from roundoff.report.probe_html import write_html  # here, since what draws takes 50 MB that measuring needs
+    from roundoff.report.probe_png import write_png
+    from roundoff.report.probe_table import table
 
     say(table(result))
     try:

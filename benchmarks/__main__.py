@@ -16,11 +16,11 @@ from benchmarks.peaks import measure_peaks, share_of_peak
 from benchmarks.processes import measure_memory, measure_start
 from benchmarks.reading import measure_reading
 from benchmarks.training import VOCABULARY, Jobs, measure_eval, measure_precision, measure_step
-from lm import corpora
-from lm.cli import OneLineParser, whole
-from lm.errors import exit_code
-from lm.modes import MODES
-from lm.records import to_json
+from lm.data import corpora
+from lm.options.modes import MODES
+from roundoff.cli import OneLineParser, whole
+from roundoff.program import exit_code
+from roundoff.runs.jsonfile import to_json
 
 PARTS = ("step", "eval", "precision", "memory", "reading", "start", "peaks")
 DEFAULT_MODES = ["fp32", "manual", "fp16-optimizer", "amp-fp16", "amp-bf16"]

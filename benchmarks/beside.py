@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks import reference
-from lm.data import batchify
+from lm.data.corpus import batchify
 
 EVALUATION_BATCHES = 4
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lm.device import device_name
+from roundoff.device import device_name
 
 REFERENCE = "reference"
 WARM_UP = 2  # rounds that are not counted: the first calls allocate, and choose kernels

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import Row
-from lm.kernels import cpu_multiplies
+from lm.model.kernels import cpu_multiplies
 
 EDGE = 3072  # of the square matrices
 COPIED = 1 << 28  # bytes: far more than caches hold

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from benchmarks import reference
 from benchmarks.measure import REFERENCE, Row, compared
-from lm import corpora
-from lm.data import batchify
-from lm.device import peak_memory_bytes
-from lm.modes import MODES
+from lm.data import corpora
+from lm.data.corpus import batchify
+from lm.options.modes import MODES
+from roundoff.device import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
@@ -23,7 +23,7 @@ EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the fi
 
 FIRST_STEP = """
 import importlib, os, sys, time
-from lm.records import RunDirectory
+from roundoff.runs.directory import RunDirectory
 script = importlib.import_module(sys.argv[0].removesuffix(".py"))
 def done(*_):
     print(time.time(), flush=True)

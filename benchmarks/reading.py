@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import reference
 from benchmarks.measure import REFERENCE, Row, compared, interleaved
-from lm.data import Corpus
+from lm.data.corpus import Corpus
 
 
 def measure_reading(data: str, rounds: int) -> list[Row]:

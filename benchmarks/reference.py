@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.corpora import SPLITS
-from lm.data import get_batch
+from lm.data.corpora import SPLITS
+from lm.data.corpus import get_batch
 
 EOS = "<eos>"
 

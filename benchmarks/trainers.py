@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from lm.modes import MODES
-from lm.train import Training
+from lm.options.modes import MODES
+from lm.training.loop import Training
 
 
 @contextmanager

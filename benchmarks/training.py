@@ -11,8 +11,8 @@ from benchmarks import reference
 from benchmarks.beside import EVALUATION_BATCHES, Reference
 from benchmarks.measure import REFERENCE, Row, compared, interleaved
 from benchmarks.trainers import trainer
-from lm.evaluation import evaluate
-from lm.train import Training
+from lm.training.evaluation import evaluate
+from lm.training.loop import Training
 
 VOCABULARY = 33280  # of WikiText-2, rounded up to a multiple of 8
 

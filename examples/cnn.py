@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp16_utils import FP16_Optimizer, prep_param_lists
-from lm import Autocast, MasterWeights, Precision, WrappedOptimizer
+from apex_compat.fp16_utils import FP16_Optimizer, prep_param_lists
+from roundoff import Autocast, MasterWeights, Precision, WrappedOptimizer
 
 LR, MOMENTUM, MAX_NORM = 0.05, 0.9, 1.0
 STEPS, BATCH, CLASSES, SIZE = 60, 32, 4, 8

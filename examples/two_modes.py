@@ -12,7 +12,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from lm import Autocast, Corpus, MasterWeights, Precision, RNNModel, fit, make_args, read_run, set_up
+from lm import Corpus, RNNModel, fit, make_args, set_up
+from roundoff import Autocast, MasterWeights, Precision, read_run
 
 folder = Path(tempfile.mkdtemp(prefix="two-modes-"))
 job: dict[str, Any] = {

@@ -1,36 +1,27 @@
-"""Training a language model under several kinds of precision management.
+"""One job, trained under several kinds of precision management: the word-level language model.
 
-What a program of one's own needs is here by name: the seam (`MasterWeights`, `WrappedOptimizer`, `Autocast`, all of
-them a `Precision` whose `step` gives a `StepResult`) for any model, and the language model's job around it
-(`make_args`, `set_up`, `Corpus`, `RNNModel`, `fit`, `read_run`). Each is imported when it is first asked for, so that
-`import lm` takes no time.
+`make_args` makes the options of a trainer, `set_up` prepares the process, `Corpus` and `RNNModel` are the data and the
+model, and `fit` trains. Each name is imported when it is first asked for, so that `import lm` takes no time.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lm.config import make_args as make_args
-    from lm.config import set_up as set_up
-    from lm.data import Corpus as Corpus
-    from lm.model import RNNModel as RNNModel
-    from lm.precision import Autocast as Autocast
-    from lm.precision import MasterWeights as MasterWeights
-    from lm.precision import Precision as Precision
-    from lm.precision import StepResult as StepResult
-    from lm.precision import WrappedOptimizer as WrappedOptimizer
-    from lm.report.runs import read_run as read_run
-    from lm.train import fit as fit
-
-__version__ = "0.1.0"
+    from lm.data.corpus import Corpus as Corpus
+    from lm.model.language_model import RNNModel as RNNModel
+    from lm.options.config import make_args as make_args
+    from lm.options.config import set_up as set_up
+    from lm.training.loop import fit as fit
 
 _HOMES = {
-    "lm.config": ("make_args", "set_up"),
-    "lm.data": ("Corpus",),
-    "lm.model": ("RNNModel",),
-    "lm.precision": ("Autocast", "MasterWeights", "Precision", "StepResult", "WrappedOptimizer"),
-    "lm.report.runs": ("read_run",),
-    "lm.train": ("fit",),
+    "lm.data.corpus": ("Corpus",),
+    "lm.model.language_model": ("RNNModel",),
+    "lm.options.config": (
+        "make_args",
+        "set_up",
+    ),
+    "lm.training.loop": ("fit",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -11,7 +11,7 @@ import torch
 import jobs
 import ranks as several
 from disks import START, clear
-from lm.checkpoint import save_model
+from lm.model.model_file import save_model
 from programs import WORDS, Programs, make_model, write_corpus
 from programs import write_corpus as write_sentences
 from runs import outcome

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import lm
-from lm.config import parse_args
-from lm.errors import UsageError
+import roundoff
+from lm.options.config import parse_args
 from programs import ROOT, TINY
+from roundoff.errors import UsageError
 from runs import outcome
 
 OPTIONS: dict[str, Any] = {
@@ -23,10 +24,10 @@ OPTIONS: dict[str, Any] = {
 
 def build(script: str, args: Any, model: Any) -> Any:
     if script == "main":
-        return lm.MasterWeights(model.parameters(), torch.optim.SGD(model.parameters(), lr=args.lr, fused=True))
+        return roundoff.MasterWeights(model.parameters(), torch.optim.SGD(model.parameters(), lr=args.lr, fused=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=args.init_scale, growth_interval=args.scale_window)
-    return lm.Autocast(optimizer, scaler, args.device, torch.float16, args.static_loss_scale)
+    return roundoff.Autocast(optimizer, scaler, args.device, torch.float16, args.static_loss_scale)
 
 
 @pytest.mark.parametrize("script", ["main", "main_amp"])
@@ -38,11 +39,11 @@ def test_fit_from_python_is_the_run_of_the_command_line(programs, script):
     model = lm.RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout, args.tied)
     assert lm.fit(args, corpus, model, build(script, args, model)) == 0
     assert outcome(programs.folder, "api", "api.pt") == outcome(programs.folder)
-    recorded = [lm.read_run(programs.folder / name) for name in ("api", "run")]
+    recorded = [roundoff.read_run(programs.folder / name) for name in ("api", "run")]
     assert recorded[0].steps == recorded[1].steps
     assert len(recorded[0].steps["loss"]) == 36
     assert programs.run(script, "--resume", "api", "--epochs", "3").code == 0  # what Python began, a shell goes on with
-    assert len(lm.read_run(programs.folder / "api").epochs) == 3
+    assert len(roundoff.read_run(programs.folder / "api").epochs) == 3
 
 
 @pytest.mark.parametrize("script", ["main", "main_fp16_optimizer", "main_amp"])
@@ -73,11 +74,12 @@ def test_a_wrong_option_is_a_clear_error(script, options, said):
 
 
 def test_every_name_is_that_of_its_module():
-    names = {name: module for module, names in lm._HOMES.items() for name in names}
-    assert {"Corpus", "RNNModel", "fit", "MasterWeights", "WrappedOptimizer", "Autocast"} <= names.keys()
-    for name, module in names.items():
-        assert getattr(lm, name) is getattr(import_module(module), name)
-    assert names.keys() <= set(dir(lm))
+    for package, expected in ((lm, {"Corpus", "RNNModel", "fit"}), (roundoff, {"MasterWeights", "RunDirectory"})):
+        names = {name: module for module, names in package._HOMES.items() for name in names}
+        assert expected <= names.keys()
+        for name, module in names.items():
+            assert getattr(package, name) is getattr(import_module(module), name)
+        assert names.keys() <= set(dir(package))
     with pytest.raises(AttributeError, match=r"module 'lm' has no attribute 'Corpora'"):
         _ = lm.Corpora
     with pytest.raises(ImportError, match="cannot import name 'Corpora' from 'lm'"):
@@ -87,9 +89,9 @@ def test_every_name_is_that_of_its_module():
 def test_importing_lm_imports_nothing_else():
     code = (
         "import sys; before = set(sys.modules); import lm\n"
-        "assert {'lm', 'lm.model', 'torch'} & set(sys.modules) == {'lm'}, sys.modules.keys() - before\n"
-        "from lm import cli\n"
-        "import runpy; sys.argv = ['corpora', '--help']; runpy.run_module('lm.corpora', run_name='__main__')\n"
+        "assert {'lm', 'lm.model.language_model', 'torch'} & set(sys.modules) == {'lm'}, sys.modules.keys() - before\n"
+        "from lm import data\n"
+        "import runpy; sys.argv = ['corpora', '--help']; runpy.run_module('lm.data.corpora', run_name='__main__')\n"
     )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import generate
-from lm.checkpoint import load_model, save_model
-from lm.model import KINDS
+from lm.model.language_model import KINDS
+from lm.model.model_file import load_model, save_model
 from programs import HALF, SCRIPTS, WORDS, Programs, make_model
 
 

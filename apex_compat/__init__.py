@@ -1,0 +1,6 @@
+"""What NVIDIA's apex was for most scripts, on any device. It imports torch alone."""
+
+from apex_compat.checkpoint import load_apex_checkpoint
+from apex_compat.provide import provide_apex
+
+__all__ = ["load_apex_checkpoint", "provide_apex"]

@@ -1,0 +1,81 @@
+"""Run a script that imports apex.fp16_utils as it is.
+
+python -m apex_compat [--device cpu] SCRIPT [ARGS...]
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import CodeType, ModuleType
+from unittest import mock
+
+from apex_compat.cuda_on_cpu import cuda_on_cpu
+from apex_compat.provide import provide_apex
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script that `argv` (by default the command line's arguments) names, with its arguments.
+
+    Returns:
+        The exit code: 0; 1 if the script raised, after its traceback was shown; 2 if it cannot be read. A
+        script's own SystemExit passes through.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m apex_compat",
+        description="Run SCRIPT with apex.fp16_utils provided by apex_compat.",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu"],
+        help="run what the script does on CUDA on the CPU (.cuda(), device='cuda')",
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="a Python file")
+    parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args(argv)
+    try:
+        source = Path(options.script).read_bytes()
+    except OSError as error:
+        print(f"error: SCRIPT is {options.script!r}: {error.strerror}; give a Python file", file=sys.stderr)
+        return 2
+    with ExitStack() as stack:
+        stack.enter_context(provide_apex())
+        if options.device == "cpu":
+            print("apex_compat: running on the CPU what the script does on CUDA (--device cpu)", file=sys.stderr)
+            stack.enter_context(cuda_on_cpu())
+        module = stack.enter_context(_as_main(options.script, options.args))
+        return _run(source, options.script, module)
+
+
+@contextmanager
+def _as_main(script: str, args: list[str]) -> Iterator[ModuleType]:
+    """Set up `__main__`, sys.argv and sys.path as `python SCRIPT ARGS...` would; put them back at the end."""
+    module = ModuleType("__main__")
+    module.__file__ = script
+    main_before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        with (
+            mock.patch.object(sys, "argv", [script, *args]),
+            mock.patch.object(sys, "path", [str(Path(script).resolve().parent), *sys.path[1:]]),
+        ):
+            yield module
+    finally:
+        sys.modules["__main__"] = main_before
+
+
+def _run(source: bytes, script: str, module: ModuleType) -> int:
+    try:
+        code: CodeType = compile(source, script, "exec")
+        exec(code, vars(module))  # noqa: S102  what this program is for
+    except (Exception, KeyboardInterrupt) as error:
+        # The first frame is this function; the rest, none for a syntax error, is the script's own traceback.
+        trace = error.__traceback__.tb_next if error.__traceback__ else None
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Master weights: which parameters have one, and how gradients and weights pass between master and model."""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from apex_compat.fp16_utils import gradients
+from apex_compat.fp16_utils.checks import HALF_DTYPES, check_dtypes
+
+
+class Masters:
+    """The master weights of an optimizer's half-precision parameters.
+
+    In the optimizer's groups each float16 or bfloat16 parameter is replaced by its master, a leaf tensor in
+    fp32. It is so for frozen parameters (requires_grad=False, no gradient) too, which may be unfrozen later:
+    until then nothing is written to them, and their masters follow what they are given, such as a moving average
+    or pretrained weights. An fp32 parameter stays where it is and is its own master.
+
+    The gradients in the model stand at some loss scale, and those of fp32 parameters at 1 once they were
+    unscaled in place. This class keeps account of it, so that a further backward pass adds like to like.
+
+    Args:
+        optimizer: its groups and state are changed as described.
+        device: where the loss scale is.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._half_groups: list[list[Tensor]] = []
+        self._master_groups: list[list[Tensor]] = []
+        self._half: list[Tensor] = []
+        self._masters: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self._frozen: set[Tensor] = set()  # at the last update
+        self._all_float16 = True
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        # None: no gradient has been made since the last zero_grad.
+        self._half_grads_scale: Tensor | None = None
+        self._own_grads_scale: Tensor | None = None
+        for group in optimizer.param_groups:
+            self.adopt(group)
+
+    def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of `group`, to be added to the optimizer, with a list of parameters.
+
+        Raises:
+            TypeError: a parameter is not float16, bfloat16 or float32.
+            ValueError: a parameter has a master already.
+        """
+        given = group["params"]
+        listed = [given] if isinstance(given, Tensor) else list(given)
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]  # they may be named
+        check_dtypes("param_group", params)
+        known = {id(p) for p in self._half}
+        if any(id(p) in known for p in params):
+            raise ValueError("param_group has a parameter of another group; each may be in one group only")
+        return {**group, "params": listed}
+
+    def adopt(self, group: dict[str, Any]) -> None:
+        """Replace the half-precision parameters in `group` (the optimizer's) and move their state in fp32."""
+        masters: dict[Tensor, Tensor] = {}
+        state_moved = False
+        # In place: LBFGS keeps a reference to this list.
+        params = group["params"]
+        for i, param in enumerate(params):
+            if param.dtype not in HALF_DTYPES:
+                continue
+            if param not in masters:
+                masters[param] = param.detach().float().requires_grad_()
+            params[i] = masters[param]
+            if param in self._optimizer.state:
+                self._optimizer.state[params[i]] = self._optimizer.state.pop(param)
+                state_moved = True
+        if state_moved:
+            # Loading casts state to its parameter's dtype by the optimizer's own rules.
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
+        self._frozen.update(filter(_is_frozen, masters))
+        self._half_groups.append(list(masters))
+        self._master_groups.append(list(masters.values()))
+        self._half = list(chain.from_iterable(self._half_groups))
+        self._masters = list(chain.from_iterable(self._master_groups))
+        self._all_float16 = all(p.dtype == torch.float16 for p in self._half)
+        known = {id(m) for m in self._masters}
+        self._own = [p for p in self._all_params() if id(p) not in known]
+
+    def _all_params(self) -> list[Tensor]:
+        """Return what the optimizer updates, in its order, a repeated parameter (torch warns of it) once."""
+        return list(dict.fromkeys(p for group in self._optimizer.param_groups for p in group["params"]))
+
+    def all_grads(self) -> list[Tensor]:
+        """Return the gradients that the optimizer will see, in its order; of sparse ones the values."""
+        return [gradients.dense(p.grad) for p in self._all_params() if p.grad is not None]
+
+    def by_group(self) -> list[list[Tensor]]:
+        """Return the masters, detached, group by group."""
+        self._follow_frozen()
+        return [[master.detach() for master in group] for group in self._master_groups]
+
+    def trainable_by_group(self) -> list[list[Tensor]]:
+        """Return those that apex.fp16_utils would have made: none of a parameter with requires_grad=False."""
+        pairs = (zip(*groups, strict=True) for groups in zip(self._half_groups, self._master_groups, strict=True))
+        return [[master.detach() for half, master in group if half.requires_grad] for group in pairs]
+
+    @torch.no_grad()
+    def load(self, targets: list[list[Tensor]], saved: list[list[Tensor]]) -> None:
+        """Copy `saved` into the masters `targets` (as of `by_group`), and all masters into the model."""
+        gradients.copy_values(list(chain.from_iterable(targets)), list(chain.from_iterable(saved)))
+        gradients.copy_values(self._half, self._masters)
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Round the masters to the model's half-precision parameters, but for those that were frozen at the update."""
+        pairs = [(h, m) for h, m in zip(self._half, self._masters, strict=True) if h not in self._frozen]
+        gradients.copy_values([half for half, _ in pairs], [master for _, master in pairs])
+
+    @torch.no_grad()
+    def _follow_frozen(self) -> None:
+        """Give masters what their frozen parameters were given; one that still rounds to it keeps its bits."""
+        for half, master in zip(self._half, self._masters, strict=True):
+            if half in self._frozen or _is_frozen(half):
+                master.copy_(torch.where(master.to(half.dtype) == half, master, half.float()))
+
+    @torch.no_grad()
+    def zero_model_grads(self, drop: bool) -> None:
+        """Zero the gradients of the model's half-precision parameters, or set them to None.
+
+        Sparse ones are dropped: their indices would stay, and on the CPU torch cannot add to them in float16. So are
+        those of parameters that were frozen since: momentum and weight decay move weights for zeros.
+        """
+        for param in self._half:
+            sparse = param.grad is not None and param.grad.layout != torch.strided
+            if drop or sparse or not param.requires_grad:
+                param.grad = None
+        if grads := [p.grad for p in self._half if p.grad is not None]:
+            torch._foreach_zero_(grads)
+        self._half_grads_scale = self._own_grads_scale = None
+
+    @torch.no_grad()
+    def bring_grads_to(self, scale: Tensor) -> None:
+        """Make what earlier backward passes left in the model's gradients stand at `scale`.
+
+        Nothing is touched in the usual course of things, when the gradients were dropped or zeroed after the
+        last step. Without this, a second `backward` would add gradients times the scale to unscaled ones.
+        """
+        for params, old_scale in ((self._half, self._half_grads_scale), (self._own, self._own_grads_scale)):
+            if old_scale is not None and old_scale is not scale:
+                grads = (gradients.dense(p.grad) for p in params if p.grad is not None)
+                gradients.rescale_(grads, old_scale, scale)
+        self._half_grads_scale = self._own_grads_scale = scale
+
+    @torch.no_grad()
+    def update_grads(self, scale: Tensor, check: bool) -> Tensor:
+        """Copy the half gradients to the masters and unscale all gradients.
+
+        Args:
+            scale: float32, shape (): what gradients of unknown origin stand at.
+            check: look for inf and nan.
+
+        Returns:
+            1. if there was one, before or after unscaling, else 0.: float32, shape (), on the device of
+               `scale`.
+        """
+        if not all(map(_is_frozen, self._frozen)):  # one was unfrozen
+            self._follow_frozen()
+        self._frozen = set(filter(_is_frozen, self._half))
+        gradients.copy_to_masters(self._half, self._masters)
+        gradients.coalesce(self._own)
+        self._half_grads_scale = scale if self._half_grads_scale is None else self._half_grads_scale
+        own_grads_scale = scale if self._own_grads_scale is None else self._own_grads_scale
+        found_inf = torch.zeros_like(scale)
+        for params, stand_at, narrow in (
+            (self._masters, self._half_grads_scale, self._all_float16),
+            (self._own, own_grads_scale, False),
+        ):
+            grads = [gradients.dense(p.grad) for p in params if p.grad is not None]
+            inv_scale = gradients.reciprocal(stand_at)
+            if check:
+                found_inf = gradients.unscale_(grads, inv_scale, found_inf, narrow)
+            else:
+                gradients.multiply_(grads, inv_scale)
+        self._own_grads_scale = self._one
+        return found_inf
+
+
+def _is_frozen(half: Tensor) -> bool:
+    return not half.requires_grad and half.grad is None

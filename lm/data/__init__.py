@@ -1,0 +1,1 @@
+"""The corpus, and the batches that are made of it."""

@@ -1,0 +1,1 @@
+"""Front ends that are imported only where a user asks for them."""

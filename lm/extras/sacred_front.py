@@ -1,0 +1,237 @@
+"""The trainers under Sacred: the options of lm/config.py as the configuration of an Experiment.
+
+Imported only where a command line asks for it. Sacred parses and shows the configuration, keeps its observers
+informed, and has a run's `main` run with the flags that say the same as the configuration.
+"""
+
+import argparse
+import os
+import re
+import runpy
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm.data import corpora
+from lm.options.config import parse_args
+from lm.options.optimizers import DEFAULT_LR, default_lr
+from lm.options.options import make_parser
+from lm.training.description import git_commit
+from roundoff import processes
+from roundoff.cli import OneLineParser, as_flags
+from roundoff.errors import RunError, UsageError
+from roundoff.runs.listeners import listening
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred's own matter, not a user's
+    import colorama
+    from sacred import Experiment
+    from sacred.commands import _format_config
+    from sacred.config.config_dict import ConfigDict
+    from sacred.config.config_summary import ConfigSummary
+    from sacred.run import Run
+    from sacred.utils import SacredError
+
+NAMES = {"data": "dataset", "model": "model_type"}
+"""What this front calls an option that has another name elsewhere."""
+
+DEFAULTS = {"batch_size": 32, "dataset": "./data", "lr": DEFAULT_LR["sgd"], "seed": 257, "tied": True}
+"""The defaults that this front has of its own."""
+
+FIRST = (
+    *("batch_size", "bptt", "clip", "dataset", "dropout", "emsize", "epochs", "log_interval", "lr", "model_type"),
+    *("nhid", "nlayers", "save", "seed", "tied"),
+)
+"""What print_config shows before all else."""
+
+
+class ConfigError(SacredError):
+    """A value that no option takes. Sacred shows it as one of its own errors, without a traceback."""
+
+    __module__ = "sacred"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, print_traceback=False, print_usage=False)
+
+
+class Options:
+    """The options of a trainer as a source of Sacred's configuration: name, default and comment of each."""
+
+    def __init__(self, parser: OneLineParser) -> None:
+        self.options = {NAMES.get(name, name): option for name, option in parser.options().items()}
+        self.defaults = {
+            name: DEFAULTS.get(name, _plain(parser.get_default(option.dest))) for name, option in self.options.items()
+        }
+        self.comments = {name: (option.help or "") % vars(option) for name, option in self.options.items()}
+        self.comments["dataset"] += "; or a folder of such folders"
+        self.asked: set[str] = set()
+
+    def __call__(self, fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
+        """The configuration, where `fixed` wins over the defaults."""
+        asked = fixed or {}
+        self.asked = set(asked)
+        adamw = asked.get("use_optimizer") is True or asked.get("optimizer") == "adamw"
+        defaults = self.defaults | {"lr": default_lr("adamw" if adamw else "sgd", asked.get("model_type", "LSTM"))}
+        summary = ConfigDict(defaults)(fixed, preset, fallback)
+        summary.docs.update(self.comments)
+        return summary
+
+    def flags(self, config: dict[str, Any]) -> list[str]:
+        """The command line that says the same as `config`.
+
+        To resume a run, only what was asked for: the rest is as that run has it.
+
+        Raises:
+            UsageError: some value is no option's.
+        """
+        values = {name: config[name] for name in self.options}
+        if values["resume"] is not None:
+            values = {name: value for name, value in values.items() if name in self.asked}
+        if values.get("dataset") is not None:
+            values["dataset"] = corpora.find(str(values["dataset"]))
+        return as_flags(self.options, values)
+
+
+def _plain(default: Any) -> Any:
+    if default is argparse.SUPPRESS:
+        return None
+    return str(default) if isinstance(default, Path) else default
+
+
+class Observed:
+    """A Listener that hands on to a Sacred run what is recorded.
+
+    Metrics are `train.<name>` by step, once a log interval, and `valid.<name>` by epoch; the info has the run
+    directory and `result.json`; the best model is an artifact.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.directory = self.model = Path()
+        self.test_ppl: float | None = None
+
+    def start(self, directory: Path, config: dict[str, Any], step: int) -> None:
+        """Note where the run's files are."""
+        self.run.info["run_dir"] = str(directory.absolute())
+        self.directory, self.model = directory, Path(config["save"])
+
+    def interval(self, row: dict[str, Any]) -> None:
+        """Log the training."""
+        self._log("train", row, row["step"])
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Log the validation."""
+        self._log("valid", {name.removeprefix("valid_"): value for name, value in row.items()}, row["epoch"])
+
+    def _log(self, part: str, row: dict[str, Any], step: int) -> None:
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                self.run.log_scalar(f"{part}.{name}", value, step)
+
+    def result(self, row: dict[str, Any]) -> None:
+        """Keep the result and the model."""
+        self.run.info["result"] = row
+        self.test_ppl = row["test_ppl"]
+        saved = self.test_ppl is not None or (self.directory / "epochs.jsonl").stat().st_size > 0
+        if saved and self.model.exists():  # else the file is another run's
+            self.run.add_artifact(self.model)
+
+
+class PassedError(BaseException):
+    """Carries an error past Sacred, which would show a traceback of it, to `exit_code`, which needs none."""
+
+
+class Trainer(Experiment):
+    """An Experiment that ends with an error as every command of this project does."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Run:
+        """See Experiment."""
+        try:
+            return super().run(*args, **kwargs)
+        except (UsageError, RunError, OSError, MemoryError) as error:
+            raise PassedError(error) from None
+
+
+def print_config(_run: Run) -> None:
+    """Print the configuration with a comment on each option, and exit."""
+    first = {name: value for name, value in _run.config.items() if name in FIRST}
+    rest = {name: value for name, value in _run.config.items() if name not in FIRST}
+    print(_format_config(first, _run.config_modifications))
+    print(_format_config(rest, _run.config_modifications).partition("\n")[2])
+
+
+def make_experiment(script_file: str, description: str | None) -> Experiment:
+    """The trainer `script_file` (its `__file__`, and its `__doc__` for the help) as an Experiment."""
+    path = Path(script_file).resolve()
+    experiment = Trainer(path.stem, base_dir=str(path.parent), save_git_info=False)
+    experiment.doc = description or ""
+    options = Options(make_parser(path.stem, description))
+    experiment.configurations.append(options)
+    experiment.save_git_info = git_commit() is not None  # of one file: Sacred would list the repository for each
+    experiment.add_source_file(str(path))
+    experiment.save_git_info = False
+    experiment.mainfile = next(source for source in experiment.sources if source.filename == str(path))
+    for file in _own_sources():
+        experiment.add_source_file(str(file))
+    import torch
+
+    experiment.add_package_dependency("torch", torch.__version__.partition("+")[0])  # Sacred knows no local part
+    experiment.command(print_config, unobserved=True)
+
+    @experiment.config_hook
+    def check(config: dict[str, Any], command_name: str, logger: Any) -> dict[str, Any]:
+        """Refuse before anything is written."""
+        seed = config["seed"]
+        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
+            raise ConfigError(f"--seed {seed!r} is not a whole number of at least 0 and below 2**32, as numpy's is")
+        if command_name == "train":
+            try:
+                parse_args(script_file, description, options.flags(config))
+            except UsageError as error:
+                raise ConfigError(str(error)) from None
+        return {}
+
+    @experiment.main
+    def train(_run: Run) -> float | None:
+        """Train, and return the perplexity on the test text."""
+        observed = Observed(_run)
+        with listening(observed), _command_line([script_file, *options.flags(_run.config)]):
+            runpy.run_path(script_file, run_name=path.stem)["main"]()
+        return observed.test_ppl
+
+    return experiment
+
+
+@contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _own_sources() -> list[Path]:
+    """The files of this project that are loaded, so that observers keep what really ran."""
+    modules = [module for name, module in sys.modules.items() if re.match(r"(lm|roundoff|apex_compat)(\.|$)", name)]
+    return sorted({Path(module.__file__) for module in modules if module.__file__})
+
+
+def run(script_file: str, description: str | None, argv: list[str]) -> int:
+    """Do what the command line `argv` asks of Sacred; return the exit code.
+
+    Raises:
+        UsageError, RunError: see `fit`. Sacred's own errors end the process with 1.
+    """
+    experiment = make_experiment(script_file, description)
+    unobserved = ["--unobserved"] if processes.rank() > 0 else []
+    # Sacred's colours are for terminals that want them.
+    with colorama.colorama_text(strip=True if os.environ.get("NO_COLOR") else None):
+        try:
+            experiment.run_commandline([script_file, *argv, *unobserved])
+        except PassedError as passed:
+            raise passed.args[0] from None
+    return 0

@@ -1,0 +1,1 @@
+"""Runs of trainers and of probes as processes."""

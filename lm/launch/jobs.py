@@ -1,0 +1,294 @@
+"""Runs the precision modes, each as its trainer's own command in a process of its own, and keeps what has ended.
+
+All of a comparison is below one folder: `compare.json` (what was asked for), and for each mode and seed
+`runs/<label>-<seed>` (the run directory, with model.pt) and `runs/<label>-<seed>.log` (what the trainer printed).
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm.data import corpora
+from lm.launch.progress import Progress
+from lm.options.command_line import expand, without
+from lm.options.config import parse_args
+from lm.options.modes import MODES
+from lm.options.options import make_parser
+from roundoff.errors import RunError, UsageError, printable
+from roundoff.runs.files import write_atomically
+from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.terminal import say
+from roundoff.verdict.types import Failure
+
+SCRIPTS = Path(__file__).resolve().parent.parent.parent
+OWN_FLAGS = (
+    *("--run-dir", "--resume", "--save"),
+    *("--fp16", "--dtype", "--dynamic-loss-scale", "--no-fp16", "--no-dynamic-loss-scale"),
+)
+"""What distinguishes the runs of a comparison, and so cannot be given to all of them."""
+POLL = 0.1  # seconds between two looks at the processes
+GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes and Slurm give as many
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make.
+
+    Attributes:
+        label: of the mode, a key of `MODES`.
+        seed: of the run.
+        flags: of the trainer, equal for every job of a comparison.
+        run_dir: where its records and its model go.
+    """
+
+    label: str
+    seed: int
+    flags: Sequence[str]
+    run_dir: Path
+
+    @property
+    def command(self) -> list[str]:
+        """What is run, word by word."""
+        script, *mode = MODES[self.label]
+        where = ["--run-dir", str(self.run_dir), "--save", str(self.run_dir / "model.pt")]
+        return [sys.executable, str(SCRIPTS / script), *mode, *self.flags, "--seed", str(self.seed), *where]
+
+    @property
+    def log(self) -> Path:
+        """What the trainer says, on stdout and stderr."""
+        return self.run_dir.with_name(f"{self.run_dir.name}.log")
+
+    def result(self) -> dict[str, Any] | None:
+        """`result.json`; None unless the directory holds this very run, and its end."""
+        try:
+            result = read_object(self.run_dir / "result.json")
+            return result if self.started() and isinstance(result["status"], str) else None
+        except (UsageError, OSError, ValueError, LookupError):
+            return None
+
+    def started(self) -> bool:
+        """Whether the directory holds the beginning of this very run, wherever the comparison lay then."""
+        try:
+            script, *words = read_object(self.run_dir / "config.json")["environment"]["command"]
+            same = Path(script).name == Path(self.command[1]).name
+            return same and _without_places(words) == _without_places(self.command[2:])
+        except (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+
+    def failure(self, exit_code: int) -> Failure:
+        """This job as one that went wrong, with the last line that it said."""
+        said = self.log.read_bytes()[-4096:].decode(errors="replace") if self.log.exists() else ""
+        message = (said.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+        if exit_code < 0:
+            message = f"{signal.strsignal(-exit_code)} (signal {-exit_code}); its last line: {message}"
+        return Failure(self.label, self.seed, self.command, exit_code, message)
+
+
+def _without_places(words: list[str]) -> list[str]:
+    return without(without(words, "--run-dir"), "--save")
+
+
+def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[str], str]:
+    """Read the trainers' `flags` as each of `modes` would; return the seed, the flags without it, and the device.
+
+    The flags of a --config file take its place. A corpus that has to be fetched is fetched, so that not every trainer
+    does.
+
+    Raises:
+        UsageError: some trainer would refuse them, or they are for one run and not for all.
+    """
+    _refuse_own(flags)
+    flags = expand(make_parser(Path(MODES[modes[0]][0]).stem, None), list(flags))
+    _refuse_own(flags)
+    for label in modes:
+        script, *mode = MODES[label]
+        args = parse_args(script, None, [*mode, *flags])
+    corpora.read(args.data)
+    return args.seed, without(flags, "--seed"), args.device
+
+
+def _refuse_own(flags: Sequence[str]) -> None:
+    for word in flags:
+        if word.partition("=")[0] in OWN_FLAGS:
+            raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
+        if word.partition("=")[0] == "--onnx-export":
+            raise UsageError(f"{word} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR")
+
+
+def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
+    """What each of the `jobs` runs at a time gets into its environment: a GPU, or its share of the CPU's threads."""
+    if jobs > 1 and device == "cpu":
+        return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}] * jobs
+    if jobs > 1 and device == "cuda" and (count := torch.cuda.device_count()) > 1:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = names[:count] if len(names) >= count else [str(i) for i in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": names[slot % count]} for slot in range(jobs)]
+    return [{}] * jobs
+
+
+@contextmanager
+def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int]:
+    """Make the folder `out` for the runs of `plan`, or find those that it holds; nobody else may use it meanwhile.
+
+    Gives the file descriptor of a lock, for the trainers to inherit: they hold it too, should this process be killed.
+
+    Raises:
+        UsageError: `out` holds something else or the runs of another plan, is in use, or cannot be written.
+    """
+    try:
+        _check_plan(out, plan)
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / "runs", os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_atomically(out / "compare.json", lambda file: file.write((to_json(plan, indent=2) + "\n").encode()))
+        except BaseException:
+            os.close(lock)
+            raise
+    except BlockingIOError:
+        raise UsageError(f"--out {out} is in use by another compare.py or its trainers; wait for their end") from None
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _check_plan(out: Path, plan: dict[str, Any]) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        before = read_object(out / "compare.json")
+        changed = [
+            f"{name} {printable(before[name])}, now {value}" for name, value in plan.items() if before[name] != value
+        ]
+    except (UsageError, OSError, LookupError):
+        raise UsageError(f"--out {out} holds something else than runs of compare.py; give a new directory") from None
+    if changed:
+        raise UsageError(f"--out {out} was made with {'; '.join(changed)}; give the same again, or a new directory")
+
+
+def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: int) -> list[Failure]:
+    """Run `jobs`, as many at a time as there are `environments`, but not those that have ended already.
+
+    A job that fails leaves the others alone. Ctrl-C, SIGTERM and SIGHUP end all processes; what has ended stays.
+
+    Raises:
+        KeyboardInterrupt: after an interrupt.
+    """
+    failures: list[Failure] = []
+    waiting: list[Job] = []
+    for job in jobs:
+        result = job.result()
+        if result is None or result["status"] not in ("finished", "diverged"):
+            waiting.append(job)
+        else:
+            failures += _ended(job, RunError.exit_code if result["status"] == "diverged" else 0, "kept")
+    running: dict[int, _Process] = {}
+    with ExitStack() as stack:
+        interrupted = stack.enter_context(_stop_on_signal())
+        progress = stack.enter_context(Progress(len(jobs), len(jobs) - len(waiting)))
+        stack.callback(_kill, running)
+        while waiting or running:
+            for slot, environment in enumerate(environments):
+                if waiting and slot not in running:
+                    running[slot] = _Process(waiting.pop(0), environment, lock)
+            progress.show([(f"{p.job.label} seed {p.job.seed}", p.job.run_dir) for p in running.values()])
+            if interrupted.wait(POLL):
+                _stop(running)
+                raise KeyboardInterrupt
+            for slot in [slot for slot, process in running.items() if process.popen.poll() is not None]:
+                process = running.pop(slot)
+                progress.count()
+                failures += _ended(process.job, process.popen.returncode, f"{process.seconds():.1f}s")
+    return failures
+
+
+class _Process:
+    """A running job."""
+
+    def __init__(self, job: Job, environment: dict[str, str], lock: int) -> None:
+        self.job = job
+        self.start = time.monotonic()
+        command = job.command
+        if job.started():
+            command = [*command[:2], "--resume", str(job.run_dir), *command[-2:]]  # --save is where the folder is now
+        elif job.run_dir.exists():
+            shutil.rmtree(job.run_dir)
+        with job.log.open("ab") as log:
+            self.popen = subprocess.Popen(  # noqa: S603
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+                pass_fds=[lock],
+            )
+
+    def seconds(self) -> float:
+        """How long it has been running."""
+        return time.monotonic() - self.start
+
+
+def _ended(job: Job, exit_code: int, how: str) -> list[Failure]:
+    """Say how `job` has ended; return its failure, if it is one."""
+    result = job.result() or {"status": "failed"}
+    line = f"| {job.label:22} | seed {job.seed} | {result['status']:11} | "
+    if result.get("test_ppl") is not None:
+        line += f"test ppl {float(result['test_ppl']):8.2f} | "
+    failures = [job.failure(exit_code)] if exit_code or result["status"] == "failed" else []
+    say(line + how + "".join(f" | exit code {exit_code}: {failure.message}" for failure in failures))
+    return failures
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT, SIGTERM and SIGHUP set: each would leave the trainers running. A second SIGINT raises.
+
+    SIGTERM and SIGHUP stay ignored where they are, as under nohup.
+    """
+    stopped = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    others = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *others)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop(running: dict[int, _Process]) -> None:
+    """Let the trainers write their checkpoints and end, for a while."""
+    for process in running.values():
+        process.popen.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in running.values():
+        try:
+            process.popen.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            break
+
+
+def _kill(running: dict[int, _Process]) -> None:
+    for process in running.values():
+        process.popen.kill()
+        process.popen.wait()

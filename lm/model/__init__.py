@@ -1,0 +1,1 @@
+"""The language model: its layers, its loss, and its files."""

@@ -1,0 +1,74 @@
+"""Which device a command line asks for."""
+
+import argparse
+
+import torch
+
+from roundoff.cli import Switch
+from roundoff.device import ACCELERATORS
+from roundoff.errors import UsageError
+
+
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """Add --cuda, --accel and --device, which `roundoff.device.device_of` reads."""
+    parser.add_argument("--cuda", action=Switch, help="the same as --device cuda")
+    parser.add_argument("--accel", action=Switch, help="run on this machine's accelerator: CUDA, XPU or MPS")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)", default=argparse.SUPPRESS
+    )
+
+
+def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
+    """The device that --device `name` and --cuda ask for, as torch spells it; "cpu" where neither is given.
+
+    Each of several `processes` on this machine takes a GPU of its own.
+
+    Raises:
+        UsageError: the two contradict each other, torch does not know `name`, or this machine has no such device.
+    """
+    if cuda and name is not None and not name.startswith("cuda"):
+        raise UsageError(f"--cuda and --device {name} contradict each other: give one of them")
+    name = name or ("cuda" if cuda else "cpu")
+    asked = f"--device {name}" if not cuda else "--cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is no device of torch; give cpu, cuda, cuda:N, xpu or mps") from None
+    if device.type not in ("cpu", *ACCELERATORS):
+        raise UsageError(f"--device {name} is not supported; give cpu, cuda, cuda:N, xpu or mps")
+    present = 1 if device.type == "cpu" else torch.get_device_module(device.type).device_count()
+    if present == 0:
+        kind = "CUDA GPU" if device.type == "cuda" else f"{device.type} device"
+        raise UsageError(f"{asked}: torch finds no {kind} here; to run on the CPU, leave the flag out")
+    if (device.index or 0) >= present:
+        raise UsageError(f"{asked}: this machine has {present}; the last one is {device.type}:{present - 1}")
+    if device.type == "cuda" and processes > 1 and (device.index is not None or processes > present):
+        raise UsageError(
+            f"{asked} with {processes} processes on this machine, which has {present} GPUs: each process takes one of "
+            f"its own; give --device cuda and at most {present} processes"
+        )
+    return name
+
+
+def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
+    """The device that --accel asks for beside --device `name` and --cuda: the one that torch names.
+
+    The rest is as for `find_device`.
+
+    Raises:
+        UsageError: there is none, it is of a kind that this project does not support, or another one was asked for.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        raise UsageError("--accel: torch finds no accelerator here; to run on the CPU, leave the flag out")
+    if found.type not in ACCELERATORS:
+        raise UsageError(f"--accel: {found.type} is not supported ({', '.join(ACCELERATORS)} are); leave the flag out")
+    if name is not None and name.partition(":")[0] != found.type:
+        raise UsageError(f"--accel ({found.type}) and --device {name} contradict each other: give one of them")
+    return find_device(name or found.type, cuda=cuda, processes=processes)  # which refuses --cuda beside another kind
+
+
+def device_of(args: argparse.Namespace, processes: int = 1) -> str:
+    """The device that the options of `add_device_options` ask for; the rest is as for the functions above."""
+    find = find_accelerator if args.accel else find_device
+    return find(getattr(args, "device", None), cuda=args.cuda, processes=processes)

@@ -1,1 +1,0 @@
-"""What a precision mode does to the gradient, measured at fixed weights instead of in training."""

@@ -1,0 +1,21 @@
+"""NVIDIA's own fp16_utils, where an apex that still has it is installed."""
+
+import importlib
+from types import ModuleType
+
+from roundoff.errors import UsageError
+
+
+def import_fp16_utils(which: str) -> ModuleType:
+    """This project's fp16_utils ("own"), or NVIDIA's ("apex") where an apex from before May 2025 is installed.
+
+    Raises:
+        UsageError: apex is not installed, or has no fp16_utils any more.
+    """
+    try:
+        return importlib.import_module("apex.fp16_utils" if which == "apex" else "apex_compat.fp16_utils")
+    except ImportError as error:
+        raise UsageError(
+            f"--fp16-utils apex: cannot import apex.fp16_utils ({error}); NVIDIA removed it in May 2025; "
+            "install an older apex, or leave the flag out to use this project's"
+        ) from None

@@ -1,0 +1,189 @@
+"""checkpoint.pt: everything that lets a run go on to the bit, and the reading of it, which trusts nothing."""
+
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from roundoff.errors import BadFileError, UsageError, printable
+from roundoff.runs.directory import FILES, machine
+from roundoff.runs.files import write_atomically
+from roundoff.runs.jsonfile import read_object
+from roundoff.runs.tensorfile import load_tensors
+from roundoff.terminal import say
+
+FORMAT = "roundoff checkpoint 1"
+FILE = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+DAMAGED = "checkpoint.damaged.pt"
+NO_RUN = {"-h", "--help", "--version"}
+"""Flags that start none."""
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        lr: of the next step.
+        epoch: of the next step, from 1.
+        batch: how many batches of that epoch lie behind; all of them where only the validation is left.
+        best: lowest validation loss so far.
+        skipped_in_a_row: steps up to now without effect.
+        words: trained on, in all.
+        training_seconds: spent on them.
+        epoch_seconds: spent on this epoch.
+    """
+
+    lr: float
+    epoch: int = 1
+    batch: int = 0
+    best: float | None = None
+    skipped_in_a_row: int = 0
+    words: int = 0
+    training_seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+    @classmethod
+    def restore(cls, state: Any) -> Self:
+        """From a checkpoint.
+
+        Raises:
+            ValueError: `state` is no position.
+        """
+        types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+        if not isinstance(state, dict) or state.keys() != types.keys():
+            raise ValueError("its position has other fields")
+        for name, value in state.items():
+            allowed = (float, type(None)) if name == "best" else (types[name],)
+            negative = isinstance(value, int | float) and not value >= 0 and name != "best"
+            if type(value) not in allowed or negative:
+                raise ValueError(f"{name} is {str(value)[:20]}")
+        position = cls(**state)
+        if position.epoch < 1 or not 0 < position.lr < math.inf:
+            raise ValueError(f"epoch is {position.epoch}, lr is {position.lr}")
+        return position
+
+
+def check_not_of_the_run(flag: str, path: Path, run_dir: Path | None) -> None:
+    """Raise UsageError, naming `flag`, where `path` is one of the run's own files, or holds its directory.
+
+    `run_dir` is None for a new directory below runs/.
+    """
+    run = Path(os.path.realpath("runs" if run_dir is None else run_dir))
+    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, PREVIOUS, DAMAGED))
+    if os.path.realpath(path) in {str(run), *map(str, run.parents), *files}:
+        raise UsageError(f"{flag} {path} is the run's own, or a folder of it; give another name")
+
+
+def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:
+    """Make `content` the run's checkpoint.pt, and keep the one before it."""
+    write_atomically(
+        directory / FILE, lambda file: torch.save(content | {"format": FORMAT}, file), keep=directory / PREVIOUS
+    )
+
+
+def read_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """The run's last checkpoint, or the one before it where that is damaged; None before the first one.
+
+    Raises:
+        UsageError: those that are there cannot be used.
+    """
+    newest = directory / FILE
+    problem = f"{newest} is missing"
+    damaged: list[str] = []
+    for path in (newest, directory / PREVIOUS):
+        if not os.path.lexists(path):
+            continue
+        try:
+            content = load_tensors(path)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise BadFileError("no checkpoint of this project")
+        except (BadFileError, FileNotFoundError) as error:  # no such file: a link to one that is gone
+            damaged.append(str(path))
+            problem = f"{path} cannot be used ({error})" if len(damaged) == 1 else problem
+            continue
+        if path != newest:
+            say(f"| {problem}; going on from the one before it, {path.name}")
+            if damaged:  # out of the way, but not lost
+                newest.replace(directory / DAMAGED)
+            path.replace(newest)
+        return content
+    if damaged:
+        raise UsageError(f"--resume: {problem}; delete {' and '.join(damaged)} to start the run from its beginning")
+    return None
+
+
+def check_like(value: Any, template: Any, where: str) -> None:
+    """Raise ValueError unless `value` is built as `template` is: same keys, same types, same shapes and dtypes."""
+    if isinstance(template, Tensor):
+        fits = isinstance(value, Tensor) and value.shape == template.shape and value.dtype == template.dtype
+        if not fits:
+            raise ValueError(f"{where} is not a {tuple(template.shape)} tensor of {template.dtype}")
+    elif isinstance(template, dict):
+        if not isinstance(value, dict) or not value.keys() >= template.keys():
+            raise ValueError(f"{where} has other entries")
+        for key, part in template.items():
+            check_like(value[key], part, f"{where}.{key}")
+    elif isinstance(template, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(template):
+            raise ValueError(f"{where} has not {len(template)} elements")
+        for i, part in enumerate(template):
+            check_like(value[i], part, f"{where}.{i}")
+    elif not (isinstance(value, type(template)) or {type(value), type(template)} <= {int, float}):
+        raise ValueError(f"{where} is {str(value)[:20]}")
+
+
+def command_of(directory: Path, script: str) -> list[str]:
+    """The flags that the run in `directory` was started with.
+
+    Raises:
+        UsageError: it holds no run of `script`.
+    """
+    where = f"--resume {printable(directory)}"
+    if not (directory / "config.json").exists():
+        raise UsageError(f"{where} holds no run (there is no config.json); give a run directory")
+    try:
+        config = read_object(directory / "config.json")
+        ran, flags = config["script"], config["environment"]["command"][1:]
+    except OSError as error:
+        raise UsageError(f"{where}: cannot read config.json ({error.strerror})") from None
+    except (LookupError, TypeError):
+        flags = None
+    if not isinstance(flags, list) or not all(type(flag) is str for flag in flags) or NO_RUN & set(flags):
+        raise UsageError(f"{where}: config.json holds no command line of a trainer; start a new run")
+    if ran != script:
+        raise UsageError(f"{where} holds a run of {printable(ran, 40)}, not of {script}.py; use that script")
+    return flags
+
+
+def status_of(directory: Path) -> str | None:
+    """How the run ended: "finished", "interrupted" or "diverged"; None where it has not, or nothing says so."""
+    status = _entry(directory / "result.json", "status")
+    return status if isinstance(status, str) else None
+
+
+def processes_of(directory: Path) -> Any:
+    """How many processes the run had when its config.json was written."""
+    return _entry(directory / "config.json", "processes")
+
+
+def moved(directory: Path, config: dict[str, Any]) -> str:
+    """What of the machine is not what the run's config.json says, and `config` does; "" where it is the same."""
+    try:
+        before = machine(read_object(directory / "config.json"))
+    except (OSError, UsageError, LookupError, AttributeError, RecursionError):
+        return ""
+    now = machine(config)
+    return ", ".join(f"{name} {now[name]}, not {printable(before[name])}" for name in now if now[name] != before[name])
+
+
+def _entry(path: Path, name: str) -> Any:
+    try:
+        return read_object(path).get(name)
+    except (OSError, UsageError):
+        return None

@@ -1,0 +1,75 @@
+"""What `config.json` says of a run: its flags, and what it really is."""
+
+import argparse
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import roundoff
+from lm.data.corpus import Corpus
+from lm.model.language_model import RNNModel
+from roundoff import processes
+from roundoff.device import device_name
+
+
+def describe(args: argparse.Namespace, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
+    """Every flag, and the machine, the versions, the corpus and the dtypes that really ran."""
+    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "changed", "argv")}
+    return flags | {
+        "processes": processes.world_size(),
+        "device_name": device_name(args.device),
+        "environment": environment([f"{args.script}.py", *args.argv]),
+        "dtypes": dtypes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "corpus": corpus_facts(corpus),
+    }
+
+
+def corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    """Name, digests and sizes."""
+    return {
+        "name": corpus.name,
+        "sha256": corpus.sha256,
+        "train_tokens": len(corpus.train),
+        "valid_tokens": len(corpus.valid),
+        "test_tokens": len(corpus.test),
+        "words": len(corpus.dictionary),
+        "vocab_size": corpus.vocab_size,
+    }
+
+
+def environment(command: list[str]) -> dict[str, Any]:
+    """Versions of torch, Python and this project, its git commit where it runs from a checkout, and the system.
+
+    `command` is the script's name and its flags; `--resume` reads them again.
+    """
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "roundoff": roundoff.__version__,
+        "git_commit": git_commit(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "command": command,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this is; None where it is none, or git does not say."""
+    here = Path(__file__).resolve().parent.parent.parent
+    if not (here / ".git").exists():  # installed; a repository further up is not this project's
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(here), "rev-parse", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,230 @@
+"""One run in several processes, started by torchrun: what each of them sees of the others.
+
+In a single process everything here does nothing, or is the identity.
+"""
+
+import ctypes
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from roundoff.errors import RunError
+from roundoff.processes import rank, world_size
+
+TIMEOUT = timedelta(minutes=5)
+"""How long a process waits for the others; writing a checkpoint to a slow disk must fit into it."""
+ROLL_CALL = 3.0  # seconds that the others have to say that they are alive
+STORE_TIMEOUT = timedelta(seconds=3)  # for torchrun's store, which is there before any process
+
+_store: Any = None
+
+
+def init_process_group(device: str) -> None:
+    """Meet the other processes, once. On GPUs they talk through nccl, on CPUs through gloo.
+
+    Raises:
+        RunError: they did not all come.
+    """
+    global _store
+    if world_size() == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        _store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
+        group = dist.PrefixStore("group", _store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"cannot reach the other processes ({first_line(error)}); see torchrun's options") from None
+    # Never to be deleted: the group's destructor waits, with Python's lock in hand, for the threads that carry its
+    # messages, and one of these may be waiting for that lock, or for a process that hangs.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+
+
+def own_random_numbers(seed: int) -> None:
+    """Let each process draw dropout masks of its own, now that all have drawn the same weights."""
+    if rank() > 0:
+        torch.manual_seed(seed + rank())
+
+
+def barrier() -> None:
+    """Wait for the others: torchrun ends all processes as soon as one has ended badly.
+
+    One that has failed on its way here says so itself.
+    """
+    if world_size() > 1:
+        with suppress(RuntimeError):
+            dist.barrier()
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let rank 0 do alone what is in the block, then the others."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def destroy_process_group() -> None:
+    """Part from the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """`model`, whose gradients are, after backward, the means over all processes, in the dtype of its weights.
+
+    An inf or nan in one process's gradient is one in every process's then: all skip the same steps.
+    """
+    return DistributedDataParallel(model) if world_size() > 1 else model
+
+
+def shard(data: Tensor) -> Tensor:
+    """This process's share of the columns of `data`, shape (rows, columns / world_size)."""
+    if world_size() == 1:
+        return data
+    return data.chunk(world_size(), dim=1)[rank()].contiguous()
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of each of `values` (fp32) over all processes.
+
+    It is summed in float64: there the sum does not depend on its order, which with more than two processes depends
+    on a value's place among the others.
+    """
+    if world_size() == 1:
+        return values
+    sums = values.double()
+    dist.all_reduce(sums)
+    return (sums / world_size()).float()
+
+
+def broadcast(value: float) -> float:
+    """Rank 0's `value`: a decision that hangs on it must be the same everywhere."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(tensor, 0)
+    return float(tensor)
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of each process, in the order of ranks; on others than rank 0, an empty list."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+class Maximum:
+    """The largest value that any process has given, known to all of them at the same step.
+
+    The answer is one call old, so that nobody waits for a message under way, and no GPU at all.
+    """
+
+    def __init__(self) -> None:
+        self._known = 0
+        self._under_way: tuple[Any, Tensor] | None = None
+
+    def __call__(self, mine: int) -> int:
+        """Give `mine`; return what all had given by the call before. In a single process that is `mine` itself."""
+        if world_size() == 1:
+            return mine
+        if self._under_way:
+            self._under_way[0].wait()
+            self._known = int(self._under_way[1])
+        answer = torch.tensor(max(mine, self._known))
+        self._under_way = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
+        return self._known
+
+
+def once(text: str, say: Callable[[], object]) -> None:
+    """Call `say`, which says `text`, in the first of all processes that asks for it; in the others return after it.
+
+    It can be asked before `init_process_group`, and where others have gone.
+    """
+    if world_size() == 1:
+        say()
+        return
+    try:
+        store = _store or next(rendezvous("env://", timeout=STORE_TIMEOUT))[0]
+        if store.add(f"claimed/{text}", 1) > 1:
+            store.wait([f"said/{text}"], STORE_TIMEOUT)
+            return
+    except (RuntimeError, ValueError):  # better twice than never
+        store = None
+    say()
+    if store is not None:
+        with suppress(RuntimeError):
+            store.set(f"said/{text}", "")
+
+
+def lost(error: RuntimeError) -> RunError | None:
+    """The error to show where `error` came of another process that has gone or hangs, naming it; else None."""
+    if world_size() == 1 or not _is_of_communication(error):
+        return None
+    _hang_up()
+    missing = ", ".join(map(str, _roll_call()))
+    who = f"no answer from rank {missing}" if missing else "the connection broke, though all ranks are alive"
+    return RunError(
+        f"cannot go on: {who} (see its own messages, and the exit code that torchrun gives); "
+        "start again with --resume and the run directory"
+    )
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Application timeout" in str(error)
+
+
+def _hang_up() -> None:
+    """Break the connections to the other processes, all but that to the store.
+
+    A process fails at once only if the one that it waits for has gone. Those that wait for this one must not find
+    out when it ends, or the roll call would miss them.
+    """
+    store = int(os.environ["MASTER_PORT"])
+    for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+        with suppress(OSError):  # no longer open, or not connected
+            if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                    if internet and store not in (connection.getpeername()[1], connection.getsockname()[1]):
+                        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _roll_call() -> list[int]:
+    """The ranks that do not answer; through the store, which torchrun keeps, whoever has died."""
+    if _store is None:
+        return []
+    missing = [n for n in range(world_size()) if n != rank()]
+    deadline = time.monotonic() + ROLL_CALL
+    try:
+        _store.set(f"alive/{rank()}", "")
+        while missing and time.monotonic() < deadline:
+            missing = [n for n in missing if not _store.check([f"alive/{n}"])]
+            time.sleep(0.05)
+    except RuntimeError:
+        return []
+    return missing
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, in short."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

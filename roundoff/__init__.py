@@ -1,0 +1,45 @@
+"""Mixed-precision training: the seam, the record of a run, and what a precision does to it, for any model and any loop.
+
+`MasterWeights`, `WrappedOptimizer` and `Autocast` are each a `Precision`, whose `step` returns a `StepResult`.
+`RunDirectory` writes the record of a run, and `read_run` reads one. `compare` puts runs side by side. Each name is
+imported when it is first asked for, so that `import roundoff` takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from roundoff.precision import Autocast as Autocast
+    from roundoff.precision import MasterWeights as MasterWeights
+    from roundoff.precision import Precision as Precision
+    from roundoff.precision import StepResult as StepResult
+    from roundoff.precision import WrappedOptimizer as WrappedOptimizer
+    from roundoff.runs.directory import RunDirectory as RunDirectory
+    from roundoff.runs.reading import read_run as read_run
+    from roundoff.verdict.comparison import compare as compare
+
+__version__ = "0.2.0"
+
+_HOMES = {
+    "roundoff.precision": (
+        "Autocast",
+        "MasterWeights",
+        "Precision",
+        "StepResult",
+        "WrappedOptimizer",
+    ),
+    "roundoff.runs.directory": ("RunDirectory",),
+    "roundoff.runs.reading": ("read_run",),
+    "roundoff.verdict.comparison": ("compare",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

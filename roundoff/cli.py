@@ -1,0 +1,131 @@
+"""What every command line of the project has in common.
+
+Short errors, defaults in the help, numbers with bounds, --version, completion in the shell, and flags made from
+values that come from elsewhere. Python's argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import roundoff
+from roundoff.errors import UsageError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def knows(self, word: str) -> bool:
+        """Whether `word`, such as "--lr=5", begins with an option."""
+        return word.partition("=")[0] in self._option_string_actions
+
+    def options(self) -> dict[str, argparse.Action]:
+        """Name -> option, in the order of --help; without those that only print something or name more options."""
+        prints = {"help", "version", "config"}
+        return {action.dest: action for action in self._actions if action.option_strings and action.dest not in prints}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """An option that is on or off, off by default: `--name`, and `--no-name` to take back what a file has set."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, default=False, help=None)
+        self.help = help  # Python before 3.13 would add the default to it
+
+    def format_usage(self) -> str:
+        """Only the first: the list below the usage has all."""
+        return self.option_strings[0]
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import torch  # takes seconds, which not every command has to
+
+        print(f"{parser.prog} {roundoff.__version__} (torch {torch.__version__})")
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add --version."""
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show this version and torch's, and exit"
+    )
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell and exit where it asks for completions; that needs argcomplete, which is optional."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def as_flags(options: Mapping[str, argparse.Action], values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that says the same as `values`, a value for each name; None is no word.
+
+    Whether a value is a good one is left to the parser of those words, but for switches.
+
+    Raises:
+        UsageError: a switch is neither on nor off, or a value is several.
+    """
+    words = []
+    for name, value in values.items():
+        flag = options[name].option_strings[0]
+        if isinstance(options[name], Switch):
+            if not isinstance(value, bool):
+                raise UsageError(f"argument {flag}: {value!r} is neither true nor false")
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, dict | list | tuple):
+            raise UsageError(f"argument {flag}: {value!r} is not one value")
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def number(
+    kind: Callable[[str], float],
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    what: str | None = None,
+) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out.
+
+    `what` describes it in the error where the bounds would only be digits to the reader.
+    """
+    if what is None:
+        what = f"a{' whole' if kind is int else ''} number {'above' if above else 'of at least'} {low:g}"
+        if high < math.inf:
+            what += f" and {'below' if below else 'at most'} {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        too_low = value <= low if above else value < low
+        too_high = value >= high if below else value > high
+        if math.isnan(value) or too_low or too_high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+whole = number(int, 1)
+finite_above_0 = number(float, 0, 1e38, above=True)

@@ -1,0 +1,23 @@
+"""The errors that a user causes or meets, each as one line of text."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done. The text is one line: what was given, what is allowed, what to do."""
+
+    exit_code = 2
+
+
+class BadFileError(ValueError):
+    """A file is not what it should be. The text is one line: what is wrong with it."""
+
+
+class RunError(Exception):
+    """A run that was rightly asked for has failed. The text is one line: what happened, and what to try."""
+
+    exit_code = 1
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """`text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""What does a mode do to the gradient?"""

@@ -1,0 +1,60 @@
+"""How much of a gradient each loss scale 2**k would flush or overflow in fp16, all from one histogram.
+
+fp16 has normal numbers from 2**-14 and subnormal ones from 2**-24. A product with 2**k, which is exact, is rounded to
+the nearest, ties to even (IEEE 754-2008, 4.3.1): to 0 up to 2**-25, to 2**-14 from 2**-14 - 2**-25, and to inf from
+65,520 = 2**16 - 2**4. These bounds lie at three places in a binade, whatever k is, so it is counted in four classes.
+"""
+
+import torch
+from torch import Tensor
+
+from roundoff.gradients.result import SHARES
+from roundoff.gradients.tally import pieces
+
+KS = range(-8, 25)
+_BIAS, _BINADES, _FINE = 127, 256, 1 << 11
+_AT_ONCE = 1 << 21  # several times the size of the fine histogram
+
+
+class Exponents:
+    """Counts the magnitudes that it is shown, by binade and within it.
+
+    Attributes:
+        counts: int64, shape (256, 4). Row e + 127 is of magnitudes 2**e * (1 + f), 0 <= f < 1; in it are counted those
+            of f = 0; of f below 1 - 2**-10; from there on; and from 1 - 2**-11 on.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros((_BINADES, 4), dtype=torch.int64)
+
+    def add(self, values: Tensor) -> None:
+        """Count `values` (rounded to fp32); zeros are not counted."""
+        for part in pieces(values.detach(), _AT_ONCE):
+            bits = part.float().view(torch.int32) & 0x7FFFFFFF
+            fine = torch.bincount(bits >> 12, minlength=_BINADES * _FINE).view(_BINADES, _FINE)
+            powers = torch.bincount(bits[bits & 0x7FFFFF == 0] >> 23, minlength=_BINADES)
+            added = torch.stack((powers, fine.sum(1), fine[:, -2], fine[:, -1]), 1)
+            added[:, 1] -= added[:, 0] + added[:, 2] + added[:, 3]
+            added[0, 0] = 0  # zeros
+            self.counts += added
+
+    def shares(self, k: int) -> tuple[float, float, float]:
+        """How much of what was counted would be flushed, subnormal and overflow as fp16 at the loss scale 2**k."""
+        total = int(self.counts.sum())
+        if total == 0:
+            return 0.0, 0.0, 0.0
+        flushed = self._below(-25 - k) + self._class(-25 - k, 0)
+        small = self._below(-14 - k) - self._class(-15 - k, 2) - self._class(-15 - k, 3)
+        overflowed = total - self._below(16 - k) + self._class(15 - k, 3)
+        return flushed / total, (small - flushed) / total, overflowed / total
+
+    def _below(self, exponent: int) -> int:
+        return int(self.counts[: exponent + _BIAS].sum())
+
+    def _class(self, exponent: int, index: int) -> int:
+        return int(self.counts[exponent + _BIAS, index])
+
+
+def predict(exponents: Exponents) -> dict[str, list[float]]:
+    """The shares of `Exponents.shares` for each of `KS`."""
+    return dict(zip(SHARES, map(list, zip(*map(exponents.shares, KS), strict=True)), strict=True))

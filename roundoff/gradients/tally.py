@@ -1,0 +1,150 @@
+"""What is counted of one tensor in one mode, batch after batch."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from roundoff.gradients.result import SHARES
+from roundoff.gradients.statistics import Sketch, gram
+
+CACHED_ELEMENTS = 1 << 18
+"""Looked at together: 2 MB in float64, which stay in a CPU's cache."""
+
+
+class Shares:
+    """How many elements a mode flushed, made subnormal and let overflow, of those that the reference has.
+
+    Args:
+        dtype: in which the mode computes them; its range decides what is subnormal.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.present = 0
+        self.counts = dict.fromkeys(SHARES, 0)
+
+    def add(self, gradient: Tensor, present: Tensor | None = None) -> None:
+        """Count a gradient that is still scaled; `present` says where the reference's is not 0 (None: everywhere)."""
+        masks = itertools.repeat(None) if present is None else pieces(present)
+        for part, mask in zip(pieces(gradient), masks, strict=False):
+            magnitude = part.abs()
+            kinds = (magnitude == 0, magnitude < torch.finfo(self.dtype).tiny, ~(magnitude < torch.inf))
+            flushed, small, overflowed = (
+                int(torch.count_nonzero(kind if mask is None else kind & mask)) for kind in kinds
+            )
+            for name, count in zip(SHARES, (flushed, small - flushed, overflowed), strict=True):
+                self.counts[name] += count
+            self.present += part.numel() if mask is None else int(torch.count_nonzero(mask))
+
+    def shares(self) -> dict[str, float]:
+        """Of all that was counted, from 0 to 1."""
+        return {name: count / max(1, self.present) for name, count in self.counts.items()}
+
+
+class Tally(Shares):
+    """The shares of a parameter's gradient, and its errors.
+
+    Args:
+        dtype: as of `Shares`.
+        sketch: of tensors of this shape.
+        batches: how many there will be.
+
+    Attributes:
+        squares: |error|**2 of each batch.
+    """
+
+    def __init__(self, dtype: torch.dtype, sketch: Sketch, batches: int) -> None:
+        super().__init__(dtype)
+        self.squares = torch.zeros(batches, dtype=torch.float64)
+        self._sketch = sketch
+        self._errors = torch.zeros(batches, sketch.size)
+        self._flushed = torch.zeros(batches, sketch.size)
+
+    def compare(self, batch: int, gradient: Tensor, scale: float, reference: Tensor, rows: Tensor | None) -> None:
+        """Count the gradient of batch `batch`, still multiplied by `scale`; both have those `rows` (None: all)."""
+        errors, lost = self._sketch.zeros(), self._sketch.zeros()
+        for part, where in parts(self._sketch, rows):
+            expected = as_matrix(reference)[part]
+            scaled = as_matrix(gradient)[part].double()
+            present = expected != 0
+            before = dict(self.counts)
+            self.add(scaled, present)
+            error = scaled / scale - expected
+            if not bool(error.isfinite().all()):
+                error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            self.squares[batch] += error.square().sum()
+            self._sketch.add(errors, error, where)
+            if self.counts["flushed"] > before["flushed"]:
+                self._sketch.add(lost, torch.where(scaled == 0, -expected, 0.0), where)
+        self._errors[batch], self._flushed[batch] = errors.flatten(), lost.flatten()
+
+    def errors(self) -> Tensor:
+        """Inner products of the errors of all batches."""
+        return gram(self._errors)
+
+    def flushed_errors(self) -> Tensor:
+        """Inner products of the errors that are left where only the flushed elements are wrong."""
+        return gram(self._flushed)
+
+
+class Gradients:
+    """The reference's gradients of one parameter in all batches.
+
+    Args:
+        sketch: of tensors of this shape.
+        batches: how many there will be.
+    """
+
+    def __init__(self, sketch: Sketch, batches: int) -> None:
+        self._sketch = sketch
+        self._sketches = torch.zeros(batches, sketch.size)
+
+    def add(self, batch: int, gradient: Tensor, rows: Tensor | None) -> None:
+        """Keep the gradient of batch `batch`, which has those `rows` (None: all)."""
+        sketch = self._sketch.zeros()
+        for part, where in parts(self._sketch, rows):
+            self._sketch.add(sketch, as_matrix(gradient)[part], where)
+        self._sketches[batch] = sketch.flatten()
+
+    def products(self) -> Tensor:
+        """Inner products between batches."""
+        return gram(self._sketches)
+
+
+class Stagnation:
+    """How many updates are smaller than half a unit in the last place of the weight, rounded to `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.updates = self.stagnated = 0
+
+    def add(self, weight: Tensor, gradient: Tensor, step: float) -> None:
+        """Count the updates `step` times `gradient` of `weight` (fp32) that are not 0."""
+        finfo = torch.finfo(self.dtype)
+        for some_weights, some_gradients in zip(pieces(weight), pieces(gradient), strict=True):
+            rounded = some_weights.to(self.dtype).float()
+            binade = (rounded.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**floor(log2(|w|))
+            half_unit = (binade * (finfo.eps / 2)).clamp_(min=finfo.tiny * finfo.eps / 2)
+            update = (some_gradients.float() * step).abs_()
+            self.updates += int(torch.count_nonzero(update))
+            self.stagnated += int(torch.count_nonzero((update < half_unit) & (update > 0)))
+
+
+def parts(sketch: Sketch, rows: Tensor | None) -> list[tuple[slice, slice | Tensor]]:
+    """Rows of a gradient that has `rows` of a tensor (None: all), and where in the tensor they are."""
+    if rows is not None:
+        return [(slice(None), rows)]
+    return [(part, part) for part in sketch.slices(CACHED_ELEMENTS)]
+
+
+def pieces(tensor: Tensor, elements: int = CACHED_ELEMENTS) -> Iterator[Tensor]:
+    """The elements of `tensor`, so many at a time; parts of it, where it is contiguous."""
+    flat = tensor.reshape(-1)
+    return (flat[start : start + elements] for start in range(0, len(flat), elements))
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """`tensor` with its first dimension as rows and the others as columns."""
+    return tensor.reshape(len(tensor), -1)

@@ -1,0 +1,173 @@
+"""report.html: the comparison as one page that needs no network."""
+
+import shlex
+from pathlib import Path
+
+from roundoff.report import curves
+from roundoff.report.elements import Chart, bullets, flat, listed, place_of, sample, switches, text, write_page
+from roundoff.report.figures import charts
+from roundoff.report.probe_html import section
+from roundoff.report.summary import COLUMNS, problems, row
+from roundoff.runs.reading import Run
+from roundoff.verdict.types import Comparison, ModeSummary
+
+WORDS = {"better", "equivalent", "undecided", "worse"}
+
+
+def write_html(path: Path, comparison: Comparison) -> None:
+    """Write the report, about 5 MB of which are Plotly's script.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    drawn = charts(comparison)
+    probed, of_probes = _probes(comparison)
+    body = [
+        *_introduction(comparison),
+        *_results(comparison),
+        *_figures(comparison, drawn),
+        *probed,
+        "<h2>What the intervals cover</h2>",
+        bullets(comparison.covers),
+        *listed("failures", "Runs that failed or did not finish", _unfinished(comparison)),
+        *listed("problems", "Noted in the files", list(problems(comparison.modes))),
+        *_origins(comparison),
+    ]
+    write_page(path, _title(comparison), body, [*drawn, *of_probes])
+
+
+def _title(comparison: Comparison) -> str:
+    labels = [mode.label for mode in comparison.modes]
+    return f"{labels[0]} beside {', '.join(labels[1:])}" if len(labels) > 1 else labels[0]
+
+
+def _introduction(comparison: Comparison) -> list[str]:
+    runs = _runs(comparison)
+    body = ["<h1>Precision modes compared</h1>", f"<p>{text(_what(comparison, runs), 3000)}</p>"]
+    if comparison.differences:
+        body.append('<div class="notice"><strong>These runs do not train the same job.</strong>')
+        body.append(f"{bullets(comparison.differences)}</div>")
+    found = {
+        "failures": len(_unfinished(comparison)),
+        "problems": len(list(problems(comparison.modes))),
+    }
+    said = {"failures": "Runs that failed or did not finish", "problems": "Notes on the files"}
+    links = [f'<a href="#{name}">{said[name]}: {count}</a>' for name, count in found.items() if count]
+    return body + ([f'<p class="notice">{" · ".join(links)}</p>'] if links else [])
+
+
+def _what(comparison: Comparison, runs: list[Run]) -> str:
+    labels = ", ".join(mode.label for mode in comparison.modes)
+    if not runs:
+        return f"{labels}: no run left anything to compare."
+    config = runs[0].config
+    job = (
+        f"{config.get('model')} with {config.get('nlayers')} layers of {config.get('nhid')} units, batches of "
+        f"{config.get('batch_size')} x {config.get('bptt')} words of {config.get('corpus', {}).get('name')}"
+    )
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    devices = ", ".join(dict.fromkeys(str(run.config.get("device_name")) for run in runs))
+    return (
+        f"{labels}: {len(runs)} run(s) of one training job ({job}), seed(s) {seeds}, on {devices}. The reference is "
+        f"{comparison.reference}; losses are in nats a word; modes whose mean test losses surely differ by less than "
+        f"{comparison.margin:g} nats are equivalent."
+    )
+
+
+def _results(comparison: Comparison) -> list[str]:
+    heads = "".join(f'<th class="{side}">{text(head.replace(chr(10), " "))}</th>' for head, side in COLUMNS.items())
+    rows = [_result(place, mode, comparison) for place, mode in enumerate(comparison.modes)]
+    body = [
+        "<h2>Results</h2>",
+        f'<div class="wide"><table class="results"><thead><tr>{heads}</tr></thead>',
+        f"<tbody>{''.join(rows)}</tbody></table></div>",
+        '<p class="caption">Updates: steps whose gradients were applied, over all seeds; a skipped step has used up '
+        "its batch and changed no weight. Differs at step: the first whose training loss differs from the reference's "
+        "in a bit.</p>",
+        bullets(mode.verdict.sentence for mode in comparison.modes),
+    ]
+    return body + listed(
+        "equality", "Bit-equality of the training losses", [pair.sentence for pair in comparison.pairs]
+    )
+
+
+def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:
+    about = f"{len(mode.runs)} seeds, {mode.status}" if len(mode.runs) > 1 else mode.status
+    cells = [f'<td class="mode">{sample(place)}{text(mode.label)}<small>{text(about)}</small></td>']
+    sides = list(COLUMNS.values())
+    for head, side, cell in list(zip(COLUMNS, sides, row(mode, comparison), strict=True))[1:]:
+        kind = f" verdict {cell}" if head == "verdict" and cell in WORDS else ""
+        cells.append(f'<td class="{side}{kind}">{text(cell).replace(" [", "<small>[")}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _figures(comparison: Comparison, drawn: list[Chart]) -> list[str]:
+    if not drawn:
+        return ["<h2>Curves</h2>", "<p>No run has a step that could be drawn.</p>"]
+    return [
+        "<h2>Curves</h2>",
+        '<p class="caption">A step stands at its position in the data: at one step, every mode has seen the same '
+        "batches, also after skipped steps, when it has applied fewer updates. Dotted lines: ends of epochs. "
+        "Drag to zoom, in all figures over steps at once; double click to return. The buttons switch modes on and off "
+        "in all figures; a double click on one shows it alone.</p>",
+        "<noscript><p>The figures need JavaScript; curves.png shows the main ones without.</p></noscript>",
+        switches((mode.index, mode.label) for mode in curves.modes(comparison)),
+        *(place_of(chart) for chart in drawn),
+    ]
+
+
+def _probes(comparison: Comparison) -> tuple[list[str], list[Chart]]:
+    """Elements and charts of the probes. A mode looks in them as it does above."""
+    body, drawn = list[str](), list[Chart]()
+    places = {mode.label: i for i, mode in enumerate(comparison.modes)}
+    for i, probe in enumerate(comparison.probes):
+        if probe.result is None:
+            body += [f"<h2>{text(probe.title)}</h2>", f"<p>{text(f'It failed: {probe.problem}')}</p>"]
+        else:
+            elements, of_probe = section(probe.result, probe.title, f"probe-{i}-", places)
+            body += elements
+            drawn += of_probe
+    return body, drawn
+
+
+def _unfinished(comparison: Comparison) -> list[str]:
+    stopped = [
+        f"{run.label}, seed {run.seed}: {run.status} after {len(run.steps['step'])} steps."
+        for run in _runs(comparison)
+        if run.status != "finished"
+    ]
+    failed = [
+        f"{failure.label}, seed {failure.seed}: failed with exit code {failure.exit_code}: {failure.message} "
+        f"(command: {shlex.join(failure.command)})"
+        for mode in comparison.modes
+        for failure in mode.failures
+    ]
+    return stopped + failed
+
+
+def _runs(comparison: Comparison) -> list[Run]:
+    return [run for mode in comparison.modes for run in mode.runs]
+
+
+def _origins(comparison: Comparison) -> list[str]:
+    runs = _runs(comparison)
+    tables = [flat({**run.config, "result": run.result or {}}) for run in runs]
+    names = {name for table in tables for name in table}
+    differing = {name for name in names if len({table.get(name) for table in tables}) > 1}
+    body = [_origin(run, table, differing) for run, table in zip(runs, tables, strict=True)]
+    if not body:
+        return []
+    note = "<p>Marked: what is not the same in all of these runs.</p>" if differing else ""
+    return ["<h2>How each run was made</h2>", note, *body]
+
+
+def _origin(run: Run, table: dict[str, str], differing: set[str]) -> str:
+    rows = [
+        f"<tr{' class=differs' if name in differing else ''}><td>{text(name)}</td><td>{text(value)}</td></tr>"
+        for name, value in table.items()
+    ]
+    summary = f"<strong>{text(run.label)}</strong>, seed {run.seed}, {text(run.status)}: <code>{text(run.path)}</code>"
+    return (
+        f"<details><summary>{summary}</summary>"
+        f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div></details>'
+    )

@@ -1,0 +1,154 @@
+"""The probe as a table for the terminal. Names from its file are data."""
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from roundoff.errors import printable
+from roundoff.report import probe_view as view
+from roundoff.report.probe_view import Result
+from roundoff.report.summary import LONGEST_SENTENCE
+
+COLUMNS = {  # header -> alignment
+    "mode": "left",
+    "error\nto noise": "right",
+    "bias": "right",
+    "flush\nbias": "right",
+    "flush-\ned": "right",
+    "sub-\nnormal": "right",
+    "over-\nflowed": "right",
+    "stag-\nnated": "right",
+}
+LEGEND = [
+    "Error to noise: root mean square of the gradient's error, over the standard deviation of the float64 gradient "
+    "from batch to batch.",
+    "Bias: length of the mean error, over that of the mean gradient; flush bias: that of the flushed elements alone.",
+    "Flushed (became 0), subnormal, overflowed: shares of the elements that are not 0 in float64.",
+    "Stagnated: share of the updates under half a unit in the last place of a weight in the mode's dtype: what "
+    "fp32 master weights keep.",
+    "+-: standard error, from the number of batches.",
+]
+ROWS = "A row a mode, over all parameters; below it its parameter tensor with the largest error to noise."
+BOTH = {
+    "flushed": "Flushed at a static loss scale, predicted / measured, most first",
+    "overflowed": "Overflowed at a static loss scale, predicted / measured, most first",
+}
+LONGEST_NAME = 22
+LONGEST_GRID = 12
+"""Tensors that the terminal shows of prediction beside measurement."""
+
+
+def table(result: Result, explained: bool = True) -> str:
+    """The table, at most 100 columns wide, and the sentences that go with it; nothing a terminal would obey.
+
+    Args:
+        result: what `roundoff.gradients.result.read_probe` returns.
+        explained: with what its columns mean, and predictions beside measurements.
+    """
+    rows = [cells for mode in view.modes(result) for cells in _rows(result, mode)]
+    sections: dict[str, list[str]] = {}
+    if explained:
+        sections["Columns"] = [ROWS, *LEGEND]
+        for what, title in BOTH.items():
+            heads, pairs = side_by_side(result, what)
+            sections[title] = _grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else []
+    sections["Advice"] = result["advice"]
+    if explained:
+        sections["What the figures do not cover"] = result["covers"]
+    text = [f"{about(result)}\n{noise(result)}", _grid(rows, COLUMNS)]
+    for title, lines in sections.items():
+        if lines:
+            text.append("\n".join([f"{title}:", *(f"  {printable(line, LONGEST_SENTENCE)}" for line in lines)]))
+    return "\n\n".join(text)
+
+
+def _grid(rows: Sequence[Sequence[str]], heads: dict[str, str]) -> str:
+    return tabulate(rows, headers=list(heads), tablefmt="simple", disable_numparse=True, colalign=list(heads.values()))
+
+
+def _rows(result: Result, mode: str) -> list[list[str]]:
+    found = [[view.short(printable(mode), LONGEST_NAME), *row(result, mode)]]
+    worst = view.worst(result, mode)
+    if worst is not None:
+        found.append([f"worst {view.short(printable(worst), LONGEST_NAME - 6)}", *row(result, mode, worst)])
+    return found
+
+
+def row(result: Result, mode: str, tensor: str | None = None) -> list[str]:
+    """A text for each of `COLUMNS` but the first: of `tensor` in `mode`, or of all parameters."""
+    found = view.figures(result, mode, tensor)
+    shares = ("flushed", "subnormal", "overflowed", "stagnated")
+    return [
+        _with_error(found["error_to_noise"], found["error_to_noise_error"]),
+        _with_error(found["bias"], found["bias_error"]),
+        _number(found["bias_flushed"]),
+        *(percent(found[name]) for name in shares),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if not value or error is None:
+        return _number(value)
+    return f"{_number(value)} +-{100 * (error / value):.0f}%" if error / value < 10 else f"{_number(value)} +->999%"
+
+
+def percent(share: float | None) -> str:
+    """A share from 0 to 1 as a few characters; none that is not 0 is shown as 0, and none but 1 as 100%."""
+    if share is None:
+        return "-"
+    if 0 < share < 1e-5:
+        return "<.001%"
+    if 0.9995 <= share < 1:
+        return ">99.9%"
+    return f"{100 * share:.3g}%" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
+def about(result: Result) -> str:
+    """The sentence on what was probed."""
+    model, corpus = result["model"], result["corpus"].get("name", result["data"])
+    sizes = {name: printable(model.get(name), 20) for name in ("kind", "nlayers", "nhid", "ntokens")}
+    return (
+        f"{sizes['kind']} of {sizes['nlayers']} layers with {sizes['nhid']} units and {sizes['ntokens']} words, "
+        f"{_weights(result)}; {result['batches']} batches of {result['batch_size']} x {result['bptt']} words of "
+        f"{printable(corpus, 60)}."
+    )
+
+
+def _weights(result: Result) -> str:
+    weights = result["weights"]
+    if weights["path"] is None:
+        return f"fresh weights of seed {result['seed']}"
+    steps = "" if weights["steps"] is None else f" after {weights['steps']} steps"
+    return f"weights of {printable(weights['path'])}{steps}"
+
+
+def noise(result: Result) -> str:
+    """The sentence on the gradient itself."""
+    total = result["total"]
+    return (
+        f"Mean gradient of all parameters: length {_number(total['gradient'])}; "
+        f"standard deviation from batch to batch (noise): {_with_error(total['noise'], total['noise_error'])}."
+    )
+
+
+def side_by_side(result: Result, what: str) -> tuple[dict[str, str], list[list[str]]]:
+    """The shares `what` of `BOTH`, predicted / measured: header -> alignment, and a row a tensor, most first.
+
+    No tensor has a row in which nothing overflows.
+    """
+    scales = result["scales"]
+    heads = {"tensor": "left"}
+    heads |= {f"{view.short(printable(m['mode']), 18)}\nat 2**{m['k']}": "right" for m in scales["measured"]}
+    found: list[tuple[float, list[str]]] = []
+    for name in view.tensors(result) if scales["measured"] else []:
+        shares = scales["predicted"][name][what]
+        pairs = [(shares[scales["k"].index(m["k"])], m["tensors"][name][what]) for m in scales["measured"]]
+        cells = [f"{percent(first)} / {percent(second)}" for first, second in pairs]
+        most = max(share or 0.0 for pair in pairs for share in pair)
+        if most > 0 or what == "flushed":
+            found.append((most, [view.short(printable(name)), *cells]))
+    return heads, [cells for _, cells in sorted(found, key=lambda entry: -entry[0])]

@@ -1,0 +1,171 @@
+"""The comparison as a table for the terminal, and as JSON for programs. Names from run directories are data."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tabulate import tabulate
+
+from roundoff.errors import printable
+from roundoff.runs.files import write_atomically
+from roundoff.runs.jsonfile import to_json
+from roundoff.runs.reading import Run
+from roundoff.verdict.types import Comparison, ModeSummary
+
+COLUMNS = {  # header -> alignment
+    "mode": "left",
+    "test\nppl": "right",
+    "difference [95% interval]\nin nats": "left",
+    "verdict": "left",
+    "differs\nat step": "right",
+    "updates": "right",
+    "skipped": "right",
+    "final\nloss\nscale": "right",
+    "tokens\n/s": "right",
+    "peak\nmemory": "right",
+}
+LEGEND = [
+    "Test ppl is exp of the mean test loss of the seeds that have finished; updates and skipped steps are sums over "
+    "all seeds.",
+    "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
+    "Steps count batches, skipped ones too.",
+]
+LONGEST_NAME = 22
+LONGEST_SENTENCE = 1000
+
+
+def table(comparison: Comparison) -> str:
+    """The table, a row per mode, with the sentences under it that explain it; nothing a terminal would obey."""
+    rows = [row(mode, comparison) for mode in comparison.modes]
+    grid = tabulate(
+        rows, headers=list(COLUMNS), tablefmt="simple", disable_numparse=True, colalign=list(COLUMNS.values())
+    )
+    sections = {
+        "Columns": LEGEND,
+        "Verdicts": [mode.verdict.sentence for mode in comparison.modes],
+        "Bit-equality of the training losses": [pair.sentence for pair in comparison.pairs],
+        "What this covers": comparison.covers,
+        "Not finished": list(_unfinished(comparison.modes)),
+        "Noted in the files": list(problems(comparison.modes)),
+        "Not the same job": comparison.differences,
+    }
+    text = [grid]
+    for title, sentences in sections.items():
+        if sentences:
+            text.append("\n".join([f"{title}:", *(f"  {printable(s, LONGEST_SENTENCE)}" for s in sentences)]))
+    return "\n\n".join(text)
+
+
+def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
+    """The table's row of `mode`, a text for each of `COLUMNS`."""
+    return [
+        printable(mode.label, LONGEST_NAME),
+        "-" if mode.test_ppl is None else f"{mode.test_ppl:.2f}" if mode.test_ppl < 1e6 else f"{mode.test_ppl:.3g}",
+        _difference(mode),
+        mode.verdict.word,
+        _first_difference(mode, comparison),
+        str(mode.updates),
+        str(mode.skipped),
+        "-" if mode.final_loss_scale is None else f"{mode.final_loss_scale:g}",
+        "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}",
+        memory(mode.peak_memory_bytes),
+    ]
+
+
+def _difference(mode: ModeSummary) -> str:
+    verdict = mode.verdict
+    if verdict.difference is None:
+        return "-"
+    if verdict.interval is None:
+        return f"{verdict.difference:+.4f}"
+    return f"{verdict.difference:+.4f} [{verdict.interval[0]:+.4f}, {verdict.interval[1]:+.4f}]"
+
+
+def _first_difference(mode: ModeSummary, comparison: Comparison) -> str:
+    if mode.first_difference is not None:
+        return str(mode.first_difference)
+    reference_seeds = {run.seed for run in comparison.modes[0].runs}
+    compared = mode.label != comparison.reference and any(run.seed in reference_seeds for run in mode.runs)
+    return "none" if compared else "-"
+
+
+def memory(count: float | None) -> str:
+    """A number of bytes in a unit that suits it."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
+    for mode in modes:
+        for run in mode.runs:
+            if run.status != "finished":
+                last = run.steps["step"][-1]
+                yield f"{mode.label} with seed {run.seed}: {run.status} after step {last} ({run.path})"
+        for failure in mode.failures:
+            yield f"{mode.label} with seed {failure.seed}: failed with exit code {failure.exit_code}: {failure.message}"
+
+
+def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
+    """What was wrong with the files and could be passed over, a line each with the run's path."""
+    for mode in modes:
+        for run in mode.runs:
+            for problem in run.problems:
+                yield f"{run.path}: {problem}"
+
+
+def write_summary(path: Path, comparison: Comparison) -> None:
+    """Write the figures of `comparison` as one JSON object; inf and nan are "inf" and "nan", as in the records.
+
+    Its keys are the attributes of `roundoff.verdict.types`, but a run has only its path, seed, status, machine, versions and
+    command, the rows of its epochs, test loss, number of steps, and problems, and a probe the name of the file with its
+    result. To an epoch's row comes "train_loss", the mean of the finite losses of its steps, each counted alike,
+    skipped ones included; null where there is none. So it can stand for the runs where they are not kept.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    content = vars(comparison) | {
+        "modes": [
+            vars(mode)
+            | {
+                "runs": [_run(run) for run in mode.runs],
+                "failures": [vars(failure) for failure in mode.failures],
+                "verdict": vars(mode.verdict),
+            }
+            for mode in comparison.modes
+        ],
+        "pairs": [vars(pair) for pair in comparison.pairs],
+        "probes": [
+            vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
+        ],
+    }
+    # A path that is not UTF-8 has lone surrogates; backslashreplace makes the escapes of them that JSON has.
+    text = (to_json(content, indent=2) + "\n").encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda file: file.write(text))
+
+
+def _run(run: Run) -> dict[str, Any]:
+    losses: dict[int, list[float]] = defaultdict(list)
+    for epoch, loss in zip(run.steps["epoch"], run.steps["loss"], strict=True):
+        if math.isfinite(loss):
+            losses[epoch].append(loss)
+    means = {epoch: fmean(of_epoch) for epoch, of_epoch in losses.items()}
+    return {
+        "path": run.path,
+        "seed": run.seed,
+        "status": run.status,
+        "device_name": run.config.get("device_name"),
+        "environment": run.config.get("environment"),
+        "epochs": [row | {"train_loss": means.get(row["epoch"])} for row in run.epochs],
+        "test_loss": None if run.result is None else run.result["test_loss"],
+        "steps": len(run.steps["step"]),
+        "problems": run.problems,
+    }

@@ -1,0 +1,80 @@
+"""The one reader of files that hold a JSON object: config.json, result.json, compare.json. It trusts none of them."""
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from roundoff.errors import UsageError, printable
+
+MAX_BYTES = 2**20
+"""Of config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
+
+MAX_DEPTH = 20
+
+RUN_DIRECTORY = "give a directory that a trainer's --run-dir wrote"
+
+
+def require_file(path: Path, wanted: str = RUN_DIRECTORY) -> None:
+    """Raise UsageError, which ends in `wanted`, unless `path` is a regular file, or a link to one.
+
+    A pipe would be waited for.
+    """
+    if not path.is_file():
+        what = "this is no file" if path.exists() else "there is no such file"
+        raise UsageError(f"{printable(path)}: {what}; {wanted}")
+
+
+def read_object(path: Path, max_bytes: int = MAX_BYTES, wanted: str = RUN_DIRECTORY) -> dict[str, Any]:
+    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused.
+
+    Raises:
+        UsageError: there is no such file (then it ends in `wanted`), or something else is in it.
+        OSError: it cannot be read.
+    """
+    require_file(path, wanted)
+    with path.open("rb") as file:
+        text = file.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        raise UsageError(f"{printable(path)} has more than {max_bytes} bytes; no program of this project wrote it")
+    try:
+        content = _clean(json.loads(text.decode()))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{printable(path)} cannot be read as JSON ({reason(error)})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{printable(path)} holds {reprlib.repr(content)}, not an object")
+    return content
+
+
+def _clean(value: Any, depth: int = 0) -> Any:
+    """`value`, of at most `MAX_DEPTH` levels, without lone surrogates, which no file or terminal can take."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_clean(v, depth + 1) for v in value]
+    if isinstance(value, dict):
+        return {_clean(k): _clean(v, depth + 1) for k, v in value.items()}
+    return value
+
+
+def reason(error: Exception) -> str:
+    """Why JSON cannot be read, in short."""
+    return "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan"."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,270 @@
+"""Reads run directories, which may be unfinished, damaged, or not what they seem. Names in them are data."""
+
+import itertools
+import json
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm.options.modes import label
+from roundoff.errors import UsageError, printable
+from roundoff.runs.jsonfile import read_object, reason, require_file
+
+MAX_LINE_BYTES = 2**16
+"""Of a row of steps.jsonl or epochs.jsonl, which holds some hundred."""
+
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+STATUSES = ("finished", "interrupted", "diverged")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, as far as it goes.
+
+    Attributes:
+        path: the directory.
+        label: its mode in the words of `compare.py --modes`, such as "amp-fp16".
+        seed: of the run.
+        config: `config.json`.
+        steps: `steps.jsonl` as columns of equal length: "step", "epoch" (int), "loss", "grad_norm", "loss_scale",
+            "lr" (float, which may be inf or nan), "applied" (bool).
+        epochs: the rows of `epochs.jsonl`.
+        result: `result.json`; None for a run that has not ended.
+        problems: what was wrong with the files and could be passed over, a line each.
+    """
+
+    path: Path
+    label: str
+    seed: int
+    config: dict[str, Any]
+    steps: dict[str, list[Any]]
+    epochs: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """The result's: "finished", "interrupted", "diverged", or "unfinished" where there is none."""
+        return "unfinished" if self.result is None else str(self.result["status"])
+
+
+class _MismatchError(Exception):
+    """A value is not what its field holds; the text says what that is."""
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:  # a bool is an int to isinstance
+        raise _MismatchError("a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) is float:
+        return value
+    if type(value) is int and abs(value) < 2**63:
+        return float(value)
+    if type(value) is str and value in ("inf", "-inf", "nan"):
+        return float(value)
+    raise _MismatchError('a number, "inf", "-inf" or "nan"')
+
+
+def _loss(value: Any) -> float:
+    """A mean loss, or what else was float32: no trainer writes larger ones, and to draw them would overflow."""
+    number = _number(value)
+    if math.isfinite(number) and abs(number) > LARGEST_FLOAT32:
+        raise _MismatchError("a number that a float32 can hold")
+    return number
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise _MismatchError("true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise _MismatchError("a text")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise _MismatchError("an object")
+    return value
+
+
+def _status(value: Any) -> str:
+    if value not in STATUSES:
+        raise _MismatchError(" or ".join(f'"{status}"' for status in STATUSES))
+    return str(value)
+
+
+def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def checked(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            return check(value)
+        except _MismatchError as error:
+            raise _MismatchError(f"{error}, or null") from None
+
+    return checked
+
+
+Fields = dict[str, Callable[[Any], Any]]
+
+_CONFIG: Fields = {
+    "script": _text,
+    "mode": _text,
+    "seed": _integer,
+    "model": _text,
+    "emsize": _integer,
+    "nhid": _integer,
+    "nlayers": _integer,
+    "dropout": _number,
+    "tied": _flag,
+    "lr": _number,
+    "clip": _number,
+    "epochs": _integer,
+    "max_steps": _optional(_integer),
+    "dry_run": _flag,
+    "batch_size": _integer,
+    "bptt": _integer,
+    "static_loss_scale": _optional(_number),
+    "device_name": _text,
+    "environment": _object,
+    "corpus": _object,
+}
+_CORPUS: Fields = {"sha256": _object, "words": _integer, "vocab_size": _integer}
+_SHA256: Fields = {"train": _text, "valid": _text, "test": _text}
+_STEP: Fields = {
+    "step": _integer,
+    "epoch": _integer,
+    "loss": _loss,
+    "grad_norm": _loss,
+    "loss_scale": _loss,
+    "applied": _flag,
+    "lr": _number,
+}
+_EPOCH: Fields = {"epoch": _integer, "valid_loss": _loss, "valid_ppl": _number, "lr": _number, "seconds": _number}
+_RESULT: Fields = {
+    "status": _status,
+    "test_loss": _optional(_loss),
+    "test_ppl": _optional(_number),
+    "steps": _integer,
+    "skipped": _integer,
+    "tokens_per_second": _optional(_number),
+    "peak_memory_bytes": _optional(_integer),
+}
+
+
+def read_run(path: Path) -> Run:
+    """Read the run directory `path`, as far as the run went.
+
+    What a stopped trainer leaves is passed over and noted in `Run.problems`: a last line that was cut, no
+    epochs.jsonl, steps that are missing, repeated or out of order. Of a repeated step the last row counts; the steps
+    of the result are in ascending order. A line that is broken elsewhere is refused, since no trainer stops that
+    way: what else in such a file is wrong cannot be known. Fields that are not known are ignored.
+
+    Raises:
+        UsageError: the directory, its config.json or steps.jsonl is missing or cannot be read, a field is missing
+            or not of its type, or the run has no steps.
+    """
+    try:
+        if not path.is_dir():
+            what = "this is no directory" if path.exists() else "there is no such directory"
+            raise UsageError(f"{printable(path)}: {what}; give one that a trainer's --run-dir wrote")
+        return _read(path)
+    except OSError as error:
+        raise UsageError(f"{printable(error.filename or path)}: cannot be read ({error.strerror})") from None
+
+
+def _read(path: Path) -> Run:
+    problems: list[str] = []
+    config = _read_config(path / "config.json")
+    steps = _read_rows(path / "steps.jsonl", _STEP, problems)
+    if not steps["step"]:
+        raise UsageError(f"{printable(path)} is a run of no steps: there is nothing to compare; let it train longer")
+    epochs = _EMPTY_EPOCHS
+    if (path / "epochs.jsonl").exists():
+        epochs = _read_rows(path / "epochs.jsonl", _EPOCH, problems)
+    else:
+        problems.append("epochs.jsonl is missing")
+    result = None
+    if (path / "result.json").exists():
+        result = _checked(path / "result.json", read_object(path / "result.json"), _RESULT)
+        if result["steps"] != len(steps["step"]):
+            problems.append(f"result.json counts {result['steps']} steps, steps.jsonl has {len(steps['step'])}")
+    rows = [dict(zip(epochs, row, strict=True)) for row in zip(*epochs.values(), strict=True)]
+    return Run(path, label(config), config["seed"], config, steps, rows, result, problems)
+
+
+_EMPTY_EPOCHS: dict[str, list[Any]] = {name: [] for name in _EPOCH}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_object(path)
+    checked = _checked(path, config, _CONFIG)
+    corpus = _checked(path, checked["corpus"], _CORPUS, "corpus.")
+    _checked(path, corpus["sha256"], _SHA256, "corpus.sha256.")
+    return config | checked
+
+
+def _checked(path: Path | str, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
+    """Those `fields` of `content`, each converted by its check; one that may be null may be missing."""
+    checked = {}
+    for name, check in fields.items():
+        try:
+            checked[name] = check(content.get(name))
+        except _MismatchError as error:
+            given = f"is {reprlib.repr(content[name])}" if name in content else "is missing"
+            raise UsageError(f"{printable(path)}: field {prefix}{name} {given}, where {error} belongs") from None
+    return checked
+
+
+def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, list[Any]]:
+    """A .jsonl file as columns, in ascending order of the first of `fields`.
+
+    Read a line at a time, and only the fields kept, so that the columns are no larger than a few times the file.
+    """
+    require_file(path)
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            where = f"{printable(path)}: line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UsageError(f"{where} has more than {MAX_LINE_BYTES} bytes; no trainer wrote it")
+            try:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                if not file.read(1):
+                    problems.append(f"the last line of {path.name} is cut off, and is passed over")
+                    break
+                raise UsageError(f"{where} cannot be read as JSON ({reason(error)}); leave this run out") from None
+            if type(row) is not dict:
+                raise UsageError(f"{where} is {reprlib.repr(row)}, where an object belongs")
+            for name, value in _checked(f"{path}, line {number}", row, fields).items():
+                columns[name].append(value)
+    return _in_order(path.name, columns, next(iter(fields)), problems)
+
+
+def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list[str]) -> dict[str, list[Any]]:
+    keys: list[int] = columns[key]
+    if keys == list(range(1, len(keys) + 1)):
+        return columns
+    last = {k: i for i, k in enumerate(keys)}
+    if len(last) < len(keys):
+        repeated = min(k for i, k in enumerate(keys) if last[k] != i)
+        problems.append(f"{file} repeats {key} {repeated}: of {len(keys)} rows, the last of each {key} counts")
+    if any(a > b for a, b in itertools.pairwise(keys)):
+        problems.append(f"{file} is not in the order of its {key}s, and was sorted")
+    order = sorted(last)
+    missing = next(k for k in itertools.count(1) if k not in last)
+    if missing < order[-1]:
+        problems.append(f"{file} has no {key} {missing}, though it goes to {order[-1]}")
+    return {name: [column[last[k]] for k in order] for name, column in columns.items()}

@@ -1,0 +1,1 @@
+"""Do two modes train alike?"""

@@ -1,0 +1,287 @@
+"""Puts runs side by side: do they train the same job, how do the modes end, and from which step on do they differ?"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from roundoff.errors import UsageError, printable
+from roundoff.runs.directory import machine, perplexity
+from roundoff.runs.reading import Run
+from roundoff.verdict.statistics import judge
+from roundoff.verdict.types import BitEquality, Comparison, Failure, ModeSummary, Verdict
+
+SAME_IN_FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
+SAME_IN_FP16 = ("manual", "fp16-optimizer")
+
+SIZES = ("model", "emsize", "nhid", "nlayers", "tied", "dropout")
+TRAINING = ("batch_size", "bptt", "lr", "clip", "epochs", "max_steps", "dry_run")
+LENGTH = ("epochs", "max_steps", "dry_run")
+"""Those of `TRAINING` that change no step."""
+
+LATER = {"nhead": 2, "optimizer": "sgd"}
+"""What older runs do not say, and what they had."""
+
+
+def compare(
+    runs: Sequence[Run],
+    failures: Sequence[Failure] = (),
+    *,
+    reference: str | None = None,
+    margin: float = 0.01,
+    expect_equal: Sequence[tuple[str, str]] = (),
+    anyway: bool = False,
+) -> Comparison:
+    """Compare the modes of `runs`, each with every seed it has.
+
+    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128".
+
+    Args:
+        runs: of any modes, in the order in which the modes are wanted; none twice.
+        failures: what should have been runs.
+        reference: label of the mode to compare with; by default "fp32" if it has a run, else the first that has one.
+        margin: of equivalence, above 0, nats.
+        expect_equal: pairs of labels whose bit-equality is asked for. They come first in `Comparison.pairs`, as
+            given; those that must agree by design follow.
+        anyway: accept runs that do not train the same job, and list the differences.
+
+    Raises:
+        UsageError: a label is unknown, a mode has two runs of one seed, or the runs do not train the same job.
+    """
+    runs = _told_apart(runs)
+    labels = list(dict.fromkeys([run.label for run in runs] + [failure.label for failure in failures]))
+    if not labels:
+        raise UsageError("no runs to compare; give at least one run directory")
+    _refuse_duplicates(runs)
+    if reference is None:
+        trained = [run.label for run in runs] or labels
+        reference = "fp32" if "fp32" in trained else trained[0]
+    _refuse_unknown(labels, "--reference", [reference])
+    for pair in expect_equal:
+        _refuse_unknown(labels, "--expect-equal", pair)
+        if pair[0] == pair[1]:
+            raise UsageError(f"--expect-equal {printable(','.join(pair))}: a mode equals itself; give two modes")
+    labels.sort(key=lambda label: label != reference)
+    modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
+    failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
+    differences = job_differences(runs) + seed_differences(modes, failed)
+    if differences and not anyway:
+        raise UsageError(
+            f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or add --anyway"
+        )
+    rows = [_summarize(label, modes[label], failed[label], reference, modes[reference], margin) for label in labels]
+    pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
+    return Comparison(reference, margin, rows, pairs, _covers(runs, rows), differences)
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    scales: dict[str, set[float | None]] = {}
+    for run in runs:
+        scales.setdefault(run.label, set()).add(run.config["static_loss_scale"])
+    return [replace(run, label=_label_with_scale(run)) if len(scales[run.label]) > 1 else run for run in runs]
+
+
+def _label_with_scale(run: Run) -> str:
+    scale = run.config["static_loss_scale"]
+    if scale is None:
+        return f"{run.label}-dynamic"
+    mantissa, exponent = math.frexp(scale)
+    as_power = mantissa == 0.5 and not 1 <= scale <= 2**16
+    return f"{run.label}-scale-{f'2^{exponent - 1}' if as_power else f'{scale:.9g}'}"
+
+
+def _refuse_duplicates(runs: Sequence[Run]) -> None:
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.label, run.seed), run)
+        if other is not run:
+            raise UsageError(
+                f"{printable(other.path)} and {printable(run.path)} are both {printable(run.label)} with seed "
+                f"{run.seed}; leave one of them out"
+            )
+
+
+def _refuse_unknown(labels: list[str], flag: str, given: Iterable[str]) -> None:
+    for label in given:
+        if label not in labels:
+            known = printable(", ".join(labels))
+            raise UsageError(f"{flag}: no run of the mode {printable(label)!r}; there are {known}")
+
+
+def job_differences(runs: Sequence[Run]) -> list[str]:
+    """A line for each part of the job that the runs do not have in common, with its values and their runs."""
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        for name, value in _job(run.config).items():
+            groups.setdefault(name, {}).setdefault(printable(value, 20), []).append(run)
+    return [
+        f"{name} is " + ", ".join(f"{value} in {_names(group)}" for value, group in values.items())
+        for name, values in groups.items()
+        if len(values) > 1
+    ]
+
+
+def _job(config: dict[str, Any]) -> dict[str, Any]:
+    corpus = config["corpus"]
+    job = {f"corpus sha256 of {split}": corpus["sha256"][split] for split in ("train", "valid", "test")}
+    job |= {f"corpus {name}": corpus[name] for name in ("words", "vocab_size")}
+    job |= {name: config[name] for name in SIZES + TRAINING}
+    return job | {name: config.get(name, default) for name, default in LATER.items()}
+
+
+def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:
+    """A line where the modes were not run with the same seeds; a run that failed counts as run."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for label, runs in modes.items():
+        seeds = {run.seed for run in runs} | {failure.seed for failure in failures[label]}
+        groups.setdefault(tuple(sorted(seeds)), []).append(printable(label))
+    if len(groups) < 2:
+        return []
+    parts = [f"{', '.join(map(str, seeds))} in {', '.join(labels)}" for seeds, labels in groups.items()]
+    return [f"seed is {' but '.join(parts)}"]
+
+
+def _names(runs: list[Run]) -> str:
+    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+    return ", ".join(printable(run.path) for run in runs[:3]) + more
+
+
+def finished(runs: Iterable[Run]) -> dict[int, float]:
+    """Seed -> test loss of the runs that trained to their end; an interrupted run's is of another job."""
+    results = {run.seed: run.result for run in runs if run.result and run.status == "finished"}
+    return {seed: result["test_loss"] for seed, result in results.items() if result["test_loss"] is not None}
+
+
+def _summarize(
+    label: str, runs: list[Run], failures: list[Failure], reference: str, reference_runs: list[Run], margin: float
+) -> ModeSummary:
+    losses = finished(runs)
+    test_loss = sum(loss / len(losses) for loss in losses.values()) if losses else None
+    if label == reference:
+        verdict = Verdict("reference", _reference_sentence(label, test_loss, len(losses)), len(losses))
+    else:
+        verdict = judge(label, losses, finished(reference_runs), margin)
+    partner = {run.seed: run for run in reference_runs}
+    firsts = [first_difference(partner[run.seed], run) for run in runs if run.seed in partner]
+    results = [run.result for run in runs if run.result]
+    speeds = [r["tokens_per_second"] for r in results if r["tokens_per_second"] is not None]
+    applied = sum(sum(run.steps["applied"]) for run in runs)
+    steps = sum(len(run.steps["step"]) for run in runs)
+    return ModeSummary(
+        label=label,
+        runs=runs,
+        failures=failures,
+        status=", ".join(dict.fromkeys([run.status for run in runs] + ["failed"] * len(failures))),
+        test_loss=test_loss,
+        test_ppl=None if test_loss is None else perplexity(test_loss),
+        verdict=verdict,
+        first_difference=min((first for first in firsts if first is not None), default=None),
+        steps=steps,
+        updates=applied,
+        skipped=steps - applied,
+        final_loss_scale=runs[0].steps["loss_scale"][-1] if runs else None,
+        tokens_per_second=sum(speeds) / len(speeds) if speeds else None,
+        peak_memory_bytes=max((r["peak_memory_bytes"] for r in results if r["peak_memory_bytes"]), default=None),
+    )
+
+
+def _reference_sentence(label: str, test_loss: float | None, count: int) -> str:
+    if test_loss is None:
+        return f"{label} is the reference, of which no run has finished."
+    return f"{label} is the reference: test loss {test_loss:.4f} nats, mean of {count} seed{'s' if count > 1 else ''}."
+
+
+def first_difference(first: Run, second: Run) -> int | None:
+    """The first step that both have and whose losses differ in a bit; nan equals nan."""
+    a, b = losses_by_step(first), losses_by_step(second)
+    return next((step for step, loss in a.items() if step in b and not _same(loss, b[step])), None)
+
+
+def losses_by_step(run: Run) -> dict[int, float]:
+    """Step -> training loss, ascending."""
+    return dict(zip(run.steps["step"], run.steps["loss"], strict=True))
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (a != a and b != b)
+
+
+def _pairs(
+    labels: list[str], expect_equal: Sequence[tuple[str, str]], modes: dict[str, list[Run]]
+) -> list[tuple[str, str, bool]]:
+    """The pairs to report, each with whether the design says that it must agree."""
+    designed = [
+        pair
+        for group in (SAME_IN_FP32, SAME_IN_FP16)
+        for pair in combinations([label for label in group if label in labels], 2)
+        if _must_agree(modes[pair[0]] + modes[pair[1]], same_scale=group is SAME_IN_FP16)
+    ]
+    pairs = {frozenset(pair): pair for pair in [*expect_equal, *designed]}
+    musts = {frozenset(pair) for pair in designed}
+    given = {frozenset(pair): pair for pair in expect_equal}
+    return [(*given.get(key, pair), key in musts) for key, pair in pairs.items()]
+
+
+def _must_agree(runs: list[Run], *, same_scale: bool) -> bool:
+    """Powers of two are exact factors; fp16 can overflow and underflow besides, and so needs the same one."""
+    scales = {run.config["static_loss_scale"] for run in runs}
+    exact = all(scale and 0 < scale < math.inf and math.frexp(scale)[0] == 0.5 for scale in scales)
+    alike = all(_deciding(run.config) == _deciding(runs[0].config) for run in runs)
+    return exact and alike and (len(scales) == 1 or not same_scale)
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the bits of a step besides the precision."""
+    job = {name: value for name, value in _job(config).items() if name not in LENGTH}
+    return job | machine(config) | {"tf32": config.get("tf32", False), "processes": config.get("processes", 1)}
+
+
+def _machines(runs: Sequence[Run]) -> set[tuple[str, ...]]:
+    return {tuple(machine(run.config).values()) for run in runs}
+
+
+def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> BitEquality:
+    first, second, expected = pair
+    a, b = ({run.seed: run for run in modes[label]} for label in (first, second))
+    steps = 0
+    different, unequal = [], []
+    for seed in sorted(a.keys() & b.keys()):
+        mine, other = losses_by_step(a[seed]), losses_by_step(b[seed])
+        steps += len(mine.keys() & other.keys())
+        step = first_difference(a[seed], b[seed])
+        if step is not None:
+            different.append((step, seed, mine[step], other[step]))
+        if mine.keys() != other.keys():
+            unequal.append(f"with seed {seed} {first} has {len(mine)} steps and {second} {len(other)}")
+    alone = sorted(a.keys() ^ b.keys())
+    unequal += [f"seed {seed} has a run of {first if seed in a else second} only" for seed in alone]
+    if different:
+        step, seed, loss, other_loss = min(different)
+        sentence = f"differ first at step {step} (seed {seed}): {loss!r} in {first}, {other_loss!r} in {second}"
+        sentence += ". They must agree by design" if expected else ""
+    elif steps == 0:
+        sentence = "not compared: no seed has a run of both"
+    elif unequal:
+        sentence = f"bit-equal in the {steps} steps that both have, but {'; '.join(unequal)}"
+    else:
+        sentence = f"bit-equal for all {steps} steps"
+    equal = steps > 0 and not different and not unequal
+    return BitEquality(first, second, expected, steps, equal, f"{first} and {second}: {sentence}.")
+
+
+def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
+    lines = [
+        "An interval covers the variation between seeds, which is that of the initial weights and the dropout masks, "
+        "in this job as it was run.",
+        "It does not cover other data or another order of the batches, other sizes, learning rates or lengths of "
+        "training, or other hardware.",
+        "A pair of runs with one seed starts alike and sees the same batches, but training soon amplifies a "
+        "difference in one bit: a step at which losses differ is no sign of a worse mode.",
+    ]
+    judged = sum(row.verdict.p_equivalence is not None for row in rows)
+    if judged > 1:
+        lines.append(f"Each of the {judged} verdicts has its own 5% risk of error; together the risk is larger.")
+    if len(_machines(runs)) > 1:
+        lines.append("The runs differ in device, torch version or threads, which alone can change bits.")
+    return lines

@@ -1,0 +1,177 @@
+"""The verdict on a mode: paired by seed, since one seed gives every mode the same start, batches and dropout masks.
+
+With n differences d_i (mode minus reference) of mean m and standard deviation s, m / (s / sqrt(n)) follows Student's
+t with n - 1 degrees of freedom where the true difference is 0 and the d_i are normal. Equivalence is shown by two
+one-sided t-tests (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987): both "at most -margin" and "at least +margin"
+must be rejected at 5%, which is the same as a 90% interval within the margin.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from scipy import stats
+
+from roundoff.verdict.types import Verdict
+
+ALPHA = 0.05
+POWER = 0.8
+MAX_SEEDS = 1000
+ENOUGH_PAIRS = 3
+"""From here on a verdict is given; the interval of two pairs has one degree of freedom, and says next to nothing."""
+
+
+class Paired(NamedTuple):
+    """Number, mean and sample standard deviation (n - 1) of paired differences; deviation 0 where there is one."""
+
+    n: int
+    mean: float
+    deviation: float
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return self.deviation / math.sqrt(self.n)
+
+
+def judge(label: str, mode_losses: dict[int, float], reference_losses: dict[int, float], margin: float) -> Verdict:
+    """Compare the test losses (nats a word) of a mode with the reference's, seed by seed.
+
+    From three pairs on: "equivalent" where both one-sided tests against `margin` reject at 5%; else "better" or
+    "worse" where the 95% interval excludes 0 (a lower loss is better); else "undecided". A difference that is both
+    certain and smaller than the margin is "equivalent", and the sentence says that it is certain.
+
+    Args:
+        label: of the mode.
+        mode_losses, reference_losses: seed -> test loss of the runs that have finished. A pair whose difference
+            is not finite does not count, and the sentence says so.
+        margin: above 0, nats.
+    """
+    seeds = sorted(mode_losses.keys() & reference_losses.keys())
+    differences = {seed: mode_losses[seed] - reference_losses[seed] for seed in seeds}
+    counted = [d for d in differences.values() if math.isfinite(d)]
+    left_out = [seed for seed, d in differences.items() if not math.isfinite(d)]
+    alone = sorted(mode_losses.keys() ^ reference_losses.keys())
+    remark = _remark(left_out, "has a test loss that is not finite", "have a test loss that is not finite")
+    remark += _remark(alone, "has finished in one of the two modes only", "have finished in one of the two modes only")
+    if not counted:
+        return Verdict("not finished", f"{label}: no seed has finished with a finite test loss in both modes.{remark}")
+    paired = summarize(counted)
+    if paired.n >= ENOUGH_PAIRS:
+        return _decide(label, paired, margin, remark)
+    bounds = interval(paired) if paired.n > 1 else None
+    sentence = (
+        f"{label}: test loss minus the reference's is {_seen(paired, bounds)}; described, not judged: "
+        f"a verdict takes {ENOUGH_PAIRS} seeds or more.{remark}"
+    )
+    return Verdict("described", sentence, paired.n, paired.mean, bounds)
+
+
+def _decide(label: str, paired: Paired, margin: float, remark: str) -> Verdict:
+    low, high = interval(paired)
+    p = p_equivalence(paired, margin)
+    sign = "worse" if low > 0 else "better" if high < 0 else None
+    needed = None
+    if p < ALPHA:
+        word, said, more = "equivalent", f"is equivalent to the reference within {margin:g} nats", ""
+        if sign:
+            more = f" That it is {sign}, by less than the margin, is as certain (95%)."
+    elif sign:
+        word, more = sign, ""
+        said = f"is {word} than the reference: its test loss is {'higher' if low > 0 else 'lower'}"
+    else:
+        word, said = (
+            "undecided",
+            f"is shown neither to differ from the reference nor to equal it within {margin:g} nats",
+        )
+        needed, decision = seeds_needed(paired, margin)
+        count = f"about {needed}" if needed else f"more than {MAX_SEEDS}"
+        more = f" If mean and noise stay as seen, it takes {count} seeds to show {decision} (80% power)."
+    seen = f"test loss minus the reference's is {_seen(paired, (low, high))}, p = {p:.2g} for equivalence"
+    return Verdict(word, f"{label} {said}; {seen}.{more}{remark}", paired.n, paired.mean, (low, high), p, needed)
+
+
+def summarize(differences: list[float]) -> Paired:
+    """Number, mean and standard deviation of finite `differences`."""
+    n = len(differences)
+    if min(differences) == max(differences):  # exactly, where rounding would leave a deviation of 1e-17
+        return Paired(n, differences[0], 0.0)
+    mean = math.fsum(d / n for d in differences)
+    return Paired(n, mean, math.hypot(*(d - mean for d in differences)) / math.sqrt(n - 1))
+
+
+def interval(paired: Paired) -> tuple[float, float]:
+    """The two-sided 95% interval of the mean (Student's t) of two differences or more."""
+    half = float(stats.t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
+    return paired.mean - half, paired.mean + half
+
+
+def p_equivalence(paired: Paired, margin: float) -> float:
+    """The larger p-value of the two one-sided t-tests; 0 or 1 where the differences do not vary."""
+    if paired.error == 0:
+        return 0.0 if abs(paired.mean) < margin else 1.0
+    # Both tests mirror each other, so that the one for the nearer margin has the larger p-value.
+    return float(stats.t.sf((margin - abs(paired.mean)) / paired.error, paired.n - 1))
+
+
+def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
+    """How many seeds decide with 80% power if mean and deviation stay as seen, and what they show.
+
+    Two decisions are possible: that the true difference is not 0, by the t-test, and, where the mean is within the
+    margin, equivalence. The one that takes fewer seeds is given; None where both take more than `MAX_SEEDS`.
+    """
+    found = [(_least(lambda n: power_of_difference(paired._replace(n=n)), paired.n + 1), "a difference")]
+    if abs(paired.mean) < margin:
+        equivalence = _least(lambda n: power_of_equivalence(paired._replace(n=n), margin), paired.n + 1)
+        found.insert(0, (equivalence, "equivalence"))
+    return min(found, key=lambda decision: decision[0] or math.inf)
+
+
+def power_of_difference(paired: Paired) -> float:
+    """Power of the two-sided paired t-test, from the noncentral t distribution (Cohen, Statistical Power Analysis)."""
+    critical = float(stats.t.ppf(1 - ALPHA / 2, paired.n - 1))
+    return _beyond(critical, paired, abs(paired.mean)) + _beyond(critical, paired, -abs(paired.mean))
+
+
+def power_of_equivalence(paired: Paired, margin: float) -> float:
+    """Power of the two one-sided tests, from the noncentral t distribution.
+
+    The approximation of Diletti et al., Int. J. Clin. Pharmacol. 29 (1991), and Phillips, J. Pharmacokinet.
+    Biopharm. 18 (1990): that both reject is as likely as the one plus the other minus 1.
+    """
+    critical = float(stats.t.ppf(1 - ALPHA, paired.n - 1))
+    near, far = margin - abs(paired.mean), margin + abs(paired.mean)
+    return max(0.0, _beyond(critical, paired, near) + _beyond(critical, paired, far) - 1)
+
+
+def _beyond(critical: float, paired: Paired, distance: float) -> float:
+    # Beyond 40 standard errors the answer is 0 or 1 to all digits, and the noncentral t is hard to compute.
+    noncentrality = min(40.0, max(-40.0, distance / paired.error))
+    return float(stats.nct.sf(critical, paired.n - 1, noncentrality))
+
+
+def _least(power: Callable[[int], float], low: int) -> int | None:
+    """The least n from `low` to `MAX_SEEDS` at which `power`, which grows with n, reaches `POWER`."""
+    high = MAX_SEEDS
+    if low > high or power(high) < POWER:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if power(middle) < POWER:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _seen(paired: Paired, bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return f"{paired.mean:+.4g} nats with one seed"
+    return f"{paired.mean:+.4g} nats on average of {paired.n} seeds, 95% interval {bounds[0]:+.4g} to {bounds[1]:+.4g}"
+
+
+def _remark(seeds: list[int], one: str, several: str) -> str:
+    if not seeds:
+        return ""
+    names = ", ".join(map(str, seeds[:5])) + (f" and {len(seeds) - 5} more" if len(seeds) > 5 else "")
+    return f" Not counted: seed{'s' if len(seeds) > 1 else ''} {names}, which {several if len(seeds) > 1 else one}."

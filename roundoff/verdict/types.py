@@ -1,0 +1,134 @@
+"""What the parts of the report hand to each other. Losses are in nats a word."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from roundoff.runs.reading import Run
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that left nothing to compare: what was run, its exit code, and the last line that it said."""
+
+    label: str
+    seed: int
+    command: list[str]
+    exit_code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the paired test losses of a mode and the reference say.
+
+    Attributes:
+        word: "reference", "described" (fewer than three pairs), "equivalent", "better", "worse", "undecided",
+            or "not finished" (no pair at all).
+        sentence: the same with its figures, for a person.
+        pairs: seeds that both have finished.
+        difference: mean of mode minus reference; None without a pair.
+        interval: its 95% interval (Student's t); None with fewer than two pairs.
+        p_equivalence: p-value of the two one-sided tests against the margin; None with fewer than three pairs.
+        seeds_needed: for "undecided", how many seeds would decide at the noise seen, up to 1000; else None.
+    """
+
+    word: str
+    sentence: str
+    pairs: int = 0
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    p_equivalence: float | None = None
+    seeds_needed: int | None = None
+
+
+@dataclass(frozen=True)
+class ModeSummary:
+    """A row of the table; means over the mode's seeds where there are several.
+
+    Attributes:
+        label, runs, failures: the mode and what it left, runs sorted by seed.
+        status: that of its runs, "finished" or for example "finished, diverged".
+        test_loss, test_ppl: None where no run has them; test_ppl is exp(test_loss).
+        verdict: against the reference.
+        first_difference: first step whose loss differs in a bit from the reference's with the same seed, the least
+            over seeds; None: no difference in the steps that both have (or it is the reference).
+        steps, updates, skipped: batches seen, of these applied, of these skipped, summed over the runs.
+        final_loss_scale: of the last step of the first seed.
+        tokens_per_second, peak_memory_bytes: mean and maximum; None where no run has them.
+    """
+
+    label: str
+    runs: list[Run]
+    failures: list[Failure]
+    status: str
+    test_loss: float | None
+    test_ppl: float | None
+    verdict: Verdict
+    first_difference: int | None
+    steps: int
+    updates: int
+    skipped: int
+    final_loss_scale: float | None
+    tokens_per_second: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class BitEquality:
+    """Whether two modes agree in every bit of every training loss, seed by seed.
+
+    Attributes:
+        first, second: labels.
+        expected: the design says that they must.
+        steps: how many were compared, over all seeds.
+        equal: no step differs, and both have as many.
+        sentence: "bit-equal for all N steps", or the first step that differs and both values.
+    """
+
+    first: str
+    second: str
+    expected: bool
+    steps: int
+    equal: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What probe.py found, or why it found nothing.
+
+    Attributes:
+        title: says which weights were probed.
+        path: the directory of its files.
+        result: as `roundoff.gradients.result.read_probe` returns it; None where the probe failed.
+        problem: the last line that it said where it failed.
+    """
+
+    title: str
+    path: Path
+    result: dict[str, Any] | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of `summary.json`, the table and the report.
+
+    Attributes:
+        reference: label of the mode that the others are compared with.
+        margin: of equivalence, nats.
+        modes: in the order they were asked for; the reference first.
+        pairs: bit-equality of the pairs that must agree or were named with --expect-equal.
+        covers: sentences on what the intervals cover and what not.
+        differences: what the runs do not have in common though they should (only with --anyway), a line each.
+        probes: of the reference's initial and final weights, where they were asked for.
+    """
+
+    reference: str
+    margin: float
+    modes: list[ModeSummary]
+    pairs: list[BitEquality]
+    covers: list[str]
+    differences: list[str]
+    probes: list[Probe] = field(default_factory=list)

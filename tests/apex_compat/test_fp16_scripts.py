@@ -1,0 +1,228 @@
+"""Scripts that import apex.fp16_utils run unchanged, and nothing of it stays behind."""
+
+import importlib
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import apex_compat
+from apex_compat import fp16_utils
+from apex_compat.__main__ import main
+from apex_compat.cuda_on_cpu import cuda_on_cpu
+
+ROOT = Path(__file__).parents[2]
+
+TRAINING = """
+    import sys
+    import torch
+    import apex
+    from apex.fp16_utils import FP16_Optimizer, network_to_half
+    from apex.fp16_utils.loss_scaler import DynamicLossScaler
+
+    torch.backends.cudnn.benchmark = True
+    x = torch.randn(8, 4, device="cuda", dtype=torch.half)
+    y = torch.cuda.HalfTensor(8, 3).fill_(0.5)
+    model = torch.nn.Linear(4, 3).cuda().half()
+    optimizer = FP16_Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), static_loss_scale=128.0)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x.cuda(non_blocking=True)).float(), y.float())
+        optimizer.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    torch.cuda.synchronize()
+    assert losses[-1] < losses[0], losses
+    print("trained", sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text, name="script.py"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = (
+        set(sys.modules),
+        list(sys.argv),
+        list(sys.path),
+        sys.modules["__main__"],
+        torch.zeros(1).device,
+    )
+    cuda = dict(vars(torch.cuda))
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = benchmark
+    assert not any(name.split(".")[0] == "apex" for name in sys.modules)
+    assert before[1:] == (sys.argv, sys.path, sys.modules["__main__"], torch.zeros(1).device)
+    assert {name for name, value in cuda.items() if vars(torch.cuda)[name] is not value} == set()
+
+
+@pytest.mark.slow
+def test_a_script_for_cuda_runs_from_the_command_line(script):
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "fp16_utils",
+        "--device",
+        "cpu",
+        script(TRAINING),
+        "--device",
+        "x",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "trained ['--device', 'x']\n"
+    assert done.stderr == "apex_compat: running on the CPU what the script does on CUDA (--device cpu)\n"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(7)", 7), ("sys.exit()", None), ("raise SystemExit('no')", "no")]
+)
+def test_exit_codes_pass_through(script, ending, code):
+    with pytest.raises(SystemExit) as exit_info:
+        main([script(f"import sys\nimport apex.fp16_utils\n{ending}")])
+    assert exit_info.value.code == code
+
+
+def test_the_script_is_main_with_its_arguments_and_folder(script, capsys):
+    script("VALUE = 41", name="helper.py")
+    path = script(
+        """
+        import sys
+        import helper
+        import apex.fp16_utils as utils
+        class Local: pass
+        assert sys.modules["__main__"].Local is Local
+        print(__name__, __file__, sys.argv, helper.VALUE, utils.__name__)
+        """
+    )
+    assert main([path, "-h", "--", "x"]) == 0
+    assert capsys.readouterr().out == f"__main__ {path} {[path, '-h', '--', 'x']} 41 apex_compat.fp16_utils\n"
+    del sys.modules["helper"]
+
+
+def test_a_traceback_is_the_scripts_own(script, capsys):
+    path = script("import apex.fp16_utils\ndef f():\n    raise KeyError('mine')\nf()\n")
+    assert main([path]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["Traceback (most recent call last):", f'  File "{path}", line 4, in <module>']
+    assert lines[-1] == "KeyError: 'mine'"
+    assert not any("fp16_utils/__main__" in line for line in lines)
+
+
+def test_a_syntax_error_is_the_scripts_own(script, capsys):
+    path = script("a = = 1\n")
+    assert main([path]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f'  File "{path}", line 1')
+    assert "SyntaxError" in error
+
+
+def test_a_script_that_cannot_be_read(tmp_path, capsys):
+    assert main([str(tmp_path / "missing.py")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: SCRIPT is ")
+    assert error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["--device", "tpu", "x.py"])
+
+
+def test_provide_apex_in_a_with_statement():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("apex")
+    with apex_compat.provide_apex():
+        apex = importlib.import_module("apex")
+        assert importlib.import_module("apex.fp16_utils") is fp16_utils
+        assert apex.fp16_utils is fp16_utils
+        for name in ("fp16_optimizer", "fp16util", "loss_scaler"):
+            assert importlib.import_module(f"apex.fp16_utils.{name}") is importlib.import_module(
+                f"apex_compat.fp16_utils.{name}"
+            )
+        assert importlib.util.find_spec("apex").name == "apex"
+        with pytest.raises(ModuleNotFoundError, match=r"apex\.amp"):
+            importlib.import_module("apex.amp")
+
+
+def test_provide_apex_until_restored():
+    provided = apex_compat.provide_apex()
+    assert importlib.import_module("apex.fp16_utils") is fp16_utils
+    provided.restore()
+    provided.restore()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("apex.fp16_utils")
+
+
+@pytest.mark.parametrize("own", ["", "from apex import fp16_utils"], ids=["without", "with its own"])
+@pytest.mark.parametrize("imported", [False, True])
+def test_an_installed_apex_keeps_the_rest(tmp_path, monkeypatch, own, imported):
+    package = tmp_path / "apex"
+    (package / "amp").mkdir(parents=True)
+    (package / "__init__.py").write_text(own)
+    (package / "amp" / "__init__.py").write_text("initialize = 1")
+    if own:
+        (package / "fp16_utils.py").write_text("OLD = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = importlib.import_module("apex") if imported else None
+    attributes = dict(vars(before)) if imported else {}
+    with apex_compat.provide_apex() as provided:
+        assert importlib.import_module("apex.amp").initialize == 1
+        assert importlib.import_module("apex.fp16_utils") is fp16_utils
+        assert importlib.import_module("apex").fp16_utils is fp16_utils
+    if imported:
+        assert sys.modules["apex"] is before
+        assert vars(before).get("fp16_utils") is attributes.get("fp16_utils")
+        amp = importlib.import_module("apex.amp")
+        provided.restore()  # does nothing
+        assert sys.modules["apex.amp"] is amp
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        assert imported
+        del sys.modules[name]
+
+
+def test_an_installed_apex_that_is_broken_is_replaced_with_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise OSError('libcudart is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="libcudart is missing"), apex_compat.provide_apex():
+        assert importlib.import_module("apex.fp16_utils") is fp16_utils
+
+
+def test_cuda_on_cpu():
+    with cuda_on_cpu():
+        tensors = [
+            torch.zeros(2, device="cuda"),
+            torch.zeros(2, device=torch.device("cuda:1")),
+            torch.tensor([1.0]).cuda(),
+            torch.tensor([1.0]).cuda(1, non_blocking=True),
+            torch.tensor([1.0]).to("cuda:0"),
+            torch.tensor([1.0]).to(0),
+            torch.tensor([1.0]).to(device=torch.device("cuda"), dtype=torch.half),
+            torch.cuda.FloatTensor([1.0]),
+            torch.ones(1).type("torch.cuda.HalfTensor"),
+            torch.ones(1).type(torch.cuda.LongTensor),
+            torch.ones(1).pin_memory(),
+            *torch.nn.LSTM(2, 2).cuda().parameters(),
+            *torch.nn.Linear(2, 2, device="cuda").to("cuda").parameters(),
+        ]
+        torch.cuda.synchronize()
+        torch.cuda.set_device(0)
+        assert torch.cuda.current_device() == 0
+        assert tensors[8].dtype == torch.float16
+        assert tensors[9].dtype == torch.int64
+    assert {t.device.type for t in tensors} == {"cpu"}
+    assert isinstance(torch.cuda.synchronize, types.FunctionType)

@@ -1,0 +1,72 @@
+"""What a training checkpoint holds, in small, and whether two such are the same in every bit."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apex_compat.fp16_utils import FP16_Optimizer, prep_param_lists
+from lm.model.language_model import next_word_loss
+from programs import make_model
+from roundoff.precision import Autocast, MasterWeights, Precision, WrappedOptimizer
+
+SETUPS = ("fp32", "manual", "wrapped", "wrapped adamw", "amp")
+
+
+def content(setup: str) -> dict[str, Any]:
+    """Two steps into a run: model, precision with masters and optimizer, generators, hidden state and counts."""
+    model = make_model()
+    precision: Precision
+    if setup in ("manual", "wrapped", "wrapped adamw"):
+        model.half()
+    parameters = list(model.parameters())
+    if setup == "manual":
+        parameters, masters = prep_param_lists(model)
+        precision = MasterWeights(parameters, torch.optim.SGD(masters, lr=0.1, momentum=0.9), 128.0)
+    elif setup == "fp32":
+        precision = MasterWeights(parameters, torch.optim.SGD(parameters, lr=0.1))
+    elif setup == "amp":
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        precision = Autocast(torch.optim.AdamW(parameters, lr=0.1), scaler, "cpu", torch.bfloat16)
+    else:
+        optimizer = torch.optim.AdamW(parameters) if "adamw" in setup else torch.optim.SGD(parameters, 0.1, 0.9)
+        precision = WrappedOptimizer(FP16_Optimizer(optimizer, dynamic_loss_scale=True, verbose=False))
+    tokens = torch.zeros((3, 2), dtype=torch.int64)
+    for _ in range(2):
+        model.zero_grad()
+        with precision.forward():
+            loss, hidden = next_word_loss(model, tokens, tokens.flatten(), model.init_hidden(2))
+        precision.backward(loss)
+        precision.step(0.25)
+    return {
+        "format": "a checkpoint",
+        "model": model.state_dict(),
+        "precision": precision.state_dict(),
+        "hidden": tuple(h.detach() for h in hidden),
+        "generators": {"cpu": torch.get_rng_state(), "cuda": []},
+        "flags": torch.tensor([True, False]),
+        "position": {"epoch": 2, "batch": 5, 7: None},
+        "best": (5.25, -1, 2**40, "wörd", False),
+    }
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equal in type, order and every bit, nan too."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Tensor):
+        return (first.dtype, first.shape, first.stride(), first.requires_grad) == (
+            second.dtype, second.shape, second.stride(), second.requires_grad,
+        ) and bits(first) == bits(second)  # fmt: skip
+    if isinstance(first, dict):
+        attributes = not isinstance(first, OrderedDict) or same(vars(first), vars(second))
+        return attributes and same(list(first.items()), list(second.items()))
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return repr(first) == repr(second)
+
+
+def bits(tensor: Tensor) -> bytes:
+    """The elements as they lie in memory, in order."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

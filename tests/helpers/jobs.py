@@ -1,0 +1,95 @@
+"""The training job at a size that tests can afford, run through the real scripts."""
+
+import gc
+import importlib
+import json
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lm.training.loop import Training
+from roundoff.program import exit_code
+
+SIZE = ["--emsize", "16", "--nhid", "16", "--batch_size", "4", "--bptt", "5", "--log-interval", "20", "--lr", "2"]
+
+# Every kind of precision management, as the command line that asks for it.
+MODES = {
+    "fp32": ["main"],
+    "manual": ["main", "--fp16"],
+    "fp16-optimizer-fp32": ["main_fp16_optimizer"],
+    "fp16-optimizer": ["main_fp16_optimizer", "--fp16"],
+    "fp16-optimizer-dynamic": ["main_fp16_optimizer", "--fp16", "--dynamic-loss-scale"],
+    "amp-fp16": ["main_amp"],
+    "amp-fp16-static": ["main_amp", "--static-loss-scale", "128"],
+    "amp-bf16": ["main_amp", "--dtype", "bfloat16"],
+    "amp-fp32": ["main_amp", "--dtype", "float32"],
+}
+
+
+def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """`values` for pytest.mark.parametrize; all but `kept` are slow, that is for `make test-all`."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor of this process, parameters aside."""
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor]  # isinstance asks lazy modules, too
+
+
+def count_tensors() -> int:
+    """How many there are, without what earlier tests left behind."""
+    gc.collect()
+    return len(live_tensors())
+
+
+def write_corpus(folder: Path, words: int = 61, lines: int = 300, seed: int = 0) -> Path:
+    """A corpus in which few words are frequent, which is soon learnt; a tenth of the lines for valid and test."""
+    choice = random.Random(seed)
+    folder.mkdir(parents=True)
+    for name, count in (("train", lines), ("valid", lines // 10), ("test", lines // 10)):
+        text = [" ".join(f"w{int(words * choice.random() ** 3)}" for _ in range(10)) for _ in range(count)]
+        (folder / f"{name}.txt").write_text("\n".join(text) + "\n")
+    return folder
+
+
+class CapturedError(Exception):
+    """Carries what a script built out of its main(), in place of training."""
+
+
+def build(monkeypatch: pytest.MonkeyPatch, corpus: Path, script: str, *flags: str) -> Training:
+    """What `script` builds for `flags`, ready to train: real arguments, corpus, model and precision."""
+    module = importlib.import_module(script)
+
+    def capture(*built: Any) -> int:
+        raise CapturedError(*built)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", capture)
+        patch.setattr(sys, "argv", [f"{script}.py", "--data", str(corpus), *SIZE, *flags])
+        with pytest.raises(CapturedError) as captured:
+            module.main()
+    return Training(*captured.value.args)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, corpus: Path | str, run_dir: Path, script: str, *flags: str) -> int:
+    """Run `script` from its first line to its exit code, recording into `run_dir`."""
+    module = importlib.import_module(script)
+    flags = ("--data", str(corpus), *SIZE, "--run-dir", str(run_dir), "--save", f"{run_dir}.pt", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *flags])
+        return exit_code(module.main)
+
+
+def rows(run_dir: Path, name: str = "steps.jsonl") -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file of a run."""
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def bits(tensors: list[torch.Tensor]) -> list[bytes]:
+    """The exact bytes of `tensors`, in which nan equals itself and 0.0 differs from -0.0."""
+    return [t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors]

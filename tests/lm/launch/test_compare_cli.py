@@ -1,0 +1,280 @@
+"""compare.py from the command line to the exit code, with the real trainers as its processes."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+import jobs
+from lm.launch.jobs import comparison_folder
+from lm.options.modes import DEFAULT_MODES
+from programs import Done, Programs, start, write_corpus
+from roundoff.errors import UsageError
+from synthetic import make_run
+
+REPORT = {"summary.json", "report.html", "curves.png"}
+TINY = ["--data", "corpus", "--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5", "--epochs", "2"]
+# Half gradients overflow at this scale, fp32 ones do not; neither do powers of two change a bit of those.
+TOO_HIGH = ["--static-loss-scale", str(2**24), "--max-skipped", "5"]
+THREE = [
+    *("--modes", "fp32,manual,amp-fp32", "--out", "out", "--jobs", "2", "--expect-equal", "fp32,amp-fp32"),
+    *("--", *TINY, *TOO_HIGH),
+]
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch, capsys) -> Programs:
+    return Programs(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> tuple[Path, Done]:
+    """A folder with a corpus and a comparison "out" of three modes, of which one diverges; and what was said."""
+    folder = tmp_path_factory.mktemp("three")
+    write_corpus(folder / "corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["compare.py", *THREE])
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            import compare
+
+            code = compare.exit_code(compare.main)
+    return folder, Done(code, out.getvalue(), err.getvalue())
+
+
+def result(folder: Path, run: str) -> dict:
+    return json.loads((folder / "out/runs" / run / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_mode_that_fails_leaves_the_others(three) -> None:
+    folder, done = three
+    assert (done.code, done.err) == (0, "")
+    assert result(folder, "fp32-1111")["status"] == result(folder, "amp-fp32-1111")["status"] == "finished"
+    assert result(folder, "manual-1111")["status"] == "diverged"
+    assert re.search(
+        r"^\| manual +\| seed 1111 \| diverged +\| [\d.]+s \| exit code 1: main.py in mode", done.out, re.M
+    )
+    assert re.search(r"^\| fp32 +\| seed 1111 \| finished +\| test ppl +[\d.]+ \| [\d.]+s$", done.out, re.M)
+    assert done.out.count("| seed 1111 |") == 3
+    assert done.out.endswith("The report is in out/report.html, with curves.png and summary.json beside it.\n")
+    assert "\r" not in done.out  # not a terminal: no byte of a progress bar
+
+
+def test_what_is_left(three) -> None:
+    folder, _ = three
+    names = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*")}
+    runs = {f"runs/{label}-1111" for label in ("fp32", "manual", "amp-fp32")}
+    files = {f"{run}/{name}" for run in runs for name in ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")}
+    later = ("model.pt", "checkpoint.pt", "checkpoint.previous.pt")
+    models = {f"{run}/{name}" for run in runs - {"runs/manual-1111"} for name in later}  # it has seen no validation
+    assert names == REPORT | {"compare.json", "runs"} | runs | {f"{run}.log" for run in runs} | files | models
+    assert {path.name for path in folder.iterdir()} == {"corpus", "out"}
+    assert all((folder / "out" / name).stat().st_size > 100 for name in REPORT)
+    log = (folder / "out/runs/manual-1111.log").read_text()
+    assert "has diverged" in log
+
+
+def test_every_mode_trains_the_same_job(three) -> None:
+    folder, _ = three
+    runs = [folder / "out/runs" / f"{label}-1111" for label in ("fp32", "manual", "amp-fp32")]
+    configs = [json.loads((run / "config.json").read_text()) for run in runs]
+    assert [config["mode"] for config in configs] == ["fp32", "fp16", "float32"]
+    for name in ("seed", "corpus", "nhid", "epochs", "static_loss_scale"):
+        assert configs[0][name] == configs[1][name] == configs[2][name]
+    assert configs[0]["environment"]["threads"] == configs[2]["environment"]["threads"] == 1  # two share one
+    assert [row["loss"] for row in jobs.rows(runs[0])] == [row["loss"] for row in jobs.rows(runs[2])]
+    assert not any(row["applied"] for row in jobs.rows(runs[1]))
+
+
+def test_the_summary_of_the_three(three) -> None:
+    summary = json.loads((three[0] / "out/summary.json").read_text())
+    assert summary["reference"] == "fp32"
+    assert [mode["label"] for mode in summary["modes"]] == ["fp32", "manual", "amp-fp32"]
+    failed = {mode["label"]: [failure["exit_code"] for failure in mode["failures"]] for mode in summary["modes"]}
+    assert failed == {"fp32": [], "manual": [1], "amp-fp32": []}
+    equal = {(pair["first"], pair["second"]): pair["equal"] for pair in summary["pairs"]}
+    assert equal[("fp32", "amp-fp32")] is True
+
+
+@pytest.fixture
+def continued(three, tmp_path, monkeypatch, capsys) -> Programs:
+    """A copy of the three's folder to go on in."""
+    programs = Programs(tmp_path, monkeypatch, capsys)
+    shutil.rmtree(tmp_path / "corpus")
+    shutil.copytree(three[0], tmp_path, dirs_exist_ok=True)
+    return programs
+
+
+def stamps(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_what_was_interrupted_is_run_again_and_nothing_else(three, continued) -> None:
+    runs = continued.folder / "out/runs"
+    interrupted = result(three[0], "amp-fp32-1111") | {"status": "interrupted", "steps": 3}
+    (runs / "amp-fp32-1111/result.json").write_text(json.dumps(interrupted))
+    kept = [runs / "fp32-1111", runs / "manual-1111"]
+    before = [stamps(folder) for folder in kept]
+    done = continued.run("compare", *THREE)
+    assert (done.code, done.err) == (0, "")
+    assert [stamps(folder) for folder in kept] == before
+    again = result(continued.folder, "amp-fp32-1111")
+    assert (again["status"], again["test_loss"]) == ("finished", result(three[0], "amp-fp32-1111")["test_loss"])
+    kept_lines = re.findall(r"^\| ([\w-]+) .* \| kept", done.out, re.M)
+    assert kept_lines == ["fp32", "manual"]
+    assert "| kept | exit code 1: main.py in mode fp16 has diverged" in done.out  # its failure is told again
+    assert len(jobs.rows(runs / "amp-fp32-1111")) == again["steps"] == 36  # none of the old steps is left
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--modes", "fp32,manual"], "modes"),
+        (["--jobs", "1"], "jobs"),
+        (["--seeds", "2"], "seeds [1111], now [1111, 1112]"),
+        (["--", *TINY], "flags"),
+        (["--", *TINY, *TOO_HIGH, "--seed", "5"], "seeds [1111], now [5]"),
+    ],
+)
+def test_another_comparison_in_the_same_folder_is_refused(continued, change, told) -> None:
+    flags = THREE[: THREE.index("--")] if "--" in change else THREE
+    split = flags.index("--") if "--" in flags else len(flags)
+    err = continued.refuse("compare", *flags[: split - 2], *change, *flags[split:])
+    assert "--out out was made with " in err
+    assert told in err
+
+
+def test_comparing_what_was_run(continued) -> None:
+    """The same runs by their directories: only the report is written, and only where --out says."""
+    before = continued.files()
+    runs = [f"out/runs/{label}-1111" for label in ("fp32", "amp-fp32", "manual")]
+    done = continued.run("compare", runs[0], "--expect-equal", "fp32,amp-fp32", *runs[1:], "--out", "new/place")
+    assert (done.code, done.err) == (0, "")
+    after = continued.files()
+    assert after.keys() - before.keys() == {"new", "new/place", *(f"new/place/{name}" for name in REPORT)}
+    assert {name: after[name] for name in before} == before
+    differs = continued.run("compare", *runs, "--expect-equal", "fp32,manual", "--out", "new/place")
+    assert differs.code == 1
+    assert re.fullmatch(r"error: --expect-equal fp32,manual: [^\n]+\n", differs.err)
+    assert "The report is in new/place/report.html" in differs.out
+    assert continued.files().keys() == after.keys()
+
+
+def test_a_report_needs_no_out(programs) -> None:
+    make_run(programs.folder / "a")
+    assert programs.run("compare", "a").code == 0
+    (out,) = (programs.folder / "runs").iterdir()
+    assert re.fullmatch(r"compare-\d{8}-\d{6}", out.name)
+    assert {path.name for path in out.iterdir()} == REPORT
+
+
+TRAIN = ["--out", "o", "--", *TINY]
+MISTAKES = {
+    "unknown mode": (["--modes", "fp32,fp8", *TRAIN], r"'fp8' is no mode; there are fp32, manual, .*amp-fp32"),
+    "mode twice": (["--modes", "fp32,fp32", *TRAIN], "named twice"),
+    "no mode": (["--modes", "", *TRAIN], "'' is no mode"),
+    "no seeds": (["--seeds", "0", *TRAIN], "--seeds: '0' is not a whole number of at least 1"),
+    "no jobs": (["--jobs", "0", *TRAIN], "--jobs"),
+    "negative margin": (["--margin", "-1", *TRAIN], "--margin"),
+    "run and modes": (["a", "--modes", "fp32"], "--modes is for modes to run, and RUN is one that has run"),
+    "run and probe": (["a", "--probe"], "--probe is for modes to run"),
+    "run and trainer flags": (["a", "--", "--nhid", "8"], "-- is for modes to run"),
+    "missing run": (["nowhere"], "nowhere: there is no such directory"),
+    "file for run": (["file"], "file: this is no directory"),
+    "run of no steps": (["empty"], "no steps"),
+    "other model": (["a", "b"], "nhid"),
+    "unknown reference": (["a", "--reference", "manual"], "manual"),
+    "unknown pair": (["a", "--expect-equal", "fp32,manual"], "manual"),
+    "half a pair": (["a", "--expect-equal", "fp32"], "'fp32' is not two different modes"),
+    "pair of one": (["a", "--expect-equal", "fp32,fp32"], "not two different modes"),
+    "reference not run": (["--modes", "manual", "--reference", "fp32", *TRAIN], "'fp32' is not one of --modes manual"),
+    "pair not run": (["--expect-equal", "fp32,amp-fp32", *TRAIN], "'amp-fp32' is not one of --modes"),
+    "out is a file": (["--out", "file", "--", *TINY], "--out file"),
+    "out below a file": (["--out", "file/o", "--", *TINY], "--out file/o: cannot write there"),
+    "report below a file": (["a", "--out", "file/o"], "--out file/o: cannot write there"),
+    "out of something else": (["--out", "corpus", "--", *TINY], "--out corpus holds something else"),
+    "trainer's mode": ([*TRAIN, "--fp16"], "--fp16 after -- is set by compare.py itself"),
+    "trainer's dtype": ([*TRAIN, "--dtype=float32"], "--dtype=float32 after --"),
+    "trainer's records": ([*TRAIN, "--run-dir", "x"], "--run-dir after --"),
+    "trainer's model": ([*TRAIN, "--save", "x"], "--save after --"),
+    "trainer's resume": ([*TRAIN, "--resume", "x"], "--resume after --"),
+    "one file of all": ([*TRAIN, "--onnx-export", "x.onnx"], "--onnx-export after -- names one file for all runs"),
+    "trainer's unknown flag": ([*TRAIN, "--hidden", "8"], "unrecognized arguments: --hidden 8"),
+    "trainer's value": ([*TRAIN, "--nhid", "none"], "--nhid"),
+    "no value": ([*TRAIN, "--seed"], "--seed: expected one argument"),
+    "flag of one trainer": ([*TRAIN, "--scale-window", "9", "--fp16-utils", "own"], "--fp16-utils"),
+    "no corpus": (["--out", "o", "--", "--data", "nowhere"], "--data nowhere: there is no such folder"),
+    "no such flag": (["--mode", "fp32"], "unrecognized arguments: --mode"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(programs, mistake) -> None:
+    make_run(programs.folder / "a")
+    make_run(programs.folder / "b", seed=2, nhid=5)
+    make_run(programs.folder / "empty", losses=[])
+    (programs.folder / "file").write_text("")
+    flags, told = MISTAKES[mistake]
+    assert re.search(told, programs.refuse("compare", *flags))
+
+
+def test_nothing_to_compare(programs, monkeypatch) -> None:
+    (programs.folder / "scripts").mkdir()
+    for name in ("main", "main_amp"):
+        (programs.folder / f"scripts/{name}.py").write_text("import sys; sys.exit('error: out of luck')")
+    monkeypatch.setattr("lm.launch.jobs.SCRIPTS", programs.folder / "scripts")
+    done = programs.run("compare", "--modes", "manual,amp-fp16", "--seeds", "2", *TRAIN, "--seed", "7")
+    assert done.code == 1
+    assert done.err == (
+        "error: no run left anything to compare (manual seed 7, amp-fp16 seed 7, manual seed 8, amp-fp16 seed 8); "
+        "the first one: out of luck\n"
+    )
+    assert done.out.count(" | failed      | ") == 4
+    assert not (programs.folder / "o/report.html").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_as_a_user_sends_it(tmp_path) -> None:
+    """While two trainers are at work: both end, no process stays behind, and it is said how to go on."""
+    write_corpus(tmp_path / "corpus")
+    flags = ["--modes", "fp32,amp-bf16", "--jobs", "2", "--out", "o", "--", *TINY, "--epochs", "1000000"]
+    process = start(tmp_path, "compare", *flags, "--log-interval", "5", stdout=-1, stderr=-1)
+    runs = [tmp_path / "o/runs/fp32-1111", tmp_path / "o/runs/amp-bf16-1111"]
+    try:
+        while any(not (run / "epochs.jsonl").exists() or not (run / "epochs.jsonl").read_text() for run in runs):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        with pytest.raises(UsageError, match="in use"):
+            comparison_folder(tmp_path / "o", json.loads((tmp_path / "o/compare.json").read_text())).__enter__()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.terminate()
+    assert (process.returncode, out) == (130, b"| 2 runs in o\n")
+    assert err == b"interrupted; the same command with --out o continues\n"
+    assert [json.loads((run / "result.json").read_text())["status"] for run in runs] == ["interrupted"] * 2
+    with comparison_folder(tmp_path / "o", json.loads((tmp_path / "o/compare.json").read_text())):
+        pass  # the trainers had the lock too
+
+
+@pytest.mark.slow
+def test_every_default_mode_on_the_built_in_corpus(programs) -> None:
+    """End to end."""
+    tiny = ["--data", "python-docs", "--emsize", "8", "--nhid", "8", "--max-steps", "4", "--batch_size", "8"]
+    done = programs.run("compare", "--jobs", "2", "--out", "o", "--", *tiny, "--bptt", "10")
+    assert (done.code, done.err) == (0, "")
+    summary = json.loads((programs.folder / "o/summary.json").read_text())
+    assert [mode["label"] for mode in summary["modes"]] == list(DEFAULT_MODES)
+    assert {mode["status"] for mode in summary["modes"]} == {"finished"}
+    equal = {(pair["first"], pair["second"]): pair["equal"] for pair in summary["pairs"]}
+    assert equal[("manual", "fp16-optimizer")] is True
+    assert all(f"| {label} " in done.out for label in DEFAULT_MODES)
+    assert {path.name for path in (programs.folder / "o").iterdir()} == REPORT | {"compare.json", "runs"}

@@ -1,0 +1,158 @@
+"""The decoder and its loss in slices, against the same in two lines of torch."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jobs
+from lm.model import decoder_loss as module
+from lm.model import kernels
+from lm.model.decoder_loss import decoder_loss, logits_of, plain_decoder_loss
+
+ROWS, SIZE, VOCABULARY = 23, 12, 40
+
+
+def operands(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    shapes = ((ROWS, SIZE), (VOCABULARY, SIZE), (VOCABULARY,))
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes], torch.randint(VOCABULARY, (ROWS,))
+
+
+def loss_and_grads(function: Any, dtype: torch.dtype, autocast: torch.dtype | None, scale: float = 1.0) -> list[Tensor]:
+    inputs, targets = operands(dtype)
+    with torch.autocast("cpu", autocast) if autocast else nullcontext():
+        loss = function(*inputs, targets)
+    assert loss.dtype == torch.float32
+    (loss * scale).backward()
+    return [loss, *(x.grad for x in inputs)]
+
+
+@pytest.fixture(params=[1, 7, ROWS, 10_000], ids="{}-rows".format)
+def slices(request, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CACHED_BYTES", request.param * VOCABULARY * 4)
+
+
+@pytest.fixture(params=["fp32", "fp16-without-instructions"])
+def dtype(request, monkeypatch) -> torch.dtype:
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: False)
+    return torch.float32 if request.param == "fp32" else torch.float16
+
+
+DTYPES = [
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 1000.0, 2.0**30])
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize("instructions", [False, True])
+def test_equals_plain_torch_in_every_bit(monkeypatch, instructions, dtype, autocast, scale) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: instructions)
+    ours, plain = (loss_and_grads(f, dtype, autocast, scale) for f in (decoder_loss, plain_decoder_loss))
+    assert [x.dtype for x in ours] == [x.dtype for x in plain]
+    assert jobs.bits(ours) == jobs.bits(plain)
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+@pytest.mark.parametrize(("scale", "what"), [(2.0**-14, Tensor.count_nonzero), (2.0**22, lambda x: x.isfinite().sum())])
+def test_the_loss_scale_keeps_its_meaning(monkeypatch, instructions, scale, what) -> None:
+    """fp16 flushes to 0 and overflows to inf where plain torch does at this loss scale."""
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: instructions)
+    ours, plain = (loss_and_grads(f, torch.float16, None, scale) for f in (decoder_loss, plain_decoder_loss))
+    assert 0 < what(plain[2]) < plain[2].numel()
+    assert [what(x) for x in ours[1:]] == [what(x) for x in plain[1:]]
+
+
+def test_two_losses_before_their_backward_do_not_disturb_each_other(dtype) -> None:
+    inputs, targets = operands(dtype)
+    first, second = decoder_loss(*inputs, targets), decoder_loss(*inputs, targets.flip(0))
+    (first + second).backward()
+    sums = [x.grad.clone() for x in inputs]
+    for x in inputs:
+        x.grad = None
+    (plain_decoder_loss(*inputs, targets) + plain_decoder_loss(*inputs, targets.flip(0))).backward()
+    for x, total in zip(inputs, sums, strict=True):
+        torch.testing.assert_close(total, x.grad)
+
+
+def test_in_evaluation(dtype) -> None:
+    inputs, targets = operands(dtype)
+    with torch.no_grad():
+        loss = decoder_loss(*inputs, targets)
+    assert not loss.requires_grad
+    assert torch.equal(loss, plain_decoder_loss(*inputs, targets))
+
+
+def test_a_loss_that_is_kept_keeps_no_logits_and_no_copy_of_a_weight(dtype) -> None:
+    inputs, targets = operands(dtype)
+    before = jobs.count_tensors()
+    loss = decoder_loss(*inputs, targets)
+    loss.backward()
+    assert (ROWS, VOCABULARY) not in [x.shape for x in jobs.live_tensors()]
+    assert jobs.count_tensors() == before + 1  # the loss
+    assert loss.grad_fn is not None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def memory() -> list[int]:
+    """Where the logits that come next will be."""
+    return [storage.data_ptr() for storage in module._unused]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "instructions"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_memory_of_logits_is_used_again_for_others_that_fit(monkeypatch, dtype, instructions) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: instructions)
+    first = loss_and_grads(decoder_loss, torch.float32, None)
+    kept = memory()
+    assert len(kept) == 1
+    with torch.no_grad():
+        inputs, targets = operands(dtype)
+        half = ROWS // 2
+        assert torch.equal(
+            decoder_loss(inputs[0][:half], *inputs[1:], targets[:half]),
+            plain_decoder_loss(inputs[0][:half], *inputs[1:], targets[:half]),
+        )
+    assert memory() == kept
+    for ours, again in zip(first, loss_and_grads(decoder_loss, torch.float32, None), strict=True):
+        assert torch.equal(ours, again)
+    assert memory() == kept
+
+
+def test_logits_that_do_not_fit_get_memory_of_their_own(monkeypatch) -> None:
+    small = torch.zeros(ROWS * VOCABULARY - 1)
+    monkeypatch.setattr(module, "_unused", [small.untyped_storage()])
+    both = (loss_and_grads(function, torch.float32, None) for function in (decoder_loss, plain_decoder_loss))
+    for ours, plain in zip(*both, strict=True):
+        assert torch.equal(ours, plain)
+    assert [storage.nbytes() for storage in module._unused] == [4 * ROWS * VOCABULARY]
+    assert small.untyped_storage().nbytes() == 4 * (ROWS * VOCABULARY - 1)
+
+
+def test_logits_that_were_asked_for_are_not_written_over(dtype) -> None:
+    inputs, targets = operands(dtype)
+    loss = decoder_loss(*inputs, targets)
+    gradient = logits_of(loss)
+    loss.backward()
+    before = gradient.clone()
+    loss_and_grads(decoder_loss, dtype, None, 1024.0)
+    assert torch.equal(gradient, before)
+
+
+def test_a_second_backward_pass_is_refused_even_where_the_graph_was_kept() -> None:
+    inputs, targets = operands(torch.float32)
+    loss = decoder_loss(*inputs, targets)
+    loss.backward(retain_graph=True)
+    decoder_loss(*inputs, targets).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

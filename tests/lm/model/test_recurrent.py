@@ -1,0 +1,158 @@
+"""The recurrent layers that CPUs without half instructions run, against torch's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lm.model import kernels, recurrent
+
+TIME, BATCH, SIZE, LAYERS = 7, 3, 12, 2
+KINDS: dict[str, tuple[Any, dict[str, str]]] = {
+    "LSTM": (recurrent.LSTM, {}),
+    "GRU": (recurrent.GRU, {}),
+    "RNN_TANH": (recurrent.RNN, {"nonlinearity": "tanh"}),
+    "RNN_RELU": (recurrent.RNN, {"nonlinearity": "relu"}),
+}
+
+
+HALF = {torch.float16: 11, torch.bfloat16: 8}
+"""dtype -> bits of its significand"""
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=HALF, ids=str)
+def half(request) -> torch.dtype:
+    dtype: torch.dtype = request.param
+    return dtype
+
+
+def make(kind: str, dropout: float = 0.0) -> nn.RNNBase:
+    torch.manual_seed(1)
+    layers, options = KINDS[kind]
+    rnn: nn.RNNBase = layers(SIZE, SIZE, LAYERS, dropout=dropout, **options)
+    with torch.no_grad():
+        for p in rnn.parameters():
+            p.copy_(p.half().bfloat16())  # so that the same values can run in every dtype
+    return rnn
+
+
+def run(rnn: nn.RNNBase, dtype: torch.dtype, autocast: bool = False) -> dict[str, Tensor]:
+    """Output, last state and all gradients of two chunks of text."""
+    torch.manual_seed(2)
+    x = torch.randn(2, TIME, BATCH, SIZE).bfloat16().to(dtype).requires_grad_()
+    h = torch.randn(LAYERS, BATCH, SIZE).bfloat16().to(dtype)
+    state: Any = (h, h.flip(2)) if rnn.mode == "LSTM" else h
+    outputs = []
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        for chunk in x:
+            output, state = rnn(chunk, state)
+            outputs.append(output)
+    results = {"output": torch.stack(outputs), "state": torch.stack(state) if rnn.mode == "LSTM" else state}
+    weights = torch.randn(2, TIME, BATCH, SIZE)
+    grads = torch.autograd.grad((results["output"].float() * weights).sum(), [x, *rnn.parameters()])
+    return results | {"input": grads[0]} | dict(zip(dict(rnn.named_parameters()), grads[1:], strict=True))
+
+
+def without_instructions(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: False)
+
+
+@contextmanager
+def native_kernels() -> Iterator[None]:
+    """torch's own kernels, which every CPU has, in the place of oneDNN's; `mkldnn.flags` warns about TF32."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def test_is_nearer_to_exact_arithmetic_than_torchs_half(monkeypatch, kind, half) -> None:
+    exact = run(make(kind).double(), torch.float64)
+    without_instructions(monkeypatch)
+    ours = run(make(kind).to(half), half)
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: True)
+    with native_kernels():
+        torchs = run(make(kind).to(half), half)
+    for name, value in exact.items():
+        assert ours[name].dtype == half
+        error, torchs_error = ((x[name].double() - value).norm() / value.norm() for x in (ours, torchs))
+        assert 0 < error < 1.5 * torchs_error, name
+        assert error < 2.0 ** (2 - HALF[half]), name
+
+
+def test_autocast_gives_the_same_with_fp32_gradients(monkeypatch, kind, half) -> None:
+    without_instructions(monkeypatch)
+    halves = run(make(kind).to(half), half)
+    mixed = run(make(kind), half, autocast=True)
+    tolerance = 2.0 ** (2 - HALF[half])  # two chunks, added
+    for name, value in halves.items():
+        assert mixed[name].dtype == (torch.float32 if "_l" in name else half)
+        torch.testing.assert_close(mixed[name].to(half), value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"], indirect=True)
+def test_gradients_are_rounded_to_fp16_at_every_time_step(monkeypatch, kind) -> None:
+    """Each of those summed into a bias's gradient is flushed where it is too small, before they add up to something."""
+    without_instructions(monkeypatch)
+    rnn, x, h = make(kind).half(), torch.randn(TIME, BATCH, SIZE).half(), torch.zeros(LAYERS, BATCH, SIZE).half()
+    sums = []
+    for smallest in (2.0**-24, 2.0**-16):
+        output = rnn(x, (h, h) if kind == "LSTM" else h)[0]
+        (grad,) = torch.autograd.grad(output, rnn.bias_hh_l1, torch.full_like(output, smallest))
+        sums.append(grad.abs().sum() / smallest)
+    assert 0 < sums[0] < 0.75 * sums[1]
+
+
+def test_draws_the_dropout_masks_of_torch(monkeypatch, kind, half) -> None:
+    results = []
+    for instructions in (True, False):
+        monkeypatch.setattr(kernels, "cpu_multiplies", lambda _, answer=instructions: answer)
+        rnn = make(kind, dropout=0.5).to(half)
+        with native_kernels():
+            results.append((run(rnn, half)["output"], torch.get_rng_state()))
+    tolerance = 2.0 ** (3 - HALF[half])  # another mask differs by 1
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_training_and_evaluation_are_equal(monkeypatch, kind, half) -> None:
+    without_instructions(monkeypatch)
+    rnn, x = make(kind, dropout=0.5).to(half).eval(), torch.randn(TIME, BATCH, SIZE).to(half)
+    h = torch.zeros(LAYERS, BATCH, SIZE).to(half)
+    state: Any = (h, h) if kind == "LSTM" else h
+    output = rnn(x, state)[0]
+    with torch.no_grad():
+        assert torch.equal(rnn(x, state)[0], output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_what_the_cpu_multiplies_is_left_to_torch(monkeypatch, kind, dtype) -> None:
+    monkeypatch.setattr(kernels, "cpu_multiplies", lambda half: half is dtype)
+    ours = make(kind).to(dtype)
+    torchs: Any = getattr(nn, "RNN" if "RNN" in kind else kind)(SIZE, SIZE, LAYERS, **KINDS[kind][1]).to(dtype)
+    torchs.load_state_dict(ours.state_dict())
+    a, b = run(ours, dtype), run(torchs, dtype)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_a_state_is_half_at_every_time_step(monkeypatch, kind, half) -> None:
+    """So a text read in two pieces, whose state is handed over in half, gives the bits of one read at once."""
+    without_instructions(monkeypatch)
+    rnn, x = make(kind).to(half), torch.randn(TIME, BATCH, SIZE).to(half)
+    h = torch.randn(LAYERS, BATCH, SIZE).to(half)
+    state: Any = (h, h) if kind == "LSTM" else h
+    at_once, last = rnn(x, state)
+    first, state = rnn(x[:3], state)
+    second, state = rnn(x[3:], state)
+    assert torch.equal(torch.cat((first, second)), at_once)
+    assert all(torch.equal(a, b) for a, b in zip(state, last, strict=True))

@@ -1,0 +1,240 @@
+"""inf, -inf and nan in losses, activations and gradients of whole runs, against plain PyTorch that skips the batch."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jobs
+from faults import Faults, Plan, put_into
+from lm.data.corpus import Corpus, batchify, get_batch
+from lm.model.language_model import RNNModel, next_word_loss
+from lm.options.modes import DEFAULT_MODES
+from lm.training.loop import Training, detach
+
+VALUES = (math.inf, -math.inf, math.nan)
+GRADIENTS = ("encoder.weight", "rnn.weight_hh_l0", "decoder.bias")
+PLACES = ("loss", "loss-offset", "encoder", "rnn", "hidden", "score", "scores", *GRADIENTS)
+DYNAMIC_MODES = ("fp16-optimizer-dynamic", "amp-fp16")
+LR, CLIP, BPTT, BATCH = 2.0, 0.25, 5, 4  # those of jobs.SIZE, and the default
+
+
+def harmless(place: str, value: float) -> bool:
+    """Whether the true gradient of a step with this fault is finite, so that the step is right to be applied."""
+    return place in ("loss-offset", "hidden") or (place == "score" and value == -math.inf)
+
+
+class Plain(NamedTuple):
+    """A run of `plain_loop`: loss, norm, loss scale and whether applied of each step; what it left."""
+
+    rows: list[tuple[float, float, float, bool]]
+    weights: dict[str, Tensor]
+    first_bad: str
+    """the first parameter whose last gradient is not finite, or "none" """
+
+
+def plain_loop(monkeypatch: pytest.MonkeyPatch, corpus: Path, mode: str, plan: Plan, steps: int) -> Plain:
+    """Training without roundoff, lm.training and apex_compat: what `mode` says, an unfused SGD, and `if finite`."""
+    half = "--fp16" in jobs.MODES[mode]
+    dtype = {"amp-fp16": torch.float16, "amp-fp16-static": torch.float16, "amp-bf16": torch.bfloat16}.get(mode)
+    scale = 2.0**16 if mode in DYNAMIC_MODES else 128.0 if half or dtype is torch.float16 else 1.0
+    text = Corpus(corpus)
+    torch.manual_seed(1111)
+    model = RNNModel("LSTM", text.vocab_size, 16, 16, 2, 0.2)
+    model = model.half() if half else model
+    params = list(model.parameters())
+    masters = [nn.Parameter(p.detach().float()) for p in params]
+    data = batchify(text.train, BATCH, "cpu", "train")
+    rows = []
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with monkeypatch.context() as patch:
+        faults = Faults(plan, model, patch)
+        with autocast:
+            hidden = model.init_hidden(BATCH)
+        for faults.step in range(1, steps + 1):
+            model.zero_grad()
+            hidden = tuple(torch.where(h.isfinite(), h, 0.0).detach() for h in hidden)
+            with autocast:
+                loss, hidden = next_word_loss(model, *get_batch(data, (faults.step - 1) * BPTT, BPTT), hidden)
+            (loss * scale).backward()
+            faults.spoil_gradient()
+            for p, m in zip(params, masters, strict=True):
+                m.grad = p.grad.float() / scale
+            norm = nn.utils.clip_grad_norm_(masters, CLIP)
+            rows.append((loss.item(), norm.item(), scale, bool(norm.isfinite())))
+            if norm.isfinite():
+                for p, m in zip(params, masters, strict=True):
+                    m.data.add_(m.grad, alpha=-LR)
+                    p.data.copy_(m)
+            elif mode in DYNAMIC_MODES:
+                scale /= 2
+    bad = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
+    return Plain(rows, model.state_dict(), bad[0] if bad else "none")
+
+
+class Watched(NamedTuple):
+    """A run of a script: exit code, stderr, records, weights after each step."""
+
+    code: int
+    err: str
+    rows: list[tuple[float, float, float, bool]]
+    result: dict[str, Any]
+    weights: list[dict[str, Tensor]]
+    saved: Path
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, corpus, capsys) -> Callable[..., Watched]:
+    """Runs the script of a mode with faults in it; in no step may they reach a weight."""
+
+    def run(mode: str, plan: Plan, *flags: str) -> Watched:
+        script, *mode_flags = jobs.MODES[mode]
+        weights = []
+
+        def keep(step: int, model: RNNModel, precision: Any) -> None:
+            weights.append({name: weight.detach().clone() for name, weight in model.state_dict().items()})
+            masters = [p for group in precision.param_groups for p in group["params"]]
+            assert len(masters) == len(weights[-1])
+            for weight in (*weights[-1].values(), *masters):
+                assert weight.isfinite().all(), step
+
+        put_into(monkeypatch, script, plan, keep)
+        run_dir = tmp_path / "run"
+        code = jobs.run(monkeypatch, corpus, run_dir, script, *mode_flags, *flags)
+        rows = [
+            (float(row["loss"]), float(row["grad_norm"]), row["loss_scale"], row["applied"])
+            for row in jobs.rows(run_dir)
+        ]
+        assert [row["step"] for row in jobs.rows(run_dir)] == list(range(1, len(weights) + 1))
+        result = json.loads((run_dir / "result.json").read_text())
+        assert (result["steps"], result["skipped"]) == (len(rows), sum(not row[3] for row in rows))
+        return Watched(code, capsys.readouterr().err, rows, result, weights, Path(f"{run_dir}.pt"))
+
+    return run
+
+
+def comparable(rows: list[tuple[float, float, float, bool]]) -> list[tuple[str, str, float, bool]]:
+    """`rows` with nan equal to nan, and without the norms of skipped steps, of which only one thing is promised."""
+    assert not any(math.isfinite(norm) for _, norm, _, applied in rows if not applied)
+    return [(str(loss), str(norm) if applied else "", scale, applied) for loss, norm, scale, applied in rows]
+
+
+def equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and jobs.bits(list(a.values())) == jobs.bits(list(b.values()))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, *DEFAULT_MODES))
+def test_a_run_recovers(train, monkeypatch, corpus, mode, place) -> None:
+    """Each fault costs its own step, unless its gradient is true; all else is as in plain PyTorch."""
+    plan = {step: (place, value) for step, value in zip((3, 6, 8), VALUES, strict=True)}
+    run = train(mode, plan, "--max-steps", "12")
+    assert (run.code, run.result["status"]) == (0, "finished")
+    skipped = [step for step, fault in plan.items() if not harmless(*fault)]
+    assert [step for step, row in enumerate(run.rows, 1) if not row[3]] == skipped
+    for step in skipped:
+        assert equal_bits(run.weights[step - 1], run.weights[step - 2])
+    plain = plain_loop(monkeypatch, corpus, mode, plan, 12)
+    assert comparable(run.rows) == comparable(plain.rows)
+    assert equal_bits(run.weights[-1], plain.weights)
+    assert equal_bits(torch.load(run.saved, weights_only=True)["weights"], plain.weights)
+    assert math.isfinite(run.result["test_loss"])
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in ("hidden", "score")])
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, *DEFAULT_MODES))
+def test_a_fault_that_stays_ends_the_run(train, monkeypatch, corpus, mode, place) -> None:
+    plan = {step: (place, VALUES[step % 3]) for step in range(4, 99)}
+    run = train(mode, plan, "--max-skipped", "5", "--max-steps", "20")
+    plain = plain_loop(monkeypatch, corpus, mode, plan, 8)
+    assert comparable(run.rows) == comparable(plain.rows)
+    assert (run.code, run.result["status"], run.result["test_loss"]) == (1, "diverged", None)
+    assert run.err.count("\n") == 1
+    bad = plain.first_bad
+    assert bad == ("none" if place == "loss-offset" else place if place in GRADIENTS else "encoder.weight")
+    for told in ("5 steps in a row, up to step 8", f"loss scale {run.rows[-1][2]:g};", f"non-finite gradient: {bad};"):
+        assert told in run.err
+    assert equal_bits(run.weights[-1], plain.weights)
+    assert equal_bits(run.weights[-1], run.weights[2]) == (place != "loss-offset")
+    assert not run.saved.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_finite_in_a_hidden_state_keeps_every_bit(dtype) -> None:
+    info = torch.finfo(dtype)
+    finite = torch.tensor([0.0, -0.0, 1.0, info.tiny, -info.smallest_normal / 2, info.max, info.min], dtype=dtype)
+    bad = torch.tensor(VALUES, dtype=dtype)
+    state = torch.cat([finite, bad]).requires_grad_()
+    expected = jobs.bits([torch.cat([finite, torch.zeros_like(bad)])])
+    pair = detach((state, state))
+    for kept in (detach(state), *pair):
+        assert jobs.bits([kept]) == expected
+        assert not kept.requires_grad
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path, corpus) -> Callable[..., Training]:
+    """Builds the job of a mode."""
+
+    def build(mode: str, *flags: str) -> Training:
+        where = ("--run-dir", str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}"), "--save", str(tmp_path / "m.pt"))
+        return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *where, *flags)
+
+    return build
+
+
+def step_with(job: Training, bias_gradient: float, clip: float = CLIP) -> Any:
+    """A step in which only the decoder's bias has a (scaled) gradient, the same everywhere."""
+    for p in job.model.parameters():
+        p.grad = None
+    job.precision.backward(job.model.decoder.bias.sum())
+    job.model.decoder.bias.grad.fill_(bias_gradient)
+    return job.precision.step(clip)
+
+
+@pytest.mark.parametrize("mode", DYNAMIC_MODES)
+def test_the_dynamic_scale_stays_within_its_bounds(make, mode) -> None:
+    """Down to 2^-100 and no further, up to 2^127 (2^24 in FP16_Optimizer) and no further, and down again."""
+    job, exponent = make(mode, "--scale-window", "1"), 16
+    for gradient, change in ((math.nan, -1), (0.0, 1), (-math.inf, -1)):
+        for _ in range(240):
+            result = step_with(job, gradient)
+            assert (bool(result.applied), float(result.loss_scale)) == (gradient == 0, 2.0**exponent)
+            exponent = min(max(exponent + change, -100), 127 if mode == "amp-fp16" else 24)
+
+
+@pytest.mark.parametrize("mode", DYNAMIC_MODES)
+def test_a_scale_at_its_bound_survives_a_checkpoint(make, mode) -> None:
+    flags = ("--init-scale", str(2.0**-99), "--scale-window", "2")
+    job, resumed = make(mode, *flags), make(mode, *flags)
+    for gradient in (math.inf, math.inf, math.inf, 0.0):
+        step_with(job, gradient)
+    state = job.precision.state_dict()
+    resumed.precision.load_state_dict(state)
+    assert resumed.precision.state_dict().keys() == state.keys()
+    scales = [[float(step_with(each, 0.0).loss_scale) for _ in range(4)] for each in (job, resumed)]
+    assert scales[0] == scales[1] == [2.0**-100, 2.0**-99, 2.0**-99, 2.0**-98]
+
+
+@pytest.mark.parametrize("clip", [CLIP, math.inf])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("mode", [mode for mode in jobs.MODES if "fp32" in mode or "bf16" in mode])
+def test_finite_gradients_whose_norm_is_not_are_not_applied(make, mode, optimizer, clip) -> None:
+    job = make(mode, "--optimizer", optimizer)
+    assert step_with(job, 1.0).applied
+    before = jobs.bits(list(job.model.parameters()))
+    result = step_with(job, 3e38, clip)
+    assert (bool(result.applied), float(result.grad_norm)) == (False, math.inf)
+    assert jobs.bits(list(job.model.parameters())) == before
+    assert step_with(job, 1.0).applied
+
+
+def test_a_growing_scale_stops_where_its_reciprocal_would_lose_digits(make) -> None:
+    """GradScaler alone would go on to 1.5 * 2^127, which is finite."""
+    job = make("amp-fp16", "--scale-window", "1", "--init-scale", str(1.5 * 2.0**126))
+    assert [float(step_with(job, 0.0).loss_scale) for _ in range(3)] == [1.5 * 2.0**126, 2.0**127, 2.0**127]
