@@ -296,5 +296,5 @@ def test_as_a_process_it_is_imported_when_asked_for_and_warns_of_nothing(tmp_pat
     assert "arn" not in done.stderr
     assert re.search(r"^  sacred +== 0\.8\.\d+$", done.stdout, re.MULTILINE)
     assert re.search(r"^  main.py +[0-9a-f]{32}$", done.stdout, re.MULTILINE)
-    assert re.search(r"^  fp16_utils/fp16util.py +[0-9a-f]{32}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  apex_compat/fp16_utils/fp16util.py +[0-9a-f]{32}$", done.stdout, re.MULTILINE)
     assert done.stdout.count("\nM ") + done.stdout.count("\n  git") <= 1
