@@ -1,17 +1,30 @@
 """Train a language model with torch.autocast and torch.amp.GradScaler."""
 
 # PYTHON_ARGCOMPLETE_OK
+import argparse
 import sys
 
 import torch
 
 from lm.data.corpus import Corpus
-from lm.model.language_model import make_model
+from lm.model.language_model import RNNModel, make_model
 from lm.options.config import parse_args, set_up
 from lm.options.optimizers import make_optimizer
 from lm.training.loop import fit
 from lm.training.program import exit_code
-from roundoff.precision import Autocast
+from roundoff.precision import Autocast, Precision
+
+
+# --- precision ---------------------------------------------------------------
+def make_precision(args: argparse.Namespace, model: RNNModel) -> Precision:
+    """Return autocast over fp32 weights with GradScaler; its loss scale is dynamic in fp16, else static."""
+    optimizer = make_optimizer(args, model.parameters())
+    init = args.static_loss_scale or args.init_scale
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
+    return Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)
+
+
+# -----------------------------------------------------------------------------
 
 
 def main() -> int:
@@ -20,15 +33,7 @@ def main() -> int:
     set_up(args)
     corpus = Corpus(args.data)
     model = make_model(args, corpus.vocab_size).to(args.device)
-
-    # --- precision -----------------------------------------------------------
-    optimizer = make_optimizer(args.optimizer, model.parameters(), args.lr)
-    init = args.static_loss_scale or args.init_scale
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
-    precision = Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)
-    # -------------------------------------------------------------------------
-
-    return fit(args, corpus, model, precision)
+    return fit(args, corpus, model, make_precision(args, model))
 
 
 if __name__ == "__main__":

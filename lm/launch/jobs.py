@@ -24,7 +24,7 @@ from lm.data import corpora
 from lm.launch.progress import Progress
 from lm.options.command_line import expand, without
 from lm.options.config import parse_args
-from lm.options.modes import MODES
+from lm.options.modes import MODES, words
 from lm.options.options import make_parser
 from roundoff.errors import RunError, UsageError, printable
 from roundoff.runs.files import write_atomically
@@ -61,9 +61,17 @@ class Job:
     @property
     def command(self) -> list[str]:
         """What is run, word by word."""
-        script, *mode = MODES[self.label]
+        mode = MODES[self.label]
         where = ["--run-dir", str(self.run_dir), "--save", str(self.run_dir / "model.pt")]
-        return [sys.executable, str(SCRIPTS / script), *mode, *self.flags, "--seed", str(self.seed), *where]
+        return [
+            sys.executable,
+            str(SCRIPTS / f"{mode.script}.py"),
+            *words(mode),
+            *self.flags,
+            "--seed",
+            str(self.seed),
+            *where,
+        ]
 
     @property
     def log(self) -> Path:
@@ -110,11 +118,11 @@ def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[s
         UsageError: some trainer would refuse them, or they are for one run and not for all.
     """
     _refuse_own(flags)
-    flags = expand(make_parser(Path(MODES[modes[0]][0]).stem, None), list(flags))
+    flags = expand(make_parser(MODES[modes[0]].script, None), list(flags))
     _refuse_own(flags)
     for label in modes:
-        script, *mode = MODES[label]
-        args = parse_args(script, None, [*mode, *flags])
+        mode = MODES[label]
+        args = parse_args(mode.script, None, [*words(mode), *flags])
     corpora.read(args.data)
     return args.seed, without(flags, "--seed"), args.device
 

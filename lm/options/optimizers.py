@@ -34,11 +34,11 @@ def resolve_optimizer(args: argparse.Namespace) -> None:
     args.lr = getattr(args, "lr", default_lr(args.optimizer, args.model))
 
 
-def make_optimizer(name: str, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    """The optimizer `name`, one of `DEFAULT_LR`, over `params`; else as torch has it, such as AdamW's weight decay.
+def make_optimizer(args: argparse.Namespace, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Return the optimizer of these options over `params`; all else is as torch has it, such as AdamW's weight decay.
 
-    Fused, so that it can be told on the device to skip a step: then no weight, no moment and no step count changes.
+    It is fused, so that it can be told on the device to skip a step: then no weight, moment or step count changes.
     """
-    kind: Any = torch.optim.AdamW if name == "adamw" else torch.optim.SGD
-    optimizer: torch.optim.Optimizer = kind(params, lr=lr, fused=True)
+    kind: Any = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD
+    optimizer: torch.optim.Optimizer = kind(params, lr=args.lr, fused=True)
     return optimizer

@@ -11,20 +11,34 @@ import torch
 import roundoff
 from lm.data.corpus import Corpus
 from lm.model.language_model import RNNModel
+from lm.options.modes import mode_of
 from roundoff import processes
 from roundoff.device import device_name
 
+JOB = (
+    *("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied"),
+    *("batch_size", "bptt", "optimizer", "lr", "clip", "epochs", "max_steps", "dry_run"),
+)
+"""Options that must be equal where two runs train the same job."""
+
 
 def describe(args: argparse.Namespace, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
-    """Every flag, and the machine, the versions, the corpus and the dtypes that really ran."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "changed", "argv")}
-    return flags | {
-        "processes": processes.world_size(),
-        "device_name": device_name(args.device),
-        "environment": environment([f"{args.script}.py", *args.argv]),
-        "dtypes": dtypes,
+    """Return what config.json says: the job, the precision, the seed, the environment, and every option."""
+    mode = mode_of(args.script, args.dtype, args.script != "main_amp" and args.static_loss_scale is None)
+    return {
+        "job": {"corpus": corpus_facts(corpus), **{name: getattr(args, name) for name in JOB}},
+        "precision": {
+            "mode": mode.name,
+            "dtype": args.dtype,
+            "loss_scale": args.static_loss_scale,
+            "dtypes": dtypes,
+            "equals": list(mode.equals),
+        },
+        "seed": args.seed,
+        "environment": environment([f"{args.script}.py", *args.argv])
+        | {"device": device_name(args.device), "processes": processes.world_size(), "tf32": args.tf32},
+        "options": {name: value for name, value in vars(args).items() if name not in ("resume", "changed", "argv")},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "corpus": corpus_facts(corpus),
     }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lm.launch.probing.boundaries import LOGITS, watch
-from lm.launch.probing.build import build, loss_scale
 from lm.model.decoder_loss import logits_of
 from lm.model.language_model import Hidden, RNNModel, next_word_loss
 from lm.options.config import parse_args
-from lm.options.modes import MODES
+from lm.options.modes import MODES, words
 from lm.training.trial import try_once
+from roundoff.precision import Precision
 
 PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 """The default: fp16-optimizer at its static scale has the gradient of manual in every bit."""
@@ -53,10 +54,10 @@ class Mode:
     """
 
     def __init__(self, name: str, flags: list[str]) -> None:
-        script, *mine = MODES[name]
+        mode = MODES[name]
         self.name = name
-        self.args: argparse.Namespace = parse_args(script, None, [*mine, *flags])
-        self.scale = loss_scale(self.args)
+        self.args: argparse.Namespace = parse_args(mode.script, None, [*words(mode), *flags])
+        self.scale = float(self.args.static_loss_scale or self.args.init_scale)
         self.dtype: torch.dtype = getattr(torch, self.args.dtype)
 
     def dtypes(self, model: RNNModel) -> dict[str, str]:
@@ -82,6 +83,12 @@ class Mode:
         precision.backward(loss)
         parameters = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return Gradients(parameters, boundaries | {LOGITS: logits})
+
+
+def build(args: argparse.Namespace, model: RNNModel) -> Precision:
+    """Return what the trainer of `args` makes of `model`, whose weights become half where the mode has them so."""
+    precision: Precision = importlib.import_module(args.script).make_precision(args, model)
+    return precision
 
 
 def _copy(model: RNNModel) -> RNNModel:

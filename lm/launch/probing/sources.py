@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lm.data.corpus import Corpus
-from lm.launch.probing.build import build
+from lm.launch.probing.mode import build
 from lm.model.language_model import RNNModel, make_model
 from lm.model.model_file import load_model
 from lm.options.command_line import expand
