@@ -248,7 +248,7 @@ def machine(config: dict[str, Any]) -> dict[str, str]:
     """
     environment = config["environment"]
     return {
-        "device": str(config["device_name"]),
+        "device": str(environment.get("device")),
         "torch": str(environment.get("torch")),
         "threads": str(environment.get("threads")),
     }

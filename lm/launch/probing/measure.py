@@ -1,7 +1,7 @@
 """Runs the reference and the modes over the same batches and makes the figures of probe.json. Takes no step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,10 @@ class Plan:
     clip: float
 
 
-def plan_scales(modes: Sequence[Mode], flags: list[str]) -> dict[int, Mode]:
+def plan_scales(modes: Sequence[Mode], options: Mapping[str, Any]) -> dict[int, Mode]:
     """A mode of half weights for each of `MEASURED_KS`: of `modes` where one has that loss scale."""
     half = {mode.scale: mode for mode in modes if getattr(mode.args, "fp16", False) and mode.args.script != "main_amp"}
-    return {k: half.get(2.0**k) or Mode("manual", [*flags, f"--static-loss-scale={2.0**k}"]) for k in MEASURED_KS}
+    return {k: half.get(2.0**k) or Mode("manual", {**options, "static_loss_scale": 2.0**k}) for k in MEASURED_KS}
 
 
 class Probe:

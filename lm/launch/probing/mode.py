@@ -1,10 +1,11 @@
 """One mode's gradient of a batch, as its trainer would compute it."""
 
-import argparse
 import copy
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from lm.launch.probing.boundaries import LOGITS, watch
 from lm.model.decoder_loss import logits_of
 from lm.model.language_model import Hidden, RNNModel, next_word_loss
-from lm.options.config import parse_args
-from lm.options.modes import MODES, words
+from lm.options.config import merge
+from lm.options.modes import MODES
+from lm.options.options import Options
 from lm.training.trial import try_once
 from roundoff.precision import Precision
 
@@ -42,7 +44,7 @@ class Mode:
 
     Args:
         name: of `MODES`.
-        flags: of the trainers.
+        options: of the trainers, checked.
 
     Attributes:
         args: the trainer's.
@@ -53,10 +55,10 @@ class Mode:
         UsageError: the trainer refuses the flags.
     """
 
-    def __init__(self, name: str, flags: list[str]) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         mode = MODES[name]
         self.name = name
-        self.args: argparse.Namespace = parse_args(mode.script, None, [*words(mode), *flags])
+        self.args: Options = merge(mode.script, {**options, **mode.options})
         self.scale = float(self.args.static_loss_scale or self.args.init_scale)
         self.dtype: torch.dtype = getattr(torch, self.args.dtype)
 
@@ -85,7 +87,7 @@ class Mode:
         return Gradients(parameters, boundaries | {LOGITS: logits})
 
 
-def build(args: argparse.Namespace, model: RNNModel) -> Precision:
+def build(args: Options, model: RNNModel) -> Precision:
     """Return what the trainer of `args` makes of `model`, whose weights become half where the mode has them so."""
     precision: Precision = importlib.import_module(args.script).make_precision(args, model)
     return precision

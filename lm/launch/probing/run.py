@@ -37,10 +37,10 @@ def probe(source: Source, names: list[str], batches: int, flush_limit: float, co
         UsageError: the corpus has too few batches, a trainer refuses its flags, or this machine cannot run a mode.
     """
     start, args = time.monotonic(), source.args
-    modes = [Mode(name, source.flags) for name in names]
+    modes = [Mode(name, source.options) for name in names]
     # AdamW's updates are not a multiple of the gradient.
     lr = args.lr if args.optimizer == "sgd" else None
-    scales = plan_scales(modes, source.flags)
+    scales = plan_scales(modes, source.options)
     plan = Plan(modes, scales, batches, args.bptt, args.seed, lr, args.clip)
     measured = Probe(source.model, plan)
     measured.run(batchify(source.corpus.train, args.batch_size, "cpu"))
