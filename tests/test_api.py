@@ -79,9 +79,7 @@ def test_importing_lm_imports_nothing_else():
         "import sys; before = set(sys.modules); import lm\n"
         "assert {'lm', 'lm.model.language_model', 'torch'} & set(sys.modules) == {'lm'}, sys.modules.keys() - before\n"
         "from lm import data\n"
-        "import runpy; sys.argv = ['corpora', '--help']; runpy.run_module('lm.data.corpora', run_name='__main__')\n"
     )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: ")
