@@ -54,10 +54,10 @@ def merge(script: str, given: Mapping[str, Any]) -> Options:
     before = resolve(Options(script=script, **stored))
     now = resolve(Options(script=script, **{**stored, **given}))
     for name, f in options_of(script).items():
-        facts, old, new = option_of(f), getattr(before, name), getattr(now, name)
+        old, new = getattr(before, name), getattr(now, name)
         if name == "run_dir":
             old, new = stored.get(name), given.get(name, stored.get(name))
-        if new != old and name != "resume" and not facts.may_change and not facts.alias:
+        if new != old and not (option_of(f).may_change or _is_alias(name, f, script)):
             shown = "the default" if old is None else printable(old)
             raise UsageError(
                 f"--resume {given['resume']} with {flag(name)} {new}: the run was started with {shown}; "

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from roundoff.errors import BadFileError, UsageError, printable
-from roundoff.runs.directory import FILES, machine
+from roundoff.runs.directory import FILES
 from roundoff.runs.files import write_atomically
 from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.runs.reading import machine
 from roundoff.runs.tensorfile import load_tensors
 from roundoff.terminal import say
 

@@ -28,8 +28,9 @@ from roundoff.device import peak_memory_bytes
 from roundoff.errors import RunError
 from roundoff.precision import Precision
 from roundoff.program import own
-from roundoff.runs.directory import RunDirectory, perplexity
+from roundoff.runs.directory import RunDirectory
 from roundoff.runs.files import check_writable
+from roundoff.runs.reading import perplexity
 from roundoff.terminal import progress_bar, say
 
 EVAL_BATCH_SIZE = 10
