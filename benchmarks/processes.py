@@ -25,7 +25,7 @@ FIRST_STEP = """
 import importlib, os, sys, time
 from roundoff.runs.directory import RunDirectory
 script = importlib.import_module(sys.argv[0].removesuffix(".py"))
-def done(*_):
+def done(*_, **__):
     print(time.time(), flush=True)
     os._exit(0)
 RunDirectory.step = done

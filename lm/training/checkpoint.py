@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from roundoff.errors import BadFileError, UsageError, printable
-from roundoff.runs.directory import FILES, machine
+from roundoff.runs.directory import FILES
 from roundoff.runs.files import write_atomically
 from roundoff.runs.jsonfile import read_object
+from roundoff.runs.reading import machine
 from roundoff.runs.tensorfile import load_tensors
 from roundoff.terminal import say
 
@@ -75,7 +76,7 @@ def check_not_of_the_run(flag: str, path: Path, run_dir: Path | None) -> None:
     `run_dir` is None for a new directory below runs/.
     """
     run = Path(os.path.realpath("runs" if run_dir is None else run_dir))
-    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, PREVIOUS, DAMAGED))
+    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, FILE, PREVIOUS, DAMAGED))
     if os.path.realpath(path) in {str(run), *map(str, run.parents), *files}:
         raise UsageError(f"{flag} {path} is the run's own, or a folder of it; give another name")
 
@@ -168,8 +169,9 @@ def status_of(directory: Path) -> str | None:
 
 
 def processes_of(directory: Path) -> Any:
-    """How many processes the run had when its config.json was written."""
-    return _entry(directory / "config.json", "processes")
+    """Return how many processes the run had when its config.json was written."""
+    environment = _entry(directory / "config.json", "environment")
+    return environment.get("processes") if isinstance(environment, dict) else None
 
 
 def moved(directory: Path, config: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from lm.model.decoder_loss import logits_of
 from lm.model.language_model import Hidden, RNNModel, next_word_loss
 from lm.options.config import parse_args
 from lm.options.modes import MODES, words
-from lm.training.trial import try_once
+from lm.training.preflight import try_once
 from roundoff.precision import Precision
 
 PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
