@@ -33,7 +33,7 @@ class Listener(Protocol):
         """
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Hear that an epoch has been validated; `row` is that of `epochs.jsonl`, and has `step`, how many there were."""
+        """Hear that an epoch has been validated; `row` is that of `epochs.jsonl`, with `step`, how many there were."""
 
     def result(self, row: dict[str, Any]) -> None:
         """Hear that the run has ended; `row` is `result.json`. The best model is in its place, if there is one."""
