@@ -75,7 +75,7 @@ def check_not_of_the_run(flag: str, path: Path, run_dir: Path | None) -> None:
     `run_dir` is None for a new directory below runs/.
     """
     run = Path(os.path.realpath("runs" if run_dir is None else run_dir))
-    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, PREVIOUS, DAMAGED))
+    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, FILE, PREVIOUS, DAMAGED))
     if os.path.realpath(path) in {str(run), *map(str, run.parents), *files}:
         raise UsageError(f"{flag} {path} is the run's own, or a folder of it; give another name")
 

@@ -16,7 +16,7 @@ from lm.model.language_model import Hidden, RNNModel, next_word_loss
 from lm.options.config import merge
 from lm.options.modes import MODES
 from lm.options.options import Options
-from lm.training.trial import try_once
+from lm.training.preflight import try_once
 from roundoff.precision import Precision
 
 PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
