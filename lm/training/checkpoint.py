@@ -150,7 +150,7 @@ def processes_of(directory: Path) -> Any:
     return environment.get("processes") if isinstance(environment, dict) else None
 
 
-def has_options(directory: Path, options: dict[str, Any]) -> bool:
+def has_options(directory: Path, options: Any) -> bool:
     """Return whether the run's config.json holds these options."""
     recorded: Any = _entry(directory / "config.json", "options")
     return bool(recorded == json.loads(to_json(options)))

@@ -119,7 +119,7 @@ def from_run(run: Path, data: str | None, argv: list[str]) -> Source:
 
 
 def job_options(script: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a run's `options` that every mode's trainer takes: the job, and a loss scale that was asked for."""
+    """Return those of a run's `options` that every trainer takes: the job, and a loss scale that was asked for."""
     kept = {name: options[name] for name in OF_JOB}
     args = merge(script, checked(script, {name: options[name] for name in options if name in (*OF_JOB, *OF_PRECISION)}))
     if args.static_loss_scale not in (None, default_loss_scale(script, args.dtype)):
