@@ -1,4 +1,4 @@
-"""Where the weights to be probed come from: fresh ones, a model file, or a run; and the flags that belong to them."""
+"""Find the weights to be probed (fresh ones, a model file's or a run's) and the flags that belong to them."""
 
 import argparse
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lm.data.corpus import Corpus
-from lm.launch.probing.mode import build
+from lm.launch.probing.mode import Precisions
 from lm.model.language_model import RNNModel, make_model
 from lm.model.model_file import load_model
 from lm.options.command_line import expand
@@ -36,12 +36,13 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Source:
-    """What is probed.
+    """Holds all that one probe is about.
 
     Attributes:
-        args: of a trainer that would train it.
+        args: of a trainer that would train `model`.
         flags: of every mode's trainer.
-        data, corpus: whose training text is read; `data` is what --data named.
+        data: what --data named.
+        corpus: its training text is read.
         model: fp32, on the CPU.
         weights: as in probe.json.
     """
@@ -55,7 +56,7 @@ class Source:
 
 
 def fresh(data: str, flags: list[str]) -> Source:
-    """The weights that a trainer with these flags starts from."""
+    """Return the weights that a trainer with these flags starts from."""
     args = _read(flags, ())
     set_up(args)
     corpus = Corpus(data)
@@ -63,10 +64,10 @@ def fresh(data: str, flags: list[str]) -> Source:
 
 
 def from_checkpoint(path: Path, data: str, flags: list[str]) -> Source:
-    """The weights in a model file.
+    """Return the weights in a model file.
 
     Raises:
-        UsageError: it is none, or was trained on another vocabulary.
+        UsageError: the file is none, or was trained on another vocabulary.
     """
     args = _read(flags, OF_MODEL)
     set_up(args)
@@ -82,11 +83,17 @@ def from_checkpoint(path: Path, data: str, flags: list[str]) -> Source:
     return Source(args, flags, data, corpus, model, _weights("checkpoint", path))
 
 
-def from_run(run: Path, data: str | None, flags: list[str]) -> Source:
-    """The fp32 weights at the last checkpoint of a run, with its flags and its corpus, or that in `data`.
+def from_run(run: Path, data: str | None, flags: list[str], precisions: Precisions) -> Source:
+    """Return the fp32 weights at the last checkpoint of a run, with the run's flags.
+
+    Args:
+        run: a run directory.
+        data: the corpus; None for that of the run.
+        flags: must be empty.
+        precisions: every trainer's `make_precision`.
 
     Raises:
-        UsageError: it holds none that can be used, or flags are given too.
+        UsageError: the run holds no weights that can be used, or flags are given too.
     """
     if flags:
         raise UsageError(f"{flags[0]} after -- with --run: the flags are those of the run; leave it out")
@@ -98,7 +105,7 @@ def from_run(run: Path, data: str | None, flags: list[str]) -> Source:
     content = _checkpoint(run)
     model = make_model(args, corpus.vocab_size)
     half = make_model(args, corpus.vocab_size)
-    precision = build(args, half)
+    precision = precisions[args.script](args, half)
     try:
         if content.get("corpus") != corpus.sha256:
             raise ValueError("its corpus was another one; give that with --data")
@@ -118,7 +125,7 @@ def from_run(run: Path, data: str | None, flags: list[str]) -> Source:
 
 
 def loss_scales(script: str, flags: list[str]) -> dict[str, float]:
-    """Those that `flags` of a trainer ask for, by the names of the options."""
+    """Return the loss scales that `flags` of a trainer ask for, by the names of the options."""
     parser = make_parser(script, None)
     args, default = parser.parse_args(flags), parser.get_default
     return {name: getattr(args, name) for name in OF_SCALE if getattr(args, name, default(name)) != default(name)}
@@ -136,7 +143,7 @@ def _copy(masters: list[Any], model: RNNModel) -> None:
 
 
 def _read(flags: list[str], fixed: tuple[str, ...]) -> argparse.Namespace:
-    """Flags of the trainers, without those that a probe or the model decides."""
+    """Parse flags of the trainers; refuse those that a probe or the model decides."""
     parser = make_parser("main", None)
     options = parser.options()
     spelt = {word: name for name, action in options.items() for word in action.option_strings}
@@ -158,7 +165,7 @@ def _read(flags: list[str], fixed: tuple[str, ...]) -> argparse.Namespace:
 
 
 def _command(run: Path) -> tuple[str, list[str]]:
-    """Script and flags of a run, on the CPU."""
+    """Return script and flags of a run, for the CPU."""
     try:
         if not run.is_dir():
             what = "this is no directory" if run.exists() else "there is no such directory"
