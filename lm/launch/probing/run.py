@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lm.data.corpus import batchify
@@ -56,7 +57,7 @@ def run_probe(
         UsageError: the corpus has too few batches, a trainer refuses its flags, or this machine cannot run a mode.
     """
     start, args = time.monotonic(), source.args
-    modes = [make_mode(name, source, source.flags, precisions) for name in names]
+    modes = [_make_mode(name, source, precisions) for name in names]
     data = batchify(source.corpus.train, args.batch_size, "cpu")
     starts = range(0, len(data) - 1, args.bptt)
     _check_batches(batches, len(starts))
@@ -64,7 +65,7 @@ def run_probe(
         modes,
         batches,
         args.seed,
-        scaled=plan_scales(modes, source, precisions),
+        scaled=plan_scales(modes, lambda scale: _make_mode("manual", source, precisions, scale)),
         lr=args.lr if args.optimizer == "sgd" else None,  # AdamW's updates are not a multiple of the gradient
         clip=args.clip,
     )
@@ -93,24 +94,25 @@ def run_probe(
     )
 
 
-def make_mode(name: str, source: Source, flags: list[str], precisions: Precisions) -> Mode:
-    """Return the mode `name` of a trainer that is given `flags`, at the weights of `source`.
+def _make_mode(name: str, source: Source, precisions: Precisions, scale: float | None = None) -> Mode:
+    """Return the mode `name` at the weights of `source`, with the static loss scale `scale` if that is given.
 
     Raises:
-        UsageError: the trainer refuses the flags.
+        UsageError: the trainer refuses its flags.
     """
     mode = MODES[name]
-    args = parse_args(mode.script, None, [*words(mode), *flags])
+    extra = [] if scale is None else [f"--static-loss-scale={scale}"]
+    args = parse_args(mode.script, None, [*words(mode), *source.flags, *extra])
     return Mode(name, args, precisions[mode.script], source.model)
 
 
-def plan_scales(modes: list[Mode], source: Source, precisions: Precisions) -> dict[int, Mode]:
-    """Return a mode of half weights for each of `MEASURED_KS`: one of `modes` where one has that loss scale."""
+def plan_scales(modes: list[Mode], make_half: Callable[[float], Mode]) -> dict[int, Mode]:
+    """Return a mode of half weights for each of `MEASURED_KS`: one of `modes` where one has that loss scale.
+
+    `make_half` makes the others, given the loss scale.
+    """
     half = {mode.scale: mode for mode in modes if mode.args.fp16 and mode.args.script != "main_amp"}
-    return {
-        k: half.get(2.0**k) or make_mode("manual", source, [*source.flags, f"--static-loss-scale={2.0**k}"], precisions)
-        for k in MEASURED_KS
-    }
+    return {k: half.get(2.0**k) or make_half(2.0**k) for k in MEASURED_KS}
 
 
 def _check_batches(asked: int, there: int) -> None:
