@@ -99,7 +99,7 @@ def with_progress(words: Iterable[str], count: int, log_interval: int) -> Iterat
 def main() -> int:
     """Load, draw, write."""
     args = parse_args()
-    device = device_of(args)
+    device = device_of(getattr(args, "device", None), cuda=args.cuda, accel=args.accel)
     if args.outf != "-":
         if os.path.realpath(args.outf) == os.path.realpath(args.checkpoint):
             raise UsageError(f"--outf and --checkpoint are both {args.outf}; give the text a file of its own")

@@ -15,6 +15,7 @@ from benchmarks.measure import REFERENCE, Row, compared
 from lm.data import corpora
 from lm.data.corpus import batchify
 from lm.options.modes import MODES
+from lm.options.options import words
 from roundoff.device import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +55,9 @@ def python(*arguments: str) -> str:
 
 def flags(mode: str, data: str, size: int, folder: str) -> list[str]:
     """Script and flags of `mode`, with its results in `folder`."""
-    where = ["--run-dir", f"{folder}/run", "--save", f"{folder}/model.pt"]
-    return [*MODES[mode], "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
+    where = {"run_dir": f"{folder}/run", "save": f"{folder}/model.pt"}
+    options = {**MODES[mode].options, "data": data, "emsize": size, "nhid": size, **where}
+    return [f"{MODES[mode].script}.py", *words(options)]
 
 
 def measure_memory(data: str, size: int, modes: list[str], rounds: int) -> list[Row]:

@@ -13,7 +13,7 @@ from lm.data.corpus import Corpus
 
 def measure_reading(data: str, rounds: int) -> list[Row]:
     """`Corpus` against the reference's loop: processor time, so that other programs count less, and memory."""
-    mine = Corpus(data)  # first, since it fetches what is missing
+    mine = Corpus(data)
     assert all(map(torch.equal, reference.read(data)[0], (mine.train, mine.valid, mine.test)))
     variants = {REFERENCE: lambda: reference.read(data), "Corpus": lambda: Corpus(data)}
     rows = compared("reading", None, interleaved(variants, rounds, clock=time.process_time), faster=False)

@@ -1,13 +1,13 @@
 """This project's trainers, built as their scripts build them."""
 
 import importlib
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+from lm.options.config import make_args
 from lm.options.modes import MODES
 from lm.training.loop import Training
 
@@ -18,13 +18,13 @@ def trainer(mode: str, data: str, size: int) -> Iterator[Training]:
 
     Its records go to a folder that is removed afterwards.
     """
-    script, *flags = MODES[mode]
-    module = importlib.import_module(script.removesuffix(".py"))
+    chosen = MODES[mode]
+    module = importlib.import_module(chosen.script)
     with tempfile.TemporaryDirectory() as folder:
-        where = ["--run-dir", f"{folder}/run", "--save", str(Path(folder, "model.pt"))]
-        argv = [script, *flags, "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
-        with patch.object(sys, "argv", argv), patch.object(module, "fit") as fit:
-            module.main()
+        where = {"run_dir": Path(folder, "run"), "save": Path(folder, "model.pt")}
+        args = make_args(chosen.script, **chosen.options, data=data, emsize=size, nhid=size, **where)
+        with patch.object(module, "fit") as fit:
+            module.main(args)
         training = Training(*fit.call_args.args)
         yield training
         training.records.close()

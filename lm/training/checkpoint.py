@@ -1,5 +1,6 @@
 """checkpoint.pt: everything that lets a run go on to the bit, and the reading of it, which trusts nothing."""
 
+import json
 import math
 import os
 from dataclasses import dataclass, fields
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from roundoff.errors import BadFileError, UsageError, printable
-from roundoff.runs.directory import FILES, machine
+from roundoff.runs.directory import FILES
 from roundoff.runs.files import write_atomically
-from roundoff.runs.jsonfile import read_object
+from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.runs.reading import machine
 from roundoff.runs.tensorfile import load_tensors
 from roundoff.terminal import say
 
@@ -20,8 +22,6 @@ FORMAT = "roundoff checkpoint 1"
 FILE = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
-NO_RUN = {"-h", "--help", "--version"}
-"""Flags that start none."""
 
 
 @dataclass
@@ -138,29 +138,6 @@ def check_like(value: Any, template: Any, where: str) -> None:
         raise ValueError(f"{where} is {str(value)[:20]}")
 
 
-def command_of(directory: Path, script: str) -> list[str]:
-    """The flags that the run in `directory` was started with.
-
-    Raises:
-        UsageError: it holds no run of `script`.
-    """
-    where = f"--resume {printable(directory)}"
-    if not (directory / "config.json").exists():
-        raise UsageError(f"{where} holds no run (there is no config.json); give a run directory")
-    try:
-        config = read_object(directory / "config.json")
-        ran, flags = config["script"], config["environment"]["command"][1:]
-    except OSError as error:
-        raise UsageError(f"{where}: cannot read config.json ({error.strerror})") from None
-    except (LookupError, TypeError):
-        flags = None
-    if not isinstance(flags, list) or not all(type(flag) is str for flag in flags) or NO_RUN & set(flags):
-        raise UsageError(f"{where}: config.json holds no command line of a trainer; start a new run")
-    if ran != script:
-        raise UsageError(f"{where} holds a run of {printable(ran, 40)}, not of {script}.py; use that script")
-    return flags
-
-
 def status_of(directory: Path) -> str | None:
     """How the run ended: "finished", "interrupted" or "diverged"; None where it has not, or nothing says so."""
     status = _entry(directory / "result.json", "status")
@@ -168,8 +145,15 @@ def status_of(directory: Path) -> str | None:
 
 
 def processes_of(directory: Path) -> Any:
-    """How many processes the run had when its config.json was written."""
-    return _entry(directory / "config.json", "processes")
+    """Return how many processes the run had when its config.json was written."""
+    environment = _entry(directory / "config.json", "environment")
+    return environment.get("processes") if isinstance(environment, dict) else None
+
+
+def has_options(directory: Path, options: dict[str, Any]) -> bool:
+    """Return whether the run's config.json holds these options."""
+    recorded: Any = _entry(directory / "config.json", "options")
+    return bool(recorded == json.loads(to_json(options)))
 
 
 def moved(directory: Path, config: dict[str, Any]) -> str:

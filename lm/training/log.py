@@ -4,7 +4,8 @@ import math
 import time
 from typing import Any
 
-from roundoff.runs.directory import RunDirectory, perplexity
+from roundoff.runs.directory import RunDirectory
+from roundoff.runs.reading import perplexity
 from roundoff.terminal import say
 
 

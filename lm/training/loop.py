@@ -1,6 +1,5 @@
 """The training loop. It knows no precision mode: everything that depends on one is behind `Precision`."""
 
-import argparse
 import math
 import sys
 import time
@@ -13,6 +12,7 @@ from lm.data.corpus import Corpus, batchify, get_batch
 from lm.model.language_model import Hidden, RNNModel, detach, next_word_loss
 from lm.model.model_file import save_model
 from lm.model.onnx_file import export_onnx
+from lm.options.options import Options
 from lm.training import distributed
 from lm.training.checkpoint import Position, check_not_of_the_run, write_checkpoint
 from lm.training.description import describe
@@ -28,15 +28,16 @@ from roundoff.device import peak_memory_bytes
 from roundoff.errors import RunError
 from roundoff.precision import Precision
 from roundoff.program import own
-from roundoff.runs.directory import RunDirectory, perplexity
+from roundoff.runs.directory import RunDirectory
 from roundoff.runs.files import check_writable
+from roundoff.runs.reading import perplexity
 from roundoff.terminal import progress_bar, say
 
 EVAL_BATCH_SIZE = 10
 ANNEAL_FACTOR = 4.0
 
 
-def fit(args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Precision) -> int:
+def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) -> int:
     """Train, keep the best model, test it, and record the run; return the exit code.
 
     Raises:
@@ -59,7 +60,7 @@ def fit(args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Pr
 class Training:
     """One run from its first batch, or from its checkpoint, to the test perplexity; see `fit`."""
 
-    def __init__(self, args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Precision) -> None:
+    def __init__(self, args: Options, corpus: Corpus, model: RNNModel, precision: Precision) -> None:
         self.args = args
         self.corpus = corpus
         self.model = model
@@ -83,9 +84,9 @@ class Training:
                     check_writable(flag, path)
         config = describe(args, corpus, model, self.dtypes)
         if args.resume is not None:
-            go_on(self, config, writes)
+            go_on(self, args.resume, config, writes)
         elif writes:
-            self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}", config, distributed.mean)
+            self.records = RunDirectory.create(args.run_dir, config["precision"]["mode"], config, distributed.mean)
         else:
             self.records = RunDirectory(None, distributed.mean)
         self.records.start(config)
@@ -120,7 +121,8 @@ class Training:
             except RuntimeError as error:
                 raise distributed.lost(error) or error from None
             if self.args.onnx_export is not None and processes.rank() == 0:  # the run is over: nothing can spoil it
-                export_onnx(self.args, self.model, self.corpus.dictionary.idx2word)
+                words = self.corpus.dictionary.idx2word
+                export_onnx(self.args.onnx_export, self.model, words, self.args.bptt, self.args.save)
         return 0
 
     def train(self) -> bool:

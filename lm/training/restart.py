@@ -1,10 +1,11 @@
 """How a run is taken up again where its checkpoint left it."""
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm.training import distributed
-from lm.training.checkpoint import check_like, moved, processes_of, read_checkpoint, status_of
+from lm.training.checkpoint import check_like, has_options, moved, processes_of, read_checkpoint, status_of
 from lm.training.train_state import restore_state
 from roundoff import processes
 from roundoff.errors import UsageError, printable
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lm.training.loop import Training
 
 
-def go_on(training: "Training", config: dict[str, Any], writes: bool) -> None:
+def go_on(training: "Training", directory: Path, config: dict[str, Any], writes: bool) -> None:
     """Let `training` go on from the checkpoint of --resume, or from the beginning where there is none yet.
 
     `config` is what `config.json` says from now on, if flags or machine are others than the run had; `writes` whether
@@ -24,7 +25,6 @@ def go_on(training: "Training", config: dict[str, Any], writes: bool) -> None:
     Raises:
         UsageError: the run cannot be resumed; it is as it was then.
     """
-    directory = training.args.resume
     training.records = (
         RunDirectory.reopen(directory, distributed.mean) if writes else RunDirectory(None, distributed.mean)
     )
@@ -38,7 +38,11 @@ def go_on(training: "Training", config: dict[str, Any], writes: bool) -> None:
         elif writes:
             training.records.go_back(START)
         elsewhere = moved(directory, config)
-        if elsewhere or training.args.changed or processes_of(directory) != processes.world_size():
+        if (
+            elsewhere
+            or not has_options(directory, config["options"])
+            or processes_of(directory) != processes.world_size()
+        ):
             training.records.write_config(config)
     except BaseException as error:
         training.records.close()

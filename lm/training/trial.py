@@ -1,18 +1,17 @@
 """Run the model once before training, to see whether and in which dtypes it runs here."""
 
-import argparse
-
 import torch
 from torch import nn
 
 from lm.model.language_model import RNNModel, next_word_loss
+from lm.options.options import Options
 from roundoff import processes
 from roundoff.device import device_name, random_state_kept
 from roundoff.errors import UsageError
 from roundoff.precision import Precision
 
 
-def try_once(model: RNNModel, precision: Precision, args: argparse.Namespace) -> dict[str, str]:
+def try_once(model: RNNModel, precision: Precision, args: Options) -> dict[str, str]:
     """One tiny batch forward, backward and in evaluation; return the dtypes that really ran.
 
     Changes no weight, no gradient and no random state.
@@ -33,7 +32,7 @@ def try_once(model: RNNModel, precision: Precision, args: argparse.Namespace) ->
             ) from None
 
 
-def settle(parallel_model: nn.Module, model: RNNModel, precision: Precision, args: argparse.Namespace) -> None:
+def settle(parallel_model: nn.Module, model: RNNModel, precision: Precision, args: Options) -> None:
     """Let DistributedDataParallel see a backward pass that counts for nothing; a single process needs none.
 
     By its first one it chooses the order in which it sums gradients. Now that is behind every run, a resumed one

@@ -60,13 +60,10 @@ def _what(comparison: Comparison, runs: list[Run]) -> str:
     labels = ", ".join(mode.label for mode in comparison.modes)
     if not runs:
         return f"{labels}: no run left anything to compare."
-    config = runs[0].config
-    job = (
-        f"{config.get('model')} with {config.get('nlayers')} layers of {config.get('nhid')} units, batches of "
-        f"{config.get('batch_size')} x {config.get('bptt')} words of {config.get('corpus', {}).get('name')}"
-    )
+    fields = {k: v.get("name") if isinstance(v, dict) else v for k, v in runs[0].job.items()}
+    job = ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None and value is not False)
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
-    devices = ", ".join(dict.fromkeys(str(run.config.get("device_name")) for run in runs))
+    devices = ", ".join(dict.fromkeys(run.device for run in runs))
     return (
         f"{labels}: {len(runs)} run(s) of one training job ({job}), seed(s) {seeds}, on {devices}. The reference is "
         f"{comparison.reference}; losses are in nats a word; modes whose mean test losses surely differ by less than "

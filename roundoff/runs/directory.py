@@ -5,7 +5,6 @@ written at its end; `resume.py` has `checkpoint.pt`. JSON has no inf or nan: suc
 "inf", "-inf" and "nan", which Python's float() and JavaScript's Number() (but for "inf") read back.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from roundoff.precision import StepResult
 from roundoff.runs.files import lock, naming, remove_leftovers, sync, write_atomically
 from roundoff.runs.jsonfile import to_json
 from roundoff.runs.listeners import Listener, current_listeners
+from roundoff.runs.reading import perplexity
 
 LINES = ("steps.jsonl", "epochs.jsonl")
 FILES = ("config.json", *LINES, "result.json", "checkpoint.pt")
@@ -239,24 +239,3 @@ def _new_directory(name: str) -> Path:
             continue
         return path
     raise UsageError(f"{base} and 999 like it exist already; give --run-dir")
-
-
-def machine(config: dict[str, Any]) -> dict[str, str]:
-    """What decides the bits of a run besides its command: device, torch, and into how many parts sums are cut.
-
-    `config` is what `config.json` holds.
-    """
-    environment = config["environment"]
-    return {
-        "device": str(config["device_name"]),
-        "torch": str(environment.get("torch")),
-        "threads": str(environment.get("threads")),
-    }
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), for a mean cross entropy in nats a word; inf where it exceeds what a float can hold."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

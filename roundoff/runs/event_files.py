@@ -74,5 +74,5 @@ def _choices(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
     """Those entries of `config.json` that were chosen and that TensorBoard can show: no places, and no None."""
     kept = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
     return {name: value for name, value in kept.items() if name not in NOT_HPARAMS} | {
-        "corpus": config["corpus"]["name"]
+        "corpus": config["job"]["corpus"]["name"]
     }

@@ -47,7 +47,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def current_listeners(config: dict[str, Any]) -> list[Listener]:
     """Those of the blocks around, and those that the flags in `config` ask for."""
-    return [*_listeners, event_files()] if config["tensorboard"] else list(_listeners)
+    return [*_listeners, event_files()] if config.get("options", {}).get("tensorboard") else list(_listeners)
 
 
 def event_files() -> Listener:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm.options.modes import label
 from roundoff.errors import UsageError, printable
 from roundoff.runs.jsonfile import read_object, reason, require_file
 
@@ -50,6 +49,34 @@ class Run:
     def status(self) -> str:
         """The result's: "finished", "interrupted", "diverged", or "unfinished" where there is none."""
         return "unfinished" if self.result is None else str(self.result["status"])
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What must be equal for two runs to be compared."""
+        job: dict[str, Any] = self.config["job"]
+        return job
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The static loss scale; None where a rule moves it."""
+        scale: float | None = self.config["precision"]["loss_scale"]
+        return scale
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype of the products, such as "float16"; None where the run does not say."""
+        dtype: str | None = self.config["precision"].get("dtype")
+        return dtype
+
+    @property
+    def equals(self) -> list[str]:
+        """The modes whose losses this mode must equal to the bit."""
+        return self.config["precision"].get("equals") or []
+
+    @property
+    def device(self) -> str:
+        """The name of the device."""
+        return str(self.config["environment"].get("device", "a device without a name"))
 
 
 class _MismatchError(Exception):
@@ -92,6 +119,12 @@ def _text(value: Any) -> str:
     return value
 
 
+def _texts(value: Any) -> list[str]:
+    if type(value) is not list or any(type(text) is not str for text in value):
+        raise _MismatchError("a list of texts")
+    return value
+
+
 def _object(value: Any) -> dict[str, Any]:
     if type(value) is not dict:
         raise _MismatchError("an object")
@@ -118,30 +151,13 @@ def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 Fields = dict[str, Callable[[Any], Any]]
 
-_CONFIG: Fields = {
-    "script": _text,
+_CONFIG: Fields = {"job": _object, "precision": _object, "seed": _integer, "environment": _object}
+_PRECISION: Fields = {
     "mode": _text,
-    "seed": _integer,
-    "model": _text,
-    "emsize": _integer,
-    "nhid": _integer,
-    "nlayers": _integer,
-    "dropout": _number,
-    "tied": _flag,
-    "lr": _number,
-    "clip": _number,
-    "epochs": _integer,
-    "max_steps": _optional(_integer),
-    "dry_run": _flag,
-    "batch_size": _integer,
-    "bptt": _integer,
-    "static_loss_scale": _optional(_number),
-    "device_name": _text,
-    "environment": _object,
-    "corpus": _object,
+    "loss_scale": _optional(_number),
+    "dtype": _optional(_text),
+    "equals": _optional(_texts),
 }
-_CORPUS: Fields = {"sha256": _object, "words": _integer, "vocab_size": _integer}
-_SHA256: Fields = {"train": _text, "valid": _text, "test": _text}
 _STEP: Fields = {
     "step": _integer,
     "epoch": _integer,
@@ -201,7 +217,7 @@ def _read(path: Path) -> Run:
         if result["steps"] != len(steps["step"]):
             problems.append(f"result.json counts {result['steps']} steps, steps.jsonl has {len(steps['step'])}")
     rows = [dict(zip(epochs, row, strict=True)) for row in zip(*epochs.values(), strict=True)]
-    return Run(path, label(config), config["seed"], config, steps, rows, result, problems)
+    return Run(path, config["precision"]["mode"], config["seed"], config, steps, rows, result, problems)
 
 
 _EMPTY_EPOCHS: dict[str, list[Any]] = {name: [] for name in _EPOCH}
@@ -209,9 +225,13 @@ _EMPTY_EPOCHS: dict[str, list[Any]] = {name: [] for name in _EPOCH}
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_object(path)
+    if "job" not in config:
+        raise UsageError(
+            f"{printable(path)}: field job is missing: an older version wrote this run, or another program; "
+            "train it again to compare it"
+        )
     checked = _checked(path, config, _CONFIG)
-    corpus = _checked(path, checked["corpus"], _CORPUS, "corpus.")
-    _checked(path, corpus["sha256"], _SHA256, "corpus.sha256.")
+    checked["precision"] |= _checked(path, checked["precision"], _PRECISION, "precision.")
     return config | checked
 
 
@@ -268,3 +288,20 @@ def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list
     if missing < order[-1]:
         problems.append(f"{file} has no {key} {missing}, though it goes to {order[-1]}")
     return {name: [column[last[k]] for k in order] for name, column in columns.items()}
+
+
+def machine(config: dict[str, Any]) -> dict[str, str]:
+    """Return what of the machine decides a run's bits: device, torch, and the threads that share a sum.
+
+    `config` is what `config.json` holds.
+    """
+    environment = config["environment"]
+    return {name: str(environment.get(name)) for name in ("device", "torch", "threads")}
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss) of a mean cross entropy in nats; inf where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

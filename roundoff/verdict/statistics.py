@@ -8,10 +8,9 @@ must be rejected at 5%, which is the same as a 90% interval within the margin.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from scipy import stats
-
+from roundoff.errors import need
 from roundoff.verdict.types import Verdict
 
 ALPHA = 0.05
@@ -102,7 +101,7 @@ def summarize(differences: list[float]) -> Paired:
 
 def interval(paired: Paired) -> tuple[float, float]:
     """The two-sided 95% interval of the mean (Student's t) of two differences or more."""
-    half = float(stats.t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
+    half = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
     return paired.mean - half, paired.mean + half
 
 
@@ -111,7 +110,7 @@ def p_equivalence(paired: Paired, margin: float) -> float:
     if paired.error == 0:
         return 0.0 if abs(paired.mean) < margin else 1.0
     # Both tests mirror each other, so that the one for the nearer margin has the larger p-value.
-    return float(stats.t.sf((margin - abs(paired.mean)) / paired.error, paired.n - 1))
+    return float(_scipy().t.sf((margin - abs(paired.mean)) / paired.error, paired.n - 1))
 
 
 def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
@@ -129,7 +128,7 @@ def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
 
 def power_of_difference(paired: Paired) -> float:
     """Power of the two-sided paired t-test, from the noncentral t distribution (Cohen, Statistical Power Analysis)."""
-    critical = float(stats.t.ppf(1 - ALPHA / 2, paired.n - 1))
+    critical = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1))
     return _beyond(critical, paired, abs(paired.mean)) + _beyond(critical, paired, -abs(paired.mean))
 
 
@@ -139,7 +138,7 @@ def power_of_equivalence(paired: Paired, margin: float) -> float:
     The approximation of Diletti et al., Int. J. Clin. Pharmacol. 29 (1991), and Phillips, J. Pharmacokinet.
     Biopharm. 18 (1990): that both reject is as likely as the one plus the other minus 1.
     """
-    critical = float(stats.t.ppf(1 - ALPHA, paired.n - 1))
+    critical = float(_scipy().t.ppf(1 - ALPHA, paired.n - 1))
     near, far = margin - abs(paired.mean), margin + abs(paired.mean)
     return max(0.0, _beyond(critical, paired, near) + _beyond(critical, paired, far) - 1)
 
@@ -147,7 +146,7 @@ def power_of_equivalence(paired: Paired, margin: float) -> float:
 def _beyond(critical: float, paired: Paired, distance: float) -> float:
     # Beyond 40 standard errors the answer is 0 or 1 to all digits, and the noncentral t is hard to compute.
     noncentrality = min(40.0, max(-40.0, distance / paired.error))
-    return float(stats.nct.sf(critical, paired.n - 1, noncentrality))
+    return float(_scipy().nct.sf(critical, paired.n - 1, noncentrality))
 
 
 def _least(power: Callable[[int], float], low: int) -> int | None:
@@ -162,6 +161,11 @@ def _least(power: Callable[[int], float], low: int) -> int | None:
         else:
             high = middle
     return low
+
+
+def _scipy() -> Any:
+    """Return scipy.stats, which takes a second to import and comes with an extra."""
+    return need("scipy.stats", "report")
 
 
 def _seen(paired: Paired, bounds: tuple[float, float] | None) -> str:

@@ -107,13 +107,10 @@ RUNS: dict[str, HostileRun] = {
             ("config.json", "seed", True),
             ("config.json", "seed", 2**63),
             ("config.json", "seed", 1e300),
-            ("config.json", "mode", None),
-            ("config.json", "mode", ["fp32"]),
-            ("config.json", "script", {"main": 1}),
-            ("config.json", "corpus", "text"),
+            ("config.json", "job", "text"),
+            ("config.json", "job", None),
+            ("config.json", "precision", ["fp32"]),
             ("config.json", "environment", []),
-            ("config.json", "tied", "no"),
-            ("config.json", "max_steps", "many"),
             ("result.json", "status", "done"),
             ("result.json", "status", {"finished": 1}),
             ("result.json", "test_loss", "low"),
@@ -138,8 +135,18 @@ RUNS: dict[str, HostileRun] = {
     },
     "no config.json": HostileRun(lambda run: (run / "config.json").unlink(), "there is no such file"),
     "no steps": HostileRun(holds("steps.jsonl", b""), "a run of no steps"),
-    "a corpus of other types": HostileRun(
-        field("config.json", "corpus", {"sha256": {"train": 1}, "words": 5, "vocab_size": 5}),
-        r"field corpus.sha256.train is 1, where a text",
+    **{
+        f"precision {value}": HostileRun(field("config.json", "precision", value), said)
+        for value, said in (
+            ({}, "field precision.mode is missing, where a text"),
+            ({"mode": None}, "field precision.mode is None, where a text"),
+            ({"mode": "m", "loss_scale": "2**7"}, "field precision.loss_scale is "),
+            ({"mode": "m", "dtype": 16}, "field precision.dtype is 16"),
+            ({"mode": "m", "equals": "fp32"}, "field precision.equals is 'fp32', where a list of texts"),
+            ({"mode": "m", "equals": [1]}, "field precision.equals is "),
+        )
+    },
+    "of an older version": HostileRun(
+        holds("config.json", '{"script": "main", "seed": 1}'), "field job is missing: an "
     ),
 }

@@ -1,6 +1,5 @@
 """Compute a batch's gradient in one precision mode of the language model, as its trainer does."""
 
-import argparse
 import copy
 from collections.abc import Callable, Mapping
 
@@ -11,6 +10,7 @@ from lm.launch.probing.boundaries import LOGITS, watch
 from lm.launch.probing.reference import Batch
 from lm.model.decoder_loss import logits_of
 from lm.model.language_model import Hidden, RNNModel, next_word_loss
+from lm.options.options import Options
 from lm.training.trial import try_once
 from roundoff.gradients.measure import ScaledGradients
 from roundoff.precision import Precision
@@ -18,7 +18,7 @@ from roundoff.precision import Precision
 PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 """The default: fp16-optimizer at its static scale has the gradient of manual in every bit."""
 
-MakePrecision = Callable[[argparse.Namespace, RNNModel], Precision]
+MakePrecision = Callable[[Options, RNNModel], Precision]
 Precisions = Mapping[str, MakePrecision]
 """Trainer, such as "main_amp" -> its `make_precision`."""
 
@@ -28,7 +28,7 @@ class Mode:
 
     Args:
         name: of `lm.options.modes.MODES`.
-        args: what the mode's trainer was told.
+        args: the options of the mode's trainer.
         make_precision: that trainer's.
         model: fp32, on the CPU; it stays as it is.
 
@@ -38,7 +38,7 @@ class Mode:
         dtype: of the products.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace, make_precision: MakePrecision, model: RNNModel) -> None:
+    def __init__(self, name: str, args: Options, make_precision: MakePrecision, model: RNNModel) -> None:
         self.name, self.args = name, args
         self.description = f"{args.script}.py"
         self.scale = float(args.static_loss_scale or args.init_scale)

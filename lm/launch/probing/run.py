@@ -9,8 +9,8 @@ from lm.data.corpus import batchify
 from lm.launch.probing.mode import Mode, Precisions
 from lm.launch.probing.reference import Reference
 from lm.launch.probing.sources import Source
-from lm.options.config import parse_args
-from lm.options.modes import MODES, words
+from lm.options.config import merge
+from lm.options.modes import MODES
 from lm.training import description
 from roundoff.device import peak_memory_bytes
 from roundoff.errors import UsageError, printable
@@ -54,7 +54,7 @@ def run_probe(
         precisions: every trainer's `make_precision`.
 
     Raises:
-        UsageError: the corpus has too few batches, a trainer refuses its flags, or this machine cannot run a mode.
+        UsageError: the corpus has too few batches, a trainer refuses its options, or this machine cannot run a mode.
     """
     start, args = time.monotonic(), source.args
     modes = [_make_mode(name, source, precisions) for name in names]
@@ -83,26 +83,19 @@ def run_probe(
         "clip": args.clip if math.isfinite(args.clip) else None,
         "flush_limit": flush_limit,
     } | measured.figures()
-    return (
-        result
-        | advice.conclude(result)
-        | {
-            "covers": COVERS,
-            "seconds": time.monotonic() - start,
-            "peak_memory_bytes": peak_memory_bytes("cpu"),
-        }
-    )
+    result |= advice.conclude(result) | {"covers": COVERS}
+    return result | {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory_bytes("cpu")}
 
 
 def _make_mode(name: str, source: Source, precisions: Precisions, scale: float | None = None) -> Mode:
     """Return the mode `name` at the weights of `source`, with the static loss scale `scale` if that is given.
 
     Raises:
-        UsageError: the trainer refuses its flags.
+        UsageError: the trainer refuses its options.
     """
     mode = MODES[name]
-    extra = [] if scale is None else [f"--static-loss-scale={scale}"]
-    args = parse_args(mode.script, None, [*words(mode), *source.flags, *extra])
+    scaled = {} if scale is None else {"static_loss_scale": scale}
+    args = merge(mode.script, {**source.options, **mode.options, **scaled})
     return Mode(name, args, precisions[mode.script], source.model)
 
 

@@ -1,7 +1,7 @@
-"""Find the weights to be probed (fresh ones, a model file's or a run's) and the flags that belong to them."""
+"""Find the weights to be probed (fresh ones, a model file's or a run's) and the options that belong to them."""
 
-import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,22 @@ import torch
 
 from lm.data.corpus import Corpus
 from lm.launch.probing.mode import Precisions
-from lm.model.language_model import RNNModel, make_model
+from lm.model.language_model import RNNModel
 from lm.model.model_file import load_model
-from lm.options.command_line import expand
-from lm.options.config import SCRIPTS, parse_args, set_up
-from lm.options.options import make_parser
-from lm.training.checkpoint import FILE, FORMAT, command_of
+from lm.options.command_line import make_parser, read_command_line
+from lm.options.config import merge, stored_options
+from lm.options.options import SCRIPTS, Options, as_values, checked, flag
+from lm.options.resolve import default_loss_scale
+from lm.training.build import make_model
+from lm.training.checkpoint import FILE, FORMAT
+from lm.training.process import set_up
 from lm.training.train_state import restore_state
-from roundoff.cli import as_flags
 from roundoff.errors import BadFileError, UsageError, printable
 from roundoff.runs.jsonfile import read_object
 from roundoff.runs.tensorfile import load_tensors
 
 OF_MODEL = ("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied")
-OF_SCALE = ("static_loss_scale", "init_scale")
+OF_PRECISION = ("fp16", "dtype", "dynamic_loss_scale", "static_loss_scale", "init_scale")
 OF_JOB = ("batch_size", "bptt", *OF_MODEL, "optimizer", "lr", "clip", "seed")
 REFUSED = {
     **dict.fromkeys(("fp16", "dtype", "dynamic_loss_scale"), "--modes says that"),
@@ -40,65 +42,64 @@ class Source:
 
     Attributes:
         args: of a trainer that would train `model`.
-        flags: of every mode's trainer.
+        options: of every mode's trainer, checked.
         data: what --data named.
         corpus: its training text is read.
         model: fp32, on the CPU.
         weights: as in probe.json.
     """
 
-    args: argparse.Namespace
-    flags: list[str]
+    args: Options
+    options: dict[str, Any]
     data: str
     corpus: Corpus
     model: RNNModel
     weights: dict[str, Any]
 
 
-def fresh(data: str, flags: list[str]) -> Source:
-    """Return the weights that a trainer with these flags starts from."""
-    args = _read(flags, ())
+def fresh(data: str, argv: list[str]) -> Source:
+    """Return the weights that a trainer with the flags `argv` starts from."""
+    options = _read(argv, ())
+    args = merge("main", options)
     set_up(args)
     corpus = Corpus(data)
-    return Source(args, flags, data, corpus, make_model(args, corpus.vocab_size), _weights("fresh"))
+    return Source(args, options, data, corpus, make_model(args, corpus.vocab_size), _weights("fresh"))
 
 
-def from_checkpoint(path: Path, data: str, flags: list[str]) -> Source:
+def from_checkpoint(path: Path, data: str, argv: list[str]) -> Source:
     """Return the weights in a model file.
 
     Raises:
         UsageError: the file is none, or was trained on another vocabulary.
     """
-    args = _read(flags, OF_MODEL)
-    set_up(args)
+    options = _read(argv, OF_MODEL)
+    set_up(merge("main", options))
     model, vocabulary = load_model(path)
-    flags = [*flags, "--model", model.options["kind"]]
-    args = parse_args("main", None, flags)  # whose learning rate is that of the model
+    options["model"] = model.options["kind"]  # whose learning rate is the default
     corpus = Corpus(data)
     if corpus.dictionary.idx2word != vocabulary:
         raise UsageError(
             f"--checkpoint {path} has {len(vocabulary)} words, which are not the {len(corpus.dictionary)} of "
             f"--data {data}; give the corpus that it was trained on"
         )
-    return Source(args, flags, data, corpus, model, _weights("checkpoint", path))
+    return Source(merge("main", options), options, data, corpus, model, _weights("checkpoint", path))
 
 
-def from_run(run: Path, data: str | None, flags: list[str], precisions: Precisions) -> Source:
-    """Return the fp32 weights at the last checkpoint of a run, with the run's flags.
+def from_run(run: Path, data: str | None, argv: list[str], precisions: Precisions) -> Source:
+    """Return the fp32 weights at the last checkpoint of a run, with the run's options.
 
     Args:
         run: a run directory.
         data: the corpus; None for that of the run.
-        flags: must be empty.
+        argv: flags, of which there may be none.
         precisions: every trainer's `make_precision`.
 
     Raises:
         UsageError: the run holds no weights that can be used, or flags are given too.
     """
-    if flags:
-        raise UsageError(f"{flags[0]} after -- with --run: the flags are those of the run; leave it out")
-    script, theirs = _command(run)
-    args = parse_args(script, None, theirs)
+    if argv:
+        raise UsageError(f"{argv[0]} after -- with --run: the flags are those of the run; leave it out")
+    args = _options_of(run)
     set_up(args)
     data = args.data if data is None else data
     corpus = Corpus(data)
@@ -118,17 +119,21 @@ def from_run(run: Path, data: str | None, flags: list[str], precisions: Precisio
         _copy(masters, model)
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"--run {run}: {printable(error)}") from None
-    args.lr = at.lr
-    options = make_parser("main", None).options()
-    common = as_flags(options, {name: getattr(args, name) for name in OF_JOB} | loss_scales(script, theirs))
-    return Source(args, common, data, corpus, model, _weights("run", run, at.epoch, steps))
+    args = replace(args, lr=at.lr)
+    return Source(
+        args, job_options(args.script, as_values(args)), data, corpus, model, _weights("run", run, at.epoch, steps)
+    )
 
 
-def loss_scales(script: str, flags: list[str]) -> dict[str, float]:
-    """Return the loss scales that `flags` of a trainer ask for, by the names of the options."""
-    parser = make_parser(script, None)
-    args, default = parser.parse_args(flags), parser.get_default
-    return {name: getattr(args, name) for name in OF_SCALE if getattr(args, name, default(name)) != default(name)}
+def job_options(script: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run that every mode's trainer takes: the job, and a loss scale that was asked for."""
+    kept = {name: options[name] for name in OF_JOB}
+    args = merge(script, checked(script, {name: options[name] for name in options if name in (*OF_JOB, *OF_PRECISION)}))
+    if args.static_loss_scale not in (None, default_loss_scale(script, args.dtype)):
+        kept["static_loss_scale"] = args.static_loss_scale
+    if args.init_scale != Options.init_scale:
+        kept["init_scale"] = args.init_scale
+    return checked(script, kept)
 
 
 def _weights(kind: str, path: Path | None = None, epoch: int | None = None, steps: int | None = None) -> dict[str, Any]:
@@ -142,48 +147,33 @@ def _copy(masters: list[Any], model: RNNModel) -> None:
         p.data.copy_(master.detach().view_as(p))
 
 
-def _read(flags: list[str], fixed: tuple[str, ...]) -> argparse.Namespace:
-    """Parse flags of the trainers; refuse those that a probe or the model decides."""
-    parser = make_parser("main", None)
-    options = parser.options()
-    spelt = {word: name for name, action in options.items() for word in action.option_strings}
-    spelt |= {"--dtype": "dtype", "--dynamic-loss-scale": "dynamic_loss_scale"}
-
-    def refuse(words: list[str]) -> None:
-        for word in words:
-            name = spelt.get(word.partition("=")[0], "")
-            if name in REFUSED:
-                raise UsageError(f"{printable(word)} after --: {REFUSED[name]}; leave it out")
-            if name in fixed:
-                raise UsageError(
-                    f"{printable(word)} after -- with --checkpoint: the model is that of the file; leave it out"
-                )
-
-    refuse(flags)
-    refuse(expand(parser, flags))
-    return parse_args("main", None, flags)
+def _read(argv: list[str], fixed: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options of the trainers in `argv`, of which none may be what a probe or the model decides."""
+    given = read_command_line(make_parser(None, None), None, argv)
+    for name in given:
+        if name in REFUSED:
+            raise UsageError(f"{flag(name)} after --: {REFUSED[name]}; leave it out")
+        if name in fixed:
+            raise UsageError(f"{flag(name)} after -- with --checkpoint: the model is that of the file; leave it out")
+    return checked("main", given)
 
 
-def _command(run: Path) -> tuple[str, list[str]]:
-    """Return script and flags of a run, for the CPU."""
+def _options_of(run: Path) -> Options:
+    """Return the options of a run, as of one on the CPU."""
     try:
         if not run.is_dir():
             what = "this is no directory" if run.exists() else "there is no such directory"
             raise UsageError(f"{what}; give one that a trainer's --run-dir wrote")
-        script = read_object(run / "config.json").get("script")
+        options = read_object(run / "config.json").get("options")
+        script = options.get("script") if isinstance(options, dict) else None
         if script not in SCRIPTS:
             raise UsageError("config.json names no trainer; give a directory that a trainer's --run-dir wrote")
-        flags = command_of(run, script)
+        stored = stored_options(run, script)
     except OSError as error:
         raise UsageError(f"--run {printable(run)}: cannot read config.json ({error.strerror})") from None
     except UsageError as error:
         raise UsageError(f"--run {printable(run)}: {str(error).removeprefix(f'--resume {printable(run)}: ')}") from None
-    parser = make_parser(script, None)
-    args = parser.parse_args(flags)
-    ours = (*OF_JOB, *OF_SCALE, "use_optimizer", "data", "fp16", "dtype", "dynamic_loss_scale")
-    names = [name for name in parser.options() if name in ours]
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return script, as_flags(parser.options(), values)
+    return merge(script, {name: stored[name] for name in (*OF_JOB, *OF_PRECISION, "data") if name in stored})
 
 
 def _checkpoint(run: Path) -> dict[str, Any]:

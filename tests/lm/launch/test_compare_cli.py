@@ -85,9 +85,10 @@ def test_every_mode_trains_the_same_job(three) -> None:
     folder, _ = three
     runs = [folder / "out/runs" / f"{label}-1111" for label in ("fp32", "manual", "amp-fp32")]
     configs = [json.loads((run / "config.json").read_text()) for run in runs]
-    assert [config["mode"] for config in configs] == ["fp32", "fp16", "float32"]
-    for name in ("seed", "corpus", "nhid", "epochs", "static_loss_scale"):
+    assert [config["precision"]["mode"] for config in configs] == ["fp32", "manual", "amp-fp32"]
+    for name in ("seed", "job"):
         assert configs[0][name] == configs[1][name] == configs[2][name]
+    assert {config["precision"]["loss_scale"] for config in configs} == {2.0**24}
     assert configs[0]["environment"]["threads"] == configs[2]["environment"]["threads"] == 1  # two share one
     assert [row["loss"] for row in jobs.rows(runs[0])] == [row["loss"] for row in jobs.rows(runs[2])]
     assert not any(row["applied"] for row in jobs.rows(runs[1]))
@@ -219,7 +220,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(programs, mistake) -> None:
     make_run(programs.folder / "a")
-    make_run(programs.folder / "b", seed=2, nhid=5)
+    make_run(programs.folder / "b", seed=2, job={"nhid": 5})
     make_run(programs.folder / "empty", losses=[])
     (programs.folder / "file").write_text("")
     flags, told = MISTAKES[mistake]

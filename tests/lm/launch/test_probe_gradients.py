@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import lm.launch.probing.build
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ from lm.launch.probing.mode import PROBED, Mode
 from lm.launch.probing.reference import Batch, Reference
 from lm.launch.probing.run import plan_scales
 from lm.model.decoder_loss import logits_of
-from lm.model.language_model import KINDS, RNNModel, make_model, next_word_loss
+from lm.model.language_model import KINDS, RNNModel, next_word_loss
 from lm.options.config import make_args
 from lm.options.modes import MODES
+from lm.training.build import make_model
 from probe import PRECISIONS
 from programs import Programs
 from roundoff.gradients.measure import Measurement, Plan

@@ -9,7 +9,6 @@ import torch
 import lm.training.loop
 import roundoff
 from lm.model.model_file import load_model
-from lm.options.options import make_parser
 from programs import BATCHES, HALF, SCRIPTS, TINY, TOKENS, Run, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -116,21 +115,21 @@ def test_config_says_what_ran(programs, script):
     assert programs.run(script, *flags).code == 0
     config = read_run(programs.folder / "run").config
 
-    assert make_parser(script, None).options().keys() - {"resume"} <= config.keys()
-    assert (config["lr"], config["clip"], config["save"], config["seed"]) == (7.5, "inf", "best.pt", 1111)
-    assert (config["emsize"], config["dry_run"], config["tied"]) == (8, True, False)
-    assert (config["script"], config["device"], config["dtype"]) == (script, "cpu", "float16")
-    assert config["mode"] == {"main": "fp16", "main_fp16_optimizer": "fp16-dynamic", "main_amp": "float16"}[script]
-    assert config["static_loss_scale"] == (128.0 if script == "main" else None)
-    assert config["device_name"]
-    assert config["environment"]["torch"] == torch.__version__
-    assert re.fullmatch(r"3\.\d+\.\d+\S*", config["environment"]["python"])
-    assert config["environment"]["roundoff"] == roundoff.__version__
-    assert config["environment"]["git_commit"] is None or re.fullmatch(
-        "[0-9a-f]{40}", config["environment"]["git_commit"]
-    )
-    assert config["environment"]["command"] == [f"{script}.py", *flags]
-    corpus = config["corpus"]
+    options, precision, environment = config["options"], config["precision"], config["environment"]
+    assert (options["lr"], options["clip"], options["save"]) == (7.5, "inf", "best.pt")
+    assert (options["script"], options["device"], config["seed"]) == (script, "cpu", 1111)
+    assert (config["job"]["lr"], config["job"]["emsize"], config["job"]["dry_run"]) == (7.5, 8, True)
+    assert precision["mode"] == {"main": "manual", "main_amp": "amp-fp16"}.get(script, "fp16-optimizer-dynamic")
+    assert precision["equals"] == (["manual", "fp16-optimizer"] if script == "main" else [])
+    assert (precision["dtype"], precision["loss_scale"]) == ("float16", 128.0 if script == "main" else None)
+    assert environment["device"]
+    assert environment["torch"] == torch.__version__
+    assert re.fullmatch(r"3\.\d+\.\d+\S*", environment["python"])
+    assert environment["roundoff"] == roundoff.__version__
+    assert environment["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", environment["git_commit"])
+    assert environment["command"] == [f"{script}.py", *flags]
+    assert (environment["processes"], environment["tf32"]) == (1, False)
+    corpus = config["job"]["corpus"]
     assert corpus.pop("sha256").keys() == {"train", "valid", "test"}
     assert corpus == {"name": "corpus", "words": 18, "vocab_size": 24, **TOKENS}
     layers = 2 * (4 * 8 * (8 + 8 + 2))
@@ -149,7 +148,7 @@ def test_half_is_half(programs, script, flags):
     programs.before_training(watch)
     run = programs.train(script, "--dry-run", *flags)
     amp = script == "main_amp"  # autocast keeps the weights, and so their gradients, in fp32
-    assert run.config["dtypes"] == {
+    assert run.config["precision"]["dtypes"] == {
         "weights": "float32" if amp else "float16",
         "master_weights": "float32",
         "hidden": "float16",
@@ -165,7 +164,7 @@ def test_half_is_half(programs, script, flags):
 @every_script
 def test_fp32_is_fp32(programs, script):
     run = programs.train(script, "--dry-run", *(["--dtype", "float32"] if script == "main_amp" else []))
-    assert set(run.config["dtypes"].values()) == {"float32"}
+    assert set(run.config["precision"]["dtypes"].values()) == {"float32"}
     assert run.steps[0]["loss_scale"] == 1.0
 
 

@@ -161,13 +161,12 @@ def test_the_page_says_what_was_found_and_how_each_run_was_made(tmp_path: Path) 
         assert text in page.text
     assert "lr is 20 in a, 10 in b" in page.text
     assert "-0.0010[-0.0030, +0.0010]" in page.text
-    assert page.text.count("corpus sha256 train") == 2
+    assert page.text.count("job corpus sha256 train") == 2
     assert page.text.count("environment command") == 2
     assert "main.py --seed 1111" in page.text
     marked = [attrs for tag, attrs in page.tags if tag == "tr" and attrs.get("class") == "differs"]
-    assert len(marked) == 2 * sum(
-        runs[0].config[name] != runs[1].config[name] for name in ("mode", "dtype", "fp16", "static_loss_scale")
-    ) + 2 * sum(runs[0].config["dtypes"][name] != runs[1].config["dtypes"][name] for name in runs[0].config["dtypes"])
+    differing = ["mode", "dtype", "loss_scale", "equals", *("weights", "hidden", "logits", "gradients")]
+    assert len(marked) == 2 * len([*differing, "fp16"])
 
 
 def test_a_long_run_keeps_its_extremes_and_a_bearable_size(tmp_path: Path) -> None:

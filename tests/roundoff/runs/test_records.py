@@ -16,8 +16,9 @@ from jobs import count_tensors
 from programs import BATCHES, HALF, SCRIPTS, TINY, read_rows, read_run, strict_json
 from roundoff.errors import UsageError
 from roundoff.precision import StepResult
-from roundoff.runs.directory import RunDirectory, perplexity
+from roundoff.runs.directory import RunDirectory
 from roundoff.runs.jsonfile import to_json
+from roundoff.runs.reading import perplexity
 
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
 

@@ -90,7 +90,7 @@ def test_duplicates_are_refused_even_anyway(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_another_job_is_refused(tmp_path: Path, field: str, value: Any, ours: Any) -> None:
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", **{field: value}), run(tmp_path, "amp-fp16")]
+    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", job={field: value}), run(tmp_path, "amp-fp16")]
     difference = f"{field} is {ours} in {runs[0].path}, {runs[2].path}, {value} in {runs[1].path}"
     assert refusal(runs) == (f"these runs do not train the same job: {difference}; leave some out, or add --anyway")
     assert compare(runs, anyway=True).differences == [difference]
@@ -98,24 +98,24 @@ def test_another_job_is_refused(tmp_path: Path, field: str, value: Any, ours: An
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_another_corpus_is_refused(tmp_path: Path, split: str) -> None:
-    corpus = make_config()["corpus"]
-    other = corpus | {"sha256": corpus["sha256"] | {split: "ff" * 32}}
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", corpus=other)]
+    corpus = make_config()["job"]["corpus"]
+    other = {"sha256": {split: "ff" * 32}}
+    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", job={"corpus": other})]
     ours = corpus["sha256"][split][:19] + "…"
-    text = f"corpus sha256 of {split} is {ours} in {runs[0].path}, {'f' * 19}… in {runs[1].path}"
+    text = f"corpus.sha256.{split} is {ours} in {runs[0].path}, {'f' * 19}… in {runs[1].path}"
     assert text in refusal(runs)
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    corpus = make_config()["corpus"]
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", corpus=corpus | {"vocab_size": 2188, "words": 2187})]
+    corpus = {"vocab_size": 2188, "words": 2187}
+    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", job={"corpus": corpus})]
     text = refusal(runs)
-    assert f"corpus words is 2186 in {runs[0].path}, 2187 in {runs[1].path}; corpus vocab_size is 2192 in" in text
+    assert f"corpus.words is 2186 in {runs[0].path}, 2187 in {runs[1].path}; corpus.vocab_size is 2192 in" in text
 
 
 def test_other_flags_and_machines_are_not_another_job(tmp_path: Path) -> None:
     environment = {"torch": "2.6.0", "threads": 8}
-    options = {"environment": environment, "device": "cuda:0", "device_name": "A GPU", "log_interval": 5, "data": "b"}
+    options = {"environment": environment | {"device": "A GPU"}, "options": {"log_interval": 5, "data": "b"}}
     runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", **options)]
     seen = compare(runs)
     assert seen.differences == []
@@ -130,12 +130,14 @@ def test_other_seeds_are_refused(tmp_path: Path) -> None:
 
 
 def test_many_runs_are_named_shortly(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32", seed) for seed in SEEDS] + [run(tmp_path, "manual", seed, bptt=1) for seed in SEEDS]
+    runs = [run(tmp_path, "fp32", seed) for seed in SEEDS] + [
+        run(tmp_path, "manual", seed, job={"bptt": 1}) for seed in SEEDS
+    ]
     assert " and 2 more" in refusal(runs)
 
 
 def test_hostile_names_stay_on_one_line(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "a\n\x1b[31m<b>", model="x\r\n" * 100)]
+    runs = [run(tmp_path, "fp32"), run(tmp_path, "a\n\x1b[31m<b>", job={"model": "x\r\n" * 100})]
     assert "x\\r\\nx" in refusal(runs)
 
 

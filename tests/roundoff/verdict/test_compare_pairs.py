@@ -51,7 +51,9 @@ def test_pairs_that_must_agree(tmp_path: Path, modes: list[str], pairs: list[tup
     ],
 )
 def test_only_powers_of_two_must_agree(tmp_path: Path, modes: Any, scales: Any, expected: bool) -> None:
-    runs = [run(tmp_path, m, loss_scales=[1.0] * 8, static_loss_scale=s) for m, s in zip(modes, scales, strict=True)]
+    runs = [
+        run(tmp_path, m, loss_scales=[1.0] * 8, precision={"loss_scale": s}) for m, s in zip(modes, scales, strict=True)
+    ]
     assert len(compare(runs).pairs) == expected
     (asked,) = compare(runs, expect_equal=[modes]).pairs
     assert (asked.expected, asked.equal) == (expected, True)
@@ -60,8 +62,8 @@ def test_only_powers_of_two_must_agree(tmp_path: Path, modes: Any, scales: Any, 
 @pytest.mark.parametrize(
     "other",
     [
-        {"device_name": "B"}, {"environment": {"torch": "2.6.0", "threads": 2}}, {"tf32": True}, {"processes": 2},
-        {"lr": 5.0},
+        {"environment": {"device": "B"}}, {"environment": {"torch": "2.6.0"}}, {"environment": {"threads": 3}},
+        {"environment": {"tf32": True}}, {"environment": {"processes": 2}}, {"job": {"lr": 5.0}},
     ],
 )  # fmt: skip
 def test_other_machines_and_jobs_need_not_agree(tmp_path: Path, other: dict[str, Any]) -> None:
@@ -69,7 +71,7 @@ def test_other_machines_and_jobs_need_not_agree(tmp_path: Path, other: dict[str,
 
 
 def test_a_longer_run_must_agree_as_far_as_the_other_goes(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32", epochs=4, max_steps=9), run(tmp_path, "amp-fp32", 1111, LOSSES[:5])]
+    runs = [run(tmp_path, "fp32", job={"epochs": 4, "max_steps": 9}), run(tmp_path, "amp-fp32", 1111, LOSSES[:5])]
     (pair,) = compare(runs, anyway=True).pairs
     assert (pair.expected, pair.steps) == (True, 5)
 

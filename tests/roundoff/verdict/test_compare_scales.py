@@ -14,7 +14,8 @@ from synthetic import make_run
 
 def comparison(folder: Path, *runs: tuple[str, float | None, int], reference: str | None = None) -> Comparison:
     paths = [
-        make_run(folder / str(i), label, seed, static_loss_scale=scale) for i, (label, scale, seed) in enumerate(runs)
+        make_run(folder / str(i), label, seed, precision={"loss_scale": scale})
+        for i, (label, scale, seed) in enumerate(runs)
     ]
     return compare([read_run(path) for path in paths], reference=reference)
 
