@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-import lm.launch.probing.build
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,9 +97,9 @@ def test_the_reference_is_autograd_in_float64_and_carries_its_state(kind, tied, 
         assert not any(state.requires_grad for state in states(reference.hidden))
 
 
-def make_modes(names: Any, model: RNNModel, **options: Any) -> list[Mode]:
+def make_modes(names: Any, net: RNNModel, /, **options: Any) -> list[Mode]:
     made = [(name, MODES[name].script, MODES[name].options | options) for name in names]
-    return [Mode(name, make_args(script, **told), PRECISIONS[script], model) for name, script, told in made]
+    return [Mode(name, make_args(script, **told), PRECISIONS[script], net) for name, script, told in made]
 
 
 @pytest.mark.parametrize("name", MODES)
