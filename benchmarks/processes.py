@@ -54,7 +54,7 @@ def python(*arguments: str) -> str:
 
 def flags(mode: str, data: str, size: int, folder: str) -> list[str]:
     """Script and flags of `mode`, with its results in `folder`."""
-    where = ["--run-dir", f"{folder}/run", "--save", f"{folder}/model.pt"]
+    where = ["--run-dir", f"{folder}/run", "--save", f"{folder}/model.safetensors"]
     return [*MODES[mode], "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
 
 

@@ -21,7 +21,7 @@ def trainer(mode: str, data: str, size: int) -> Iterator[Training]:
     script, *flags = MODES[mode]
     module = importlib.import_module(script.removesuffix(".py"))
     with tempfile.TemporaryDirectory() as folder:
-        where = ["--run-dir", f"{folder}/run", "--save", str(Path(folder, "model.pt"))]
+        where = ["--run-dir", f"{folder}/run", "--save", str(Path(folder, "model.safetensors"))]
         argv = [script, *flags, "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
         with patch.object(sys, "argv", argv), patch.object(module, "fit") as fit:
             module.main()

@@ -45,7 +45,7 @@ def amp(model: RNNModel, lr: float) -> Precision:
 
 def train(name: str, script: str, build: Callable[[RNNModel, float], Precision], **options: Any) -> None:
     """One run, recorded in `folder`."""
-    args = make_args(script, **job, **options, run_dir=folder / name, save=folder / f"{name}.pt")
+    args = make_args(script, **job, **options, run_dir=folder / name, save=folder / f"{name}.safetensors")
     set_up(args)
     corpus = Corpus(args.data)
     model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout)

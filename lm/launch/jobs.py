@@ -1,7 +1,8 @@
 """Runs the precision modes, each as its trainer's own command in a process of its own, and keeps what has ended.
 
 All of a comparison is below one folder: `compare.json` (what was asked for), and for each mode and seed
-`runs/<label>-<seed>` (the run directory, with model.pt) and `runs/<label>-<seed>.log` (what the trainer printed).
+`runs/<label>-<seed>` (the run directory, with model.safetensors) and `runs/<label>-<seed>.log` (what the
+trainer printed).
 """
 
 import fcntl
@@ -62,7 +63,7 @@ class Job:
     def command(self) -> list[str]:
         """What is run, word by word."""
         script, *mode = MODES[self.label]
-        where = ["--run-dir", str(self.run_dir), "--save", str(self.run_dir / "model.pt")]
+        where = ["--run-dir", str(self.run_dir), "--save", str(self.run_dir / "model.safetensors")]
         return [sys.executable, str(SCRIPTS / script), *mode, *self.flags, "--seed", str(self.seed), *where]
 
     @property

@@ -189,7 +189,9 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         action=Switch,
         help="write event files into the run directory too, for tensorboard --logdir runs",
     )
-    group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
+    group.add_argument(
+        "--save", type=Path, default=Path("model.safetensors"), metavar="FILE", help="the best model goes here"
+    )
     group.add_argument(
         "--onnx-export",
         type=Path,
@@ -207,7 +209,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-interval",
         type=whole,
         metavar="STEPS",
-        help="write checkpoint.pt after this many steps too, not only after each epoch and when the run is stopped",
+        help="write a checkpoint after this many steps too, not only after each epoch and when the run is stopped",
     )
     group.add_argument(
         "--resume",

@@ -1,8 +1,8 @@
 """The run directory: everything that is known of a run afterwards, as files that any program can read.
 
 `config.json` is written when training starts, `steps.jsonl` and `epochs.jsonl` grow with it, `result.json` is
-written at its end; `resume.py` has `checkpoint.pt`. JSON has no inf or nan: such values stand as the strings
-"inf", "-inf" and "nan", which Python's float() and JavaScript's Number() (but for "inf") read back.
+written at its end. Whoever trains writes a checkpoint beside them. JSON has no inf or nan: such values stand as the
+strings "inf", "-inf" and "nan", which Python's float() and JavaScript's Number() (but for "inf") read back.
 """
 
 import math
@@ -23,7 +23,7 @@ from roundoff.runs.jsonfile import to_json
 from roundoff.runs.listeners import Listener, current_listeners
 
 LINES = ("steps.jsonl", "epochs.jsonl")
-FILES = ("config.json", *LINES, "result.json", "checkpoint.pt")
+FILES = ("config.json", *LINES, "result.json", "checkpoint.safetensors")
 START = dict.fromkeys(("steps", "skipped", *LINES), 0)
 """The `RunDirectory.state` of a run that has recorded nothing."""
 

@@ -141,7 +141,7 @@ def make_config(label: str = "fp32", seed: int = 1111) -> dict[str, Any]:
         "scale_window": 2000,
         "tf32": False,
         "log_interval": 200,
-        "save": "model.pt",
+        "save": "model.safetensors",
         "run_dir": "run",
         "script": script,
         "device": "cpu",

@@ -27,22 +27,22 @@ def test_a_file_that_would_run_code(programs, inside, legacy):
     content = Executed(marker)
     if inside:
         content = {"format": FORMAT, "options": {"kind": Executed(marker)}, "vocabulary": WORDS, "weights": {}}
-    torch.save(content, programs.folder / "model.pt", _use_new_zipfile_serialization=not legacy)
-    assert "--checkpoint model.pt" in programs.refuse("generate")
+    torch.save(content, programs.folder / "model.safetensors", _use_new_zipfile_serialization=not legacy)
+    assert "--checkpoint model.safetensors" in programs.refuse("generate")
     assert not marker.exists()
-    torch.load(programs.folder / "model.pt", weights_only=False)
+    torch.load(programs.folder / "model.safetensors", weights_only=False)
     assert marker.exists()  # the file is as bad as it is meant to be
 
 
 def test_a_bare_pickle_that_would_run_code(programs):
     marker = programs.folder / "executed"
-    (programs.folder / "model.pt").write_bytes(pickle.dumps(Executed(marker)))
-    assert "--checkpoint model.pt" in programs.refuse("generate")
+    (programs.folder / "model.safetensors").write_bytes(pickle.dumps(Executed(marker)))
+    assert "--checkpoint model.safetensors" in programs.refuse("generate")
     assert not marker.exists()
 
 
 def test_no_file_and_a_folder(programs):
-    assert "--checkpoint model.pt" in programs.refuse("generate")
+    assert "--checkpoint model.safetensors" in programs.refuse("generate")
     error = programs.refuse("generate", "--checkpoint", "corpus")
     assert "--checkpoint corpus" in error
     assert "no such file" not in error  # there is one, of another kind
@@ -52,15 +52,15 @@ def test_no_file_and_a_folder(programs):
     "content", [b"", b"\0", b"not a model\n" * 100, b"PK\x03\x04" + bytes(200), b"\x80\x02]q\x00."], ids=range(5)
 )
 def test_a_file_of_another_kind(programs, content):
-    (programs.folder / "model.pt").write_bytes(content)
-    assert "--checkpoint model.pt" in programs.refuse("generate")
+    (programs.folder / "model.safetensors").write_bytes(content)
+    assert "--checkpoint model.safetensors" in programs.refuse("generate")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 def test_a_file_cut_short(saved, share):
-    whole = (saved.folder / "model.pt").read_bytes()
-    (saved.folder / "model.pt").write_bytes(whole[: int(share * len(whole))])
-    assert "--checkpoint model.pt" in saved.refuse("generate")
+    whole = (saved.folder / "model.safetensors").read_bytes()
+    (saved.folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+    assert "--checkpoint model.safetensors" in saved.refuse("generate")
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_a_file_cut_short(saved, share):
     ids=["None", "number", "list", "empty", "tensor", "weights alone", "format of the future", "strange format"],
 )
 def test_a_torch_file_that_is_no_model(programs, content):
-    torch.save(content, programs.folder / "model.pt")
+    torch.save(content, programs.folder / "model.safetensors")
     assert "no model file" in programs.refuse("generate")
 
 
 def test_a_model_saved_whole(programs):
     """As other programs save theirs; to read it would be to run it."""
-    torch.save(make_model(), programs.folder / "model.pt")
-    assert "--checkpoint model.pt" in programs.refuse("generate")
+    torch.save(make_model(), programs.folder / "model.safetensors")
+    assert "--checkpoint model.safetensors" in programs.refuse("generate")
 
 
 def spoiled(part: str, value: object) -> dict:
@@ -141,11 +141,11 @@ def spoiled(part: str, value: object) -> dict:
     ],
 )
 def test_a_model_file_that_contradicts_itself(programs, part, value):
-    torch.save(spoiled(part, value), programs.folder / "model.pt")
-    assert "--checkpoint model.pt" in programs.refuse("generate", "--words", "5")
+    torch.save(spoiled(part, value), programs.folder / "model.safetensors")
+    assert "--checkpoint model.safetensors" in programs.refuse("generate", "--words", "5")
 
 
 def test_a_spoiled_file_differs_in_the_spoiled_part_only(programs):
-    torch.save(spoiled("options/dropout", 0.3), programs.folder / "model.pt")
+    torch.save(spoiled("options/dropout", 0.3), programs.folder / "model.safetensors")
     assert programs.run("generate", "--words", "5").code == 0
     assert len((programs.folder / "generated.txt").read_text(encoding="utf-8").split()) == 5

@@ -98,7 +98,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, mode):
 
 
 def test_a_link_keeps_pointing_to_the_file(tmp_path):
-    """People link model.pt to a larger disk."""
+    """People link model.safetensors to a larger disk."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
     write_atomically(tmp_path / "link", lambda file: file.write(b"content"))
@@ -135,8 +135,8 @@ WORDS = [f"wörd{i}" for i in range(11)]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_comes_back_exactly(tmp_path, kind, tied, dtype):
     model = make_model(kind, tied).to(dtype)
-    save_model(tmp_path / "model.pt", model, WORDS)
-    loaded, vocabulary = load_model(tmp_path / "model.pt")
+    save_model(tmp_path / "model.safetensors", model, WORDS)
+    loaded, vocabulary = load_model(tmp_path / "model.safetensors")
     assert vocabulary == WORDS
     assert loaded.options == model.options == {
         "kind": kind, "ntokens": 16, "emsize": 8, "nhid": 8, "nlayers": 2, "dropout": 0.3, "tied": tied,
@@ -153,18 +153,18 @@ def test_a_model_comes_back_exactly(tmp_path, kind, tied, dtype):
 
 
 def test_the_file_loads_without_running_anything_from_it(tmp_path):
-    save_model(tmp_path / "model.pt", make_model(), WORDS)
-    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    save_model(tmp_path / "model.safetensors", make_model(), WORDS)
+    content = torch.load(tmp_path / "model.safetensors", weights_only=True)
     assert content.keys() == {"format", "options", "vocabulary", "weights"}
     assert all(type(value) in (str, int, float, bool) for value in content["options"].values())
 
 
 def test_a_save_that_fails_keeps_the_best_model(tmp_path, monkeypatch):
     best = make_model()
-    save_model(tmp_path / "model.pt", best, WORDS)
+    save_model(tmp_path / "model.safetensors", best, WORDS)
     monkeypatch.setattr(torch, "save", lambda content, file: write_half(file))
     with pytest.raises(OSError, match="No space left"):
-        save_model(tmp_path / "model.pt", make_model(seed=1), WORDS)
+        save_model(tmp_path / "model.safetensors", make_model(seed=1), WORDS)
     monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
-    assert torch.equal(load_model(tmp_path / "model.pt")[0].encoder.weight, best.encoder.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(load_model(tmp_path / "model.safetensors")[0].encoder.weight, best.encoder.weight)

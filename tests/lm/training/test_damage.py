@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from roundoff.runs.tensorfile import load_tensors
 
 from disks import MODE, RUN_FILES, START, one_line
 from lm.training.checkpoint import read_checkpoint
 from programs import ROOT, Programs, start
 from roundoff.runs.directory import RunDirectory
-from roundoff.runs.tensorfile import load_tensors
 from runs import KilledError, kill_at, outcome, resume
 
 
@@ -27,7 +27,9 @@ def killed(tiny: Programs, monkeypatch: pytest.MonkeyPatch, expected: dict[str, 
     """A run that was killed after its second epoch's first checkpoint; a copy, to begin with again."""
     kill_at(monkeypatch, tiny, "train_step", 15, *START)
     shutil.copytree(tiny.folder / "run", tiny.folder / "copy")
-    assert {"checkpoint.pt", "checkpoint.previous.pt"} <= {path.name for path in (tiny.folder / "copy").iterdir()}
+    assert {"checkpoint.safetensors", "checkpoint.previous.safetensors"} <= {
+        path.name for path in (tiny.folder / "copy").iterdir()
+    }
     return tiny.folder / "run"
 
 
@@ -35,7 +37,7 @@ def again(run: Path) -> Path:
     """Put the killed run back as it was; return its checkpoint."""
     shutil.rmtree(run)
     shutil.copytree(run.with_name("copy"), run)
-    return run / "checkpoint.pt"
+    return run / "checkpoint.safetensors"
 
 
 def damages() -> dict[str, Callable[[Path], object]]:
@@ -65,7 +67,7 @@ def damages() -> dict[str, Callable[[Path], object]]:
             "a directory": directory,
             "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
             "a text": lambda path: path.write_text("no checkpoint"),
-            "a model": lambda path: shutil.copy("model.pt", path),
+            "a model": lambda path: shutil.copy("model.safetensors", path),
             "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
             "deleted": Path.unlink,
         }
@@ -81,13 +83,15 @@ def test_a_damaged_checkpoint(tiny, killed, expected, record_testsuite_property)
         out = resume(tiny, MODE[0]).out
         if "| going on with run at epoch 2, step 10\n" in out:
             fell_back += 1
-            assert "; going on from the one before it, checkpoint.previous.pt\n" in out
-            assert out.startswith("| run/checkpoint.pt " + ("is missing" if name == "deleted" else "cannot be used ("))
+            assert "; going on from the one before it, checkpoint.previous.safetensors\n" in out
+            assert out.startswith(
+                "| run/checkpoint.safetensors " + ("is missing" if name == "deleted" else "cannot be used (")
+            )
         else:
             assert name.startswith("bit"), name
             assert out.startswith("| going on with run at epoch 2, step 13\n"), out
         assert outcome(tiny.folder) == expected, name
-        assert os.path.lexists(killed / "checkpoint.damaged.pt") == ("cannot be used (" in out)
+        assert os.path.lexists(killed / "checkpoint.damaged.safetensors") == ("cannot be used (" in out)
     assert fell_back > 45
     record_testsuite_property("damaged checkpoints survived", fell_back)
 
@@ -96,7 +100,9 @@ def test_a_damaged_checkpoint(tiny, killed, expected, record_testsuite_property)
 def test_every_damage_is_found_or_none(killed, capsys):
     """200 flipped bits and 50 lengths: what is read is one of the two checkpoints, to the bit."""
     path = again(killed)
-    newest, previous = (saved(load_tensors(killed / name)) for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+    newest, previous = (
+        saved(load_tensors(killed / name)) for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors")
+    )
     good = path.read_bytes()
     chance = random.Random(0)
     found = 0
@@ -107,7 +113,7 @@ def test_every_damage_is_found_or_none(killed, capsys):
         else:
             del data[chance.randrange(len(data)) :]
         path.write_bytes(data)
-        shutil.copy(killed.with_name("copy") / "checkpoint.previous.pt", killed)
+        shutil.copy(killed.with_name("copy") / "checkpoint.previous.safetensors", killed)
         content = saved(read_checkpoint(killed))
         if "cannot be used" in capsys.readouterr().out:
             found += 1
@@ -126,11 +132,16 @@ def saved(content: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "left", [("checkpoint.pt", "checkpoint.previous.pt"), ("checkpoint.pt",), ("checkpoint.previous.pt",)]
+    "left",
+    [
+        ("checkpoint.safetensors", "checkpoint.previous.safetensors"),
+        ("checkpoint.safetensors",),
+        ("checkpoint.previous.safetensors",),
+    ],
 )
 def test_no_good_checkpoint(tiny, killed, expected, left):
     """The line says what to delete; after that the run starts from its beginning."""
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
         if name in left:
             os.truncate(killed / name, 1000)
         else:
@@ -156,7 +167,10 @@ def test_two_runs_in_one_directory(tiny):
             one_line(done, 2, "run is in use by another run")
             assert not (tiny.folder / "other.pt").exists()
         assert process.poll() is None
-        assert {path.name for path in (tiny.folder / "run").glob("[!.]*")} <= {*RUN_FILES, "checkpoint.previous.pt"}
+        assert {path.name for path in (tiny.folder / "run").glob("[!.]*")} <= {
+            *RUN_FILES,
+            "checkpoint.previous.safetensors",
+        }
     finally:
         process.kill()
         process.communicate()
@@ -209,7 +223,7 @@ def test_records_shorter_than_the_checkpoint_says(tiny, killed, name, lost):
     other = killed / ("epochs.jsonl" if name == "steps.jsonl" else "steps.jsonl")
     other.write_bytes(other.read_bytes() + b"{")  # which must not be cut first
     if lost:
-        os.truncate(path, load_tensors(killed / "checkpoint.pt")["records"][name] - lost)
+        os.truncate(path, load_tensors(killed / "checkpoint.safetensors")["records"][name] - lost)
     else:
         path.unlink()
     error = tiny.refuse(MODE[0], "--resume", "run")

@@ -183,7 +183,7 @@ def test_a_half_dtype_that_this_cpu_cannot_run(programs, monkeypatch, script, fl
     assert "fp32" in error
 
 
-@pytest.mark.parametrize("place", ["corpus", "nowhere/model.pt", "corpus/train.txt/model.pt", "pipe"])
+@pytest.mark.parametrize("place", ["corpus", "nowhere/model.safetensors", "corpus/train.txt/model.safetensors", "pipe"])
 @every_script
 def test_unwritable_save(programs, script, place):
     """A directory; no such parent; a parent that is a file; a device or pipe, which a rename would destroy."""
@@ -194,7 +194,9 @@ def test_unwritable_save(programs, script, place):
 
 
 @pytest.mark.parametrize("run_dir", ["run", "deep/run"])
-@pytest.mark.parametrize("name", ["", "..", *RUN_FILES, "checkpoint.previous.pt", "checkpoint.damaged.pt"])
+@pytest.mark.parametrize(
+    "name", ["", "..", *RUN_FILES, "checkpoint.previous.safetensors", "checkpoint.damaged.safetensors"]
+)
 @pytest.mark.parametrize("flag", ["--save", "--onnx-export"])
 def test_save_may_not_be_the_runs_own(programs, flag, name, run_dir):
     """Else the model took the checkpoint's place, or the run its directory's."""
@@ -207,12 +209,14 @@ def test_save_may_not_be_the_runs_own(programs, flag, name, run_dir):
 
 def test_save_may_not_be_the_runs_own_when_it_goes_on(programs):
     programs.train("main")
-    assert "--save run/checkpoint.pt is" in programs.refuse("main", "--resume", "run", "--save", "run/checkpoint.pt")
+    assert "--save run/checkpoint.safetensors is" in programs.refuse(
+        "main", "--resume", "run", "--save", "run/checkpoint.safetensors"
+    )
     assert "--save runs is" in programs.refuse("main", *TINY[:-2], "--save", "runs")
-    (programs.folder / "elsewhere.pt").symlink_to("run/checkpoint.pt")
-    (programs.folder / "run" / "checkpoint.pt").rename(programs.folder / "far.pt")
-    (programs.folder / "run" / "checkpoint.pt").symlink_to("../far.pt")
-    for place in ("elsewhere.pt", "far.pt", "run/checkpoint.pt"):
+    (programs.folder / "elsewhere.pt").symlink_to("run/checkpoint.safetensors")
+    (programs.folder / "run" / "checkpoint.safetensors").rename(programs.folder / "far.pt")
+    (programs.folder / "run" / "checkpoint.safetensors").symlink_to("../far.pt")
+    for place in ("elsewhere.pt", "far.pt", "run/checkpoint.safetensors"):
         assert f"--save {place} is" in programs.refuse("main", "--resume", "run", "--save", place)
 
 
@@ -266,7 +270,7 @@ def test_a_new_run_dir_of_several_levels_is_made(programs):
 def test_the_process_itself_shows_no_traceback(programs):
     """What the other tests see in their own process, once as a user does."""
     before = programs.files()
-    process = start(programs.folder, "main_amp", *TINY, "--save", "nowhere/model.pt", stdout=-1, stderr=-1)
+    process = start(programs.folder, "main_amp", *TINY, "--save", "nowhere/model.safetensors", stdout=-1, stderr=-1)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)
     assert err.startswith(b"error: ")

@@ -5,15 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-
 import roundoff.runs.pickle_check
 import roundoff.runs.tensorfile
-from hostile import COMMANDS
+import torch
 from hostile_sizes import COUNT, MODELS
+from roundoff.runs.tensorfile import load_tensors
+
+from hostile import COMMANDS
 from programs import Programs
 from roundoff.errors import BadFileError
-from roundoff.runs.tensorfile import load_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def few_values(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hostile_model(programs: Programs, name: str) -> None:
     canary = programs.folder / "canary"
     hostile = MODELS[name]
-    (programs.folder / "model.pt").write_bytes(hostile.make(canary))
+    (programs.folder / "model.safetensors").write_bytes(hostile.make(canary))
     error = programs.refuse("generate", "--words", "5")  # and nothing was made, the canary least of all
     assert error.startswith("error: --checkpoint"), error
     assert re.search(hostile.said, error), error
@@ -37,12 +37,12 @@ def test_a_hostile_model(programs: Programs, name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_would_have_run(tmp_path: Path, name: str) -> None:
     """The file is as bad as it is meant to be."""
-    (tmp_path / "model.pt").write_bytes(COMMANDS[name].make(tmp_path / "canary"))
+    (tmp_path / "model.safetensors").write_bytes(COMMANDS[name].make(tmp_path / "canary"))
     with pytest.raises(BadFileError, match=r"^[ -~]{10,150}$"):
-        load_tensors(tmp_path / "model.pt")
+        load_tensors(tmp_path / "model.safetensors")
     assert not (tmp_path / "canary").exists()
     with suppress(TypeError, AttributeError, RuntimeError):  # over what the command returned
-        torch.load(tmp_path / "model.pt", weights_only=False)
+        torch.load(tmp_path / "model.safetensors", weights_only=False)
     assert (tmp_path / "canary").exists()
 
 

@@ -126,7 +126,7 @@ def test_steps_that_wait_are_one_tensor(tmp_path):
 
 
 def test_epochs_and_result(tmp_path):
-    records = RunDirectory.create(tmp_path / "run", "", {"clip": math.inf, "save": Path("model.pt")})
+    records = RunDirectory.create(tmp_path / "run", "", {"clip": math.inf, "save": Path("model.safetensors")})
     records.epoch(1, 5.0, 20.0, 1.5)
     assert read_rows(tmp_path / "run" / "epochs.jsonl") == [
         {"epoch": 1, "valid_loss": 5.0, "valid_ppl": math.exp(5.0), "lr": 20.0, "seconds": 1.5}
@@ -137,7 +137,7 @@ def test_epochs_and_result(tmp_path):
     records.flush()
     assert [row["valid_ppl"] for row in read_rows(tmp_path / "run" / "epochs.jsonl")[1:]] == ["inf", "nan"]
     run = read_run(tmp_path / "run")
-    assert run.config == {"clip": "inf", "save": "model.pt"}
+    assert run.config == {"clip": "inf", "save": "model.safetensors"}
     assert run.result == {
         "status": "finished", "test_loss": 1000.0, "test_ppl": "inf", "steps": 0, "skipped": 0,
         "tokens_per_second": None, "peak_memory_bytes": 7,
