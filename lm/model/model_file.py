@@ -36,6 +36,8 @@ def load_model(path: Path) -> tuple[RNNModel, list[str]]:
     except BadFileError as error:
         raise UsageError(f"--checkpoint {path} cannot be read as a model file ({error}); give another") from None
     try:
+        if not isinstance(content, dict):
+            raise TypeError("it holds no model")
         options, vocabulary, weights = content["options"], content["vocabulary"], content["weights"]
         for name, weight in weights.items():
             _check_weight(name, weight)

@@ -153,7 +153,9 @@ PICKLES: dict[str, Callable[[Path], bytes]] = {
         Call(Path.touch, canary), _use_new_zipfile_serialization=False
     ),
     "in a model": lambda canary: _torch_saved({"options": {"kind": Call(Path.touch, canary)}, "vocabulary": []}),
-    "bare pickle": lambda canary: pickle.dumps(Call(builtins.eval, f"open({str(canary)!r}, 'w')")),
+    "bare pickle": lambda canary: pickle.dumps(
+        Call(builtins.eval, f"__import__('pathlib').Path({str(canary)!r}).touch()")
+    ),
     "bare pickle, protocol 0": lambda canary: pickle.dumps(Call(os.mkdir, str(canary)), 0),
 }
 """Files that make the canary when they are unpickled."""

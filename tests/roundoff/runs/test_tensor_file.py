@@ -209,7 +209,7 @@ def test_any_json_is_a_tree_or_refused(tmp_path: Path) -> None:
             assert same(load_tensors(tmp_path / "again", FORMAT), found)
 
     check()
-    assert min(accepted.count(True), accepted.count(False)) > 20
+    assert min(accepted.count(True), accepted.count(False)) > 10
 
 
 # --- the machine
