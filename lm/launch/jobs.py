@@ -1,7 +1,8 @@
 """Runs the precision modes, each as its trainer's own command in a process of its own, and keeps what has ended.
 
 All of a comparison is below one folder: `compare.json` (what was asked for), and for each mode and seed
-`runs/<label>-<seed>` (the run directory, with model.pt) and `runs/<label>-<seed>.log` (what the trainer printed).
+`runs/<label>-<seed>` (the run directory, with model.safetensors) and `runs/<label>-<seed>.log` (what the
+trainer printed).
 """
 
 import json
@@ -70,7 +71,7 @@ class Job:
     @property
     def save(self) -> Path:
         """Where the model goes."""
-        return self.run_dir / "model.pt"
+        return self.run_dir / "model.safetensors"
 
     @property
     def log(self) -> Path:

@@ -1,4 +1,4 @@
-"""checkpoint.pt: everything that lets a run go on to the bit, and the reading of it, which trusts nothing."""
+"""The checkpoint of a run: all that lets it go on to the bit, and the reading of it, which trusts nothing."""
 
 import json
 import math
@@ -7,21 +7,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from roundoff.errors import BadFileError, UsageError, printable
 from roundoff.runs.directory import FILES
-from roundoff.runs.files import write_atomically
 from roundoff.runs.jsonfile import read_object, to_json
 from roundoff.runs.reading import machine
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.tensor_file import load_tensors, save_tensors
 from roundoff.terminal import say
 
-FORMAT = "roundoff checkpoint 1"
-FILE = "checkpoint.pt"
-PREVIOUS = "checkpoint.previous.pt"
-DAMAGED = "checkpoint.damaged.pt"
+FORMAT = "roundoff checkpoint 2"
+FILE = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
+DAMAGED = "checkpoint.damaged.safetensors"
+OLD = "checkpoint.pt"
+"""The checkpoint of a version whose checkpoints were pickles."""
 
 
 @dataclass
@@ -81,14 +81,12 @@ def check_not_of_the_run(flag: str, path: Path, run_dir: Path | None) -> None:
 
 
 def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:
-    """Make `content` the run's checkpoint.pt, and keep the one before it."""
-    write_atomically(
-        directory / FILE, lambda file: torch.save(content | {"format": FORMAT}, file), keep=directory / PREVIOUS
-    )
+    """Make `content` the run's checkpoint, and keep the one before it."""
+    save_tensors(directory / FILE, content, FORMAT, keep=directory / PREVIOUS)
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any] | None:
-    """The run's last checkpoint, or the one before it where that is damaged; None before the first one.
+    """Return the run's last checkpoint, or the one before it where that is damaged; None before the first one.
 
     Raises:
         UsageError: those that are there cannot be used.
@@ -100,9 +98,9 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
         if not os.path.lexists(path):
             continue
         try:
-            content = load_tensors(path)
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise BadFileError("no checkpoint of this project")
+            content: dict[str, Any] = load_tensors(path, FORMAT)
+            if not isinstance(content, dict):
+                raise BadFileError("it holds no state of a run")
         except (BadFileError, FileNotFoundError) as error:  # no such file: a link to one that is gone
             damaged.append(str(path))
             problem = f"{path} cannot be used ({error})" if len(damaged) == 1 else problem
@@ -115,6 +113,10 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
         return content
     if damaged:
         raise UsageError(f"--resume: {problem}; delete {' and '.join(damaged)} to start the run from its beginning")
+    if (directory / OLD).exists():
+        raise UsageError(
+            f"--resume: {directory / OLD} was written by an older version, whose files are not read; start a new run"
+        )
     return None
 
 

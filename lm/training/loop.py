@@ -219,7 +219,7 @@ class Training:
             save_model(self.args.save, self.model, self.corpus.dictionary.idx2word)
 
     def write_checkpoint(self) -> None:
-        """Write checkpoint.pt; all processes take part."""
+        """Write a checkpoint; all processes take part."""
         state = take_state(self.model, self.precision, self.at, self.hidden, self.best_weights)
         if self.records.path is not None:
             records = self.records.state()

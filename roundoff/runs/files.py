@@ -38,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Pat
         handle, beside = _create_beside(path)
         try:
             with os.fdopen(handle, "wb") as file:  # open, and so locked, until the name is gone
-                _fill(file, write)
+                write(file)
                 sync(file)
                 umask = os.umask(0)
                 os.umask(umask)
@@ -90,15 +90,6 @@ def _create_beside(path: Path) -> tuple[int, Path]:
         if os.path.lexists(name):
             return handle, Path(name)
         os.close(handle)  # another process took it for a leftover before the lock was on it
-
-
-def _fill(file: IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
-    try:
-        write(file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch.save hides what the file raised
-            raise error.__context__ from None
-        raise
 
 
 def _keep(path: Path, keep: Path) -> None:

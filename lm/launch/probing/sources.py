@@ -21,7 +21,7 @@ from lm.training.process import set_up
 from lm.training.train_state import restore_state
 from roundoff.errors import BadFileError, UsageError, printable
 from roundoff.runs.jsonfile import read_object
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.tensor_file import load_tensors
 
 OF_MODEL = ("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied")
 OF_PRECISION = ("fp16", "dtype", "dynamic_loss_scale", "static_loss_scale", "init_scale")
@@ -181,9 +181,9 @@ def _checkpoint(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"--run {printable(run)} has no {FILE}, which is written after the first epoch; wait for it")
     try:
-        content = load_tensors(path)
+        content = load_tensors(path, FORMAT)
     except (BadFileError, FileNotFoundError) as error:
         raise UsageError(f"--run {printable(run)}: {FILE} cannot be used ({error}); give another run") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"--run {printable(run)}: {FILE} is no checkpoint of this project; give another run")
+    if not isinstance(content, dict):
+        raise UsageError(f"--run {printable(run)}: {FILE} holds no state of a run; give another run")
     return content
