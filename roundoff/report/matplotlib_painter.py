@@ -17,6 +17,7 @@ with needs("report"):
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.markers import CARETDOWN
     from matplotlib.ticker import MaxNLocator
 
 DPI = 160
@@ -126,7 +127,7 @@ def _panel(axis: Any, panel: Panel, named: bool, width: float) -> None:
             getattr(axis, f"set_{name}scale")("log")
     for depth, item in enumerate(panel.items):
         _draw(item, axis, 1 + depth / 100)
-    axis.set_title(textwrap.fill(shown(panel.headline), int(width * 11)), fontsize=11, loc="left")
+    axis.set_title(textwrap.fill(shown(panel.headline), int(width * 12)), fontsize=11, loc="left")
     _scale(axis, "x", panel.x)
     if named:
         _scale(axis, "y", panel.y)
@@ -183,7 +184,7 @@ def _(item: Marks, axis: Any, depth: float) -> None:
     look: dict[str, Any] = {
         "mode": {"marker": MARKERS[style(item.mode or 0).marker], "markersize": 4.5},
         "cross": {"marker": "x", "markersize": 6, "markeredgewidth": 1.6},
-        "triangle": {"marker": "v", "markersize": 7, "clip_on": False},
+        "triangle": {"marker": CARETDOWN, "markersize": 8, "clip_on": False},  # stands on its tip
     }[item.shape]
     look |= {"color": colour, "linestyle": "", "alpha": 1.0 if item.strong else THIN, "zorder": depth}
     if item.bars is None:
