@@ -1,4 +1,4 @@
-"""What follows from the options that are given: those that are absent, and contradictions."""
+"""The conclusions from the options that are given: values of absent ones, and contradictions."""
 
 from dataclasses import replace
 
