@@ -19,17 +19,17 @@ DYNAMIC = {
 SPOILED = {0, 1, 6}
 STEPS = 8
 
-WAYS = [  # the scale, how gradients are made, max_norm, parts of a batch
-    (STATIC, "at once", 0.05, 1),
-    (DYNAMIC, "at once", 1e9, 2),
-    (STATIC, "deferred", INF, 2),
-    (DYNAMIC, "deferred", 0.05, 1),
-    (STATIC, "loss.backward()", 1e9, 2),
-    (DYNAMIC, "loss.backward()", INF, 1),
+WAYS = [  # the scale, how gradients are made, max_norm and norm_type, parts of a batch
+    (STATIC, "at once", (0.05, INF), 1),
+    (DYNAMIC, "at once", (1e9, 2), 2),
+    (STATIC, "deferred", None, 2),
+    (DYNAMIC, "deferred", (0.05, 2), 1),
+    (STATIC, "loss.backward()", (0.05, 1.0), 2),
+    (DYNAMIC, "loss.backward()", None, 1),
 ]
 
 
-def step(network, optimizer, i, max_norm=INF, parts=1, way="at once", factor=1.0):
+def step(network, optimizer, i, clip=None, parts=1, way="at once", factor=1.0):
     """Take one step; return the norm that clipping reports, if it clips."""
     (network if way == "deferred" else optimizer).zero_grad()
     for x, y in halves_of(i, parts):
@@ -40,22 +40,22 @@ def step(network, optimizer, i, max_norm=INF, parts=1, way="at once", factor=1.0
             optimizer.backward(loss, update_master_grads=way == "at once")
     if way != "at once":
         optimizer.update_master_grads()
-    norm = optimizer.clip_master_grads(max_norm) if max_norm < INF else None
+    norm = optimizer.clip_master_grads(*clip) if clip else None
     optimizer.step()
     return norm
 
 
 @with_foreach
 def test_training_is_the_loop_by_hand(case):
-    for scale, way, max_norm, parts in WAYS:
-        if (parts > 1 and "sums" in case.limits) or (max_norm < INF and "norm" in case.limits):
+    for scale, way, clip, parts in WAYS:
+        if (parts > 1 and "sums" in case.limits) or (clip and "norm" in case.limits):
             continue
         network, optimizer = case.build(**scale)
         # The loop runs at another power of two: where nothing is subnormal, no bit depends on it.
         hand = ByHand(case)
         for i in range(3):
-            assert step(network, optimizer, i, max_norm, parts, way) == hand.step(i, max_norm, parts)
-        assert same(snapshot(network, optimizer), snapshot(hand.network, hand.optimizer)), (way, max_norm, parts)
+            assert step(network, optimizer, i, clip, parts, way) == hand.step(i, clip, parts)
+        assert same(snapshot(network, optimizer), snapshot(hand.network, hand.optimizer)), (way, clip, parts)
         for param, master in zip(network.parameters(), masters_of(optimizer), strict=True):
             assert torch.equal(param, master.to(param.dtype))
             assert master.dtype == torch.float32
@@ -101,7 +101,7 @@ def test_a_saved_state_resumes_to_the_last_bit(case):
     def run(parts, steps):
         scales = []
         for i in steps:
-            step(*parts[:2], i, max_norm=0.5, factor=INF if i in SPOILED else 1.0)
+            step(*parts[:2], i, clip=(0.5,), factor=INF if i in SPOILED else 1.0)
             parts[2].step()
             scales.append((parts[1].loss_scale, parts[1].overflow, parts[1].found_inf.item()))
         return scales

@@ -1,6 +1,5 @@
 """Cases for FP16_Optimizer: small networks, optimizers, the same training by hand, comparisons to the last bit."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -139,15 +138,15 @@ class ByHand:
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
         self.optimizer = case.optimizer(case.groups(self.masters))
 
-    def step(self, i, max_norm=INF, parts=1, norm_type=2.0):
-        """Take one step and return the norm of the gradients before clipping."""
+    def step(self, i, clip=None, parts=1):
+        """Take one step; return the norm of the gradients before clipping, if `clip` has max_norm and norm_type."""
         self.network.zero_grad()
         for x, y in halves_of(i, parts):
             (loss_of(self.network, x, y) * self.scale).backward()
         for param, master in zip(self.params, self.masters, strict=True):
             grad = None if param.grad is None else param.grad.float() * (1 / self.scale)
             master.grad = grad.coalesce() if grad is not None and grad.is_sparse else grad
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm, norm_type) if math.isfinite(max_norm) else None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, *clip) if clip else None
         self.optimizer.step()
         with torch.no_grad():
             for param, master in zip(self.params, self.masters, strict=True):
