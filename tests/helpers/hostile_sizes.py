@@ -1,6 +1,6 @@
 """Files that claim what they do not hold, or hold what no trainer writes, by name, each with what must be said of it.
 
-`COUNT` is the number of hostile files in all, those of `hostile` and `hostile_runs` included.
+`COUNT` is the number of hostile files in all, those of `hostile` included.
 """
 
 import io
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import hostile_runs
 from hostile import (
     COMMANDS,
     FOUR,
@@ -284,4 +283,4 @@ LIES: dict[str, HostileFile] = {
 }
 
 MODELS = {**COMMANDS, **DAMAGED, **CLAIMS, **CONTENTS, **LIES}
-COUNT = len(MODELS) + len(hostile_runs.RUNS)
+COUNT = len(MODELS)
