@@ -84,11 +84,11 @@ def run_modes(args: argparse.Namespace) -> tuple[list[Run], list[Failure]]:
     named = [args.reference or labels[0], *itertools.chain(*(args.expect_equal or []))]
     if unknown := [label for label in named if label not in labels]:
         raise UsageError(f"--reference or --expect-equal: {unknown[0]!r} is not one of --modes {','.join(labels)}")
-    first_seed, flags, device = check_flags(labels, args.flags or [])
+    first_seed, options, device = check_flags(labels, args.flags or [])
     seeds = list(range(first_seed, first_seed + count))
     # One thread more or less changes sums in their last bits, so --jobs is part of what was asked for.
-    with comparison_folder(args.out, {"modes": labels, "seeds": seeds, "flags": flags, "jobs": at_once}) as lock:
-        jobs = [Job(label, seed, flags, args.out / "runs" / f"{label}-{seed}") for seed in seeds for label in labels]
+    with comparison_folder(args.out, {"modes": labels, "seeds": seeds, "options": options, "jobs": at_once}) as lock:
+        jobs = [Job(label, seed, options, args.out / "runs" / f"{label}-{seed}") for seed in seeds for label in labels]
         say(f"| {len(jobs)} runs in {args.out}")
         with continued_by_hand(args.out):
             failures = run_jobs(jobs, slot_environments(min(at_once, len(jobs)), device), lock)

@@ -1,23 +1,23 @@
 """Train a language model in fp16 with the precision management of FP16_Optimizer."""
 
 # PYTHON_ARGCOMPLETE_OK
-import argparse
 import sys
 
 import torch
 
 from lm.data.corpus import Corpus
-from lm.model.language_model import RNNModel, make_model
-from lm.options.config import parse_args, set_up
-from lm.options.optimizers import make_optimizer
+from lm.launch.entry import run_trainer
+from lm.model.language_model import RNNModel
+from lm.options.options import Options
 from lm.training.apex import import_fp16_utils
+from lm.training.build import make_model, make_optimizer
 from lm.training.loop import fit
-from lm.training.program import exit_code
+from lm.training.process import set_up
 from roundoff.precision import Precision, WrappedOptimizer
 
 
 # --- precision ---------------------------------------------------------------
-def make_precision(args: argparse.Namespace, model: RNNModel) -> Precision:
+def make_precision(args: Options, model: RNNModel) -> Precision:
     """Return FP16_Optimizer over half weights, or over fp32 ones; its loss scale is static or dynamic."""
     if args.fp16:
         model.to(torch.float16)
@@ -38,9 +38,8 @@ def make_precision(args: argparse.Namespace, model: RNNModel) -> Precision:
 # -----------------------------------------------------------------------------
 
 
-def main() -> int:
-    """Build corpus, model and precision management, and train."""
-    args = parse_args(__file__, __doc__)
+def main(args: Options) -> int:
+    """Build corpus, model and precision, and train."""
     set_up(args)
     corpus = Corpus(args.data)
     model = make_model(args, corpus.vocab_size).to(args.device)
@@ -48,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run_trainer(main, __file__, __doc__))

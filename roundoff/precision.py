@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from apex_compat.fp16_utils import FP16_Optimizer, fused, master_params_to_model_params, model_grads_to_master_grads
-from apex_compat.fp16_utils.checks import LARGEST_SCALE, SMALLEST_SCALE
+from apex_compat.fp16_utils import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    FP16_Optimizer,
+    fused,
+    master_params_to_model_params,
+    model_grads_to_master_grads,
+)
 
 
 class StepResult(NamedTuple):

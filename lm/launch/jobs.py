@@ -1,10 +1,11 @@
 """Runs the precision modes, each as its trainer's own command in a process of its own, and keeps what has ended.
 
 All of a comparison is below one folder: `compare.json` (what was asked for), and for each mode and seed
-`runs/<label>-<seed>` (the run directory, with model.pt) and `runs/<label>-<seed>.log` (what the trainer printed).
+`runs/<label>-<seed>` (the run directory, with model.safetensors) and `runs/<label>-<seed>.log` (what the
+trainer printed).
 """
 
-import fcntl
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +23,21 @@ import torch
 
 from lm.data import corpora
 from lm.launch.progress import Progress
-from lm.options.command_line import expand, without
-from lm.options.config import parse_args
-from lm.options.modes import MODES, words
-from lm.options.options import make_parser
+from lm.options.command_line import make_parser, read_command_line
+from lm.options.config import merge
+from lm.options.modes import MODES
+from lm.options.options import as_values, checked, flag, words
 from roundoff.errors import RunError, UsageError, printable
-from roundoff.runs.files import write_atomically
+from roundoff.runs.files import lock, unlock, write_atomically
 from roundoff.runs.jsonfile import read_object, to_json
 from roundoff.terminal import say
 from roundoff.verdict.types import Failure
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent
-OWN_FLAGS = (
-    *("--run-dir", "--resume", "--save"),
-    *("--fp16", "--dtype", "--dynamic-loss-scale", "--no-fp16", "--no-dynamic-loss-scale"),
-)
-"""What distinguishes the runs of a comparison, and so cannot be given to all of them."""
+OWN = ("run_dir", "resume", "save", "fp16", "dtype", "dynamic_loss_scale")
+"""The options in which the runs of a comparison differ. They cannot be given to all of them."""
+PLACES = ("run_dir", "save")
+"""Options that say where a run's files are. The folder of a comparison may be moved."""
 POLL = 0.1  # seconds between two looks at the processes
 GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes and Slurm give as many
 
@@ -49,29 +49,29 @@ class Job:
     Attributes:
         label: of the mode, a key of `MODES`.
         seed: of the run.
-        flags: of the trainer, equal for every job of a comparison.
+        options: of the trainer, checked, equal for every job of a comparison.
         run_dir: where its records and its model go.
     """
 
     label: str
     seed: int
-    flags: Sequence[str]
+    options: Mapping[str, Any]
     run_dir: Path
 
     @property
     def command(self) -> list[str]:
-        """What is run, word by word."""
-        mode = MODES[self.label]
-        where = ["--run-dir", str(self.run_dir), "--save", str(self.run_dir / "model.pt")]
-        return [
-            sys.executable,
-            str(SCRIPTS / f"{mode.script}.py"),
-            *words(mode),
-            *self.flags,
-            "--seed",
-            str(self.seed),
-            *where,
-        ]
+        """The command line as a list."""
+        return [sys.executable, str(SCRIPTS / f"{MODES[self.label].script}.py"), *words(self.all_options())]
+
+    def all_options(self) -> dict[str, Any]:
+        """Return the options of this run: those of its mode and of the comparison, its seed and its places."""
+        places = {"run_dir": self.run_dir, "save": self.save}
+        return {**MODES[self.label].options, **self.options, "seed": self.seed, **places}
+
+    @property
+    def save(self) -> Path:
+        """Where the model goes."""
+        return self.run_dir / "model.safetensors"
 
     @property
     def log(self) -> Path:
@@ -89,9 +89,9 @@ class Job:
     def started(self) -> bool:
         """Whether the directory holds the beginning of this very run, wherever the comparison lay then."""
         try:
-            script, *words = read_object(self.run_dir / "config.json")["environment"]["command"]
-            same = Path(script).name == Path(self.command[1]).name
-            return same and _without_places(words) == _without_places(self.command[2:])
+            stored = read_object(self.run_dir / "config.json")["options"]
+            expected = merge(MODES[self.label].script, self.all_options())
+            return _without_places(stored) == _without_places(json.loads(to_json(as_values(expected))))
         except (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
@@ -104,35 +104,30 @@ class Job:
         return Failure(self.label, self.seed, self.command, exit_code, message)
 
 
-def _without_places(words: list[str]) -> list[str]:
-    return without(without(words, "--run-dir"), "--save")
+def _without_places(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in PLACES}
 
 
-def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[str], str]:
-    """Read the trainers' `flags` as each of `modes` would; return the seed, the flags without it, and the device.
-
-    The flags of a --config file take its place. A corpus that has to be fetched is fetched, so that not every trainer
-    does.
+def check_flags(modes: Sequence[str], argv: Sequence[str]) -> tuple[int, dict[str, Any], str]:
+    """Read the trainers' flags `argv` as each of `modes` would; return the seed, the other options, and the device.
 
     Raises:
         UsageError: some trainer would refuse them, or they are for one run and not for all.
     """
-    _refuse_own(flags)
-    flags = expand(make_parser(MODES[modes[0]].script, None), list(flags))
-    _refuse_own(flags)
+    given = read_command_line(make_parser(None, None), None, list(argv))
+    for name in given:
+        if name in OWN:
+            raise UsageError(f"{flag(name)} after -- is set by compare.py itself, for each mode; leave it out")
+        if name == "onnx_export":
+            raise UsageError(
+                f"{flag(name)} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR"
+            )
     for label in modes:
         mode = MODES[label]
-        args = parse_args(mode.script, None, [*words(mode), *flags])
+        args = merge(mode.script, checked(mode.script, {**mode.options, **given}))
     corpora.read(args.data)
-    return args.seed, without(flags, "--seed"), args.device
-
-
-def _refuse_own(flags: Sequence[str]) -> None:
-    for word in flags:
-        if word.partition("=")[0] in OWN_FLAGS:
-            raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
-        if word.partition("=")[0] == "--onnx-export":
-            raise UsageError(f"{word} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR")
+    given.pop("seed", None)
+    return args.seed, given, args.device
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
@@ -147,32 +142,30 @@ def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
 
 
 @contextmanager
-def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int]:
+def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int | None]:
     """Make the folder `out` for the runs of `plan`, or find those that it holds; nobody else may use it meanwhile.
 
-    Gives the file descriptor of a lock, for the trainers to inherit: they hold it too, should this process be killed.
+    Gives the file descriptor of a lock, for the trainers to inherit. They hold the folder too, should this process be
+    killed. Windows lets no process inherit a descriptor: there each trainer holds its own run directory alone.
 
     Raises:
         UsageError: `out` holds something else or the runs of another plan, is in use, or cannot be written.
     """
-    try:
-        _check_plan(out, plan)
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / "runs", os.O_RDONLY)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_atomically(out / "compare.json", lambda file: file.write((to_json(plan, indent=2) + "\n").encode()))
-        except BaseException:
-            os.close(lock)
-            raise
-    except BlockingIOError:
-        raise UsageError(f"--out {out} is in use by another compare.py or its trainers; wait for their end") from None
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
-    try:
-        yield lock
-    finally:
-        os.close(lock)
+            _check_plan(out, plan)
+            (out / "runs").mkdir(parents=True, exist_ok=True)
+            taken = lock(out / "runs")
+            stack.callback(unlock, taken)
+            text = to_json(plan, indent=2) + "\n"
+            write_atomically(out / "compare.json", lambda file: file.write(text.encode()))
+        except BlockingIOError:
+            raise UsageError(
+                f"--out {out} is in use by another compare.py or its trainers; wait for their end"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+        yield taken
 
 
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -181,7 +174,9 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
     try:
         before = read_object(out / "compare.json")
         changed = [
-            f"{name} {printable(before[name])}, now {value}" for name, value in plan.items() if before[name] != value
+            f"{name} {printable(before[name])}, now {value}"
+            for name, value in json.loads(to_json(plan)).items()
+            if before[name] != value
         ]
     except (UsageError, OSError, LookupError):
         raise UsageError(f"--out {out} holds something else than runs of compare.py; give a new directory") from None
@@ -189,7 +184,7 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
         raise UsageError(f"--out {out} was made with {'; '.join(changed)}; give the same again, or a new directory")
 
 
-def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: int) -> list[Failure]:
+def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: int | None) -> list[Failure]:
     """Run `jobs`, as many at a time as there are `environments`, but not those that have ended already.
 
     A job that fails leaves the others alone. Ctrl-C, SIGTERM and SIGHUP end all processes; what has ended stays.
@@ -228,12 +223,15 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: 
 class _Process:
     """A running job."""
 
-    def __init__(self, job: Job, environment: dict[str, str], lock: int) -> None:
+    def __init__(self, job: Job, environment: dict[str, str], lock: int | None) -> None:
         self.job = job
         self.start = time.monotonic()
         command = job.command
         if job.started():
-            command = [*command[:2], "--resume", str(job.run_dir), *command[-2:]]  # --save is where the folder is now
+            command = [
+                *command[:2],
+                *words({"resume": job.run_dir, "save": job.save}),
+            ]  # the folder may have been moved
         elif job.run_dir.exists():
             shutil.rmtree(job.run_dir)
         with job.log.open("ab") as log:
@@ -243,7 +241,7 @@ class _Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
-                pass_fds=[lock],
+                pass_fds=[] if lock is None or os.name == "nt" else [lock],
             )
 
     def seconds(self) -> float:
@@ -275,7 +273,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    others = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    others = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *others)}
     try:
         yield stopped

@@ -11,10 +11,9 @@ from typing import Any
 
 from lm.launch import jobs as launch
 from lm.launch.jobs import Job, comparison_folder, run_jobs
-from lm.launch.probing.sources import OF_JOB, loss_scales
-from lm.options.options import make_parser
-from lm.training.checkpoint import command_of
-from roundoff.cli import as_flags
+from lm.launch.probing.sources import job_options
+from lm.options.config import stored_options
+from lm.options.options import words
 from roundoff.errors import UsageError
 from roundoff.gradients.result import read_probe
 from roundoff.gradients.statistics import LEAST_BATCHES
@@ -27,13 +26,15 @@ BATCHES = 32
 
 @dataclass(frozen=True)
 class ProbeJob(Job):
-    """One probe to make; `flags` are those of probe.py that say what is probed.
+    """One probe to make; `options` are of the trainers, for fresh weights.
 
     Attributes:
         modes: labels of the modes to probe.
+        flags: of probe.py, that say what is probed.
     """
 
     modes: Sequence[str]
+    flags: Sequence[str]
 
     @property
     def command(self) -> list[str]:
@@ -85,20 +86,13 @@ def run_probes(out: Path, comparison: Comparison) -> list[Probe]:
 
 
 def _jobs(out: Path, run: Run, modes: list[str]) -> list[ProbeJob]:
-    config, folder = run.config, out / "probes"
-    options = make_parser("main", None).options()
-    rows = config["corpus"]["train_tokens"] // config["batch_size"]
-    job = {name: config[name] for name in OF_JOB if name in config}
-    job |= loss_scales(config["script"], command_of(run.path, config["script"]))
-    batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // config["bptt"])))]
-    fresh = [
-        *batches,
-        "--data",
-        config["data"],
-        "--",
-        *as_flags(options, job),
-    ]
+    job, folder = run.config["job"], out / "probes"
+    script = run.config["options"]["script"]
+    options = job_options(script, stored_options(run.path, script))
+    rows = job["corpus"]["train_tokens"] // job["batch_size"]
+    batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // job["bptt"])))]
+    fresh = [*batches, "--data", run.config["options"]["data"], "--", *words(options)]
     return [
-        ProbeJob(f"probe {when}", run.seed, flags, folder / f"{run.label}-{run.seed}-{when}", modes)
+        ProbeJob(f"probe {when}", run.seed, options, folder / f"{run.label}-{run.seed}-{when}", modes, flags)
         for when, flags in (("initial", fresh), ("final", [*batches, "--run", str(run.path)]))
     ]

@@ -71,12 +71,12 @@ class Progress:
 def batches_expected(run_dir: Path) -> int | None:
     """How many batches the run takes if nothing stops it; None while it has not started."""
     try:
-        config = read_object(run_dir / "config.json")
+        job = read_object(run_dir / "config.json")["job"]
     except (OSError, UsageError):
         return None
-    rows = config["corpus"]["train_tokens"] // config["batch_size"]
-    batches: int = config["epochs"] * -(-(rows - 1) // config["bptt"])
-    return 1 if config["dry_run"] else min(batches, config["max_steps"] or batches)
+    rows = job["corpus"]["train_tokens"] // job["batch_size"]
+    batches: int = job["epochs"] * -(-(rows - 1) // job["bptt"])
+    return 1 if job["dry_run"] else min(batches, job["max_steps"] or batches)
 
 
 def steps_done(run_dir: Path) -> int:

@@ -1,6 +1,5 @@
 """The language model. It knows no precision mode: dtypes follow from its weights and from autocast."""
 
-import argparse
 import math
 from typing import Any
 
@@ -11,7 +10,6 @@ from lm.model.decoder_loss import decoder_loss
 from lm.model.kernels import compute_dtype, linear
 from lm.model.recurrent import GRU, LSTM, RNN
 from lm.model.transformer import Transformer, positions
-from roundoff.errors import UsageError
 
 KINDS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")
 INIT_RANGE = 0.1
@@ -137,26 +135,6 @@ def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: 
         return GRU(emsize, nhid, nlayers, dropout=dropout)
     nonlinearity = kind.removeprefix("RNN_").lower()
     return RNN(emsize, nhid, nlayers, nonlinearity=nonlinearity, dropout=dropout)
-
-
-def check_model_flags(args: argparse.Namespace) -> None:
-    """Raise UsageError where `RNNModel` would refuse these flags."""
-    if args.model == "Transformer":
-        if args.emsize % args.nhead:
-            raise UsageError(
-                f"--nhead {args.nhead} with --emsize {args.emsize}: heads share the width of the embeddings; "
-                "give a multiple of their number"
-            )
-    elif args.tied and args.emsize != args.nhid:
-        raise UsageError(
-            f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
-        )
-
-
-def make_model(args: argparse.Namespace, ntokens: int) -> RNNModel:
-    """The model of these flags, for a vocabulary of `ntokens`."""
-    sizes = args.emsize, args.nhid, args.nlayers
-    return RNNModel(args.model, ntokens, *sizes, args.dropout, args.tied, args.nhead, args.bptt)
 
 
 def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:

@@ -1,7 +1,7 @@
 """Transformer layers in the place of recurrent ones: causal self-attention over the words of a batch.
 
-torch's own `nn.TransformerEncoder`, whose products go through `lm.model.kernels.linear`, so that half dtypes run at a usable
-speed on every CPU. Where the CPU has instructions for them they are torch's operations in torch's order.
+torch's own `nn.TransformerEncoder`, whose products go through `lm.model.kernels.linear`, so that half dtypes run at a
+usable speed on every CPU. Where the CPU has instructions for them they are torch's operations in torch's order.
 """
 
 import math

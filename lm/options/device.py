@@ -68,7 +68,7 @@ def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1
     return find_device(name or found.type, cuda=cuda, processes=processes)  # which refuses --cuda beside another kind
 
 
-def device_of(args: argparse.Namespace, processes: int = 1) -> str:
-    """The device that the options of `add_device_options` ask for; the rest is as for the functions above."""
-    find = find_accelerator if args.accel else find_device
-    return find(getattr(args, "device", None), cuda=args.cuda, processes=processes)
+def device_of(device: str | None, *, cuda: bool, accel: bool, processes: int = 1) -> str:
+    """Return the device that --device, --cuda and --accel ask for; the rest is as for the functions above."""
+    find = find_accelerator if accel else find_device
+    return find(device, cuda=cuda, processes=processes)

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from lm.options.options import Options
+
 FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
 FP16_STATIC = ("manual", "fp16-optimizer")
 
@@ -44,21 +46,13 @@ MODES: dict[str, Mode] = {
 DEFAULT_MODES = ("fp32", "manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 
 
-def mode_of(script: str, dtype: str, dynamic: bool) -> Mode:
-    """Return the mode in which `script` trains with products in `dtype`, its loss scale by its own rule if `dynamic`.
-
-    One that has no name in `MODES` is called by its script.
-    """
+def mode_of(options: Options) -> Mode:
+    """Return the mode in which a run with these options trains; one that is not in `MODES` is called by its script."""
+    asked = options.script, options.dtype, options.dynamic_loss_scale
     for mode in MODES.values():
-        if (mode.script, mode.dtype, mode.options.get("dynamic_loss_scale", False)) == (script, dtype, dynamic):
+        if (mode.script, mode.dtype, mode.options.get("dynamic_loss_scale", False)) == asked:
             return mode
-    return Mode(f"{script}-{dtype}{'-dynamic' if dynamic else ''}", script, {}, dtype)
-
-
-def words(mode: Mode) -> list[str]:
-    """Return `mode`'s options as words of a command line."""
-    flags = {name: f"--{name.replace('_', '-')}" for name in mode.options}
-    return [flags[name] if value is True else f"{flags[name]}={value}" for name, value in mode.options.items()]
+    return Mode(f"{options.script}-{options.dtype}-dynamic", options.script, {}, options.dtype)
 
 
 def mode_names(text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """What `config.json` says of a run: its flags, and what it really is."""
 
-import argparse
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import roundoff
 from lm.data.corpus import Corpus
 from lm.model.language_model import RNNModel
 from lm.options.modes import mode_of
+from lm.options.options import Options, as_values
 from roundoff import processes
 from roundoff.device import device_name
 
@@ -22,9 +23,10 @@ JOB = (
 """Options that must be equal where two runs train the same job."""
 
 
-def describe(args: argparse.Namespace, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
+def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
     """Return what config.json says: the job, the precision, the seed, the environment, and every option."""
-    mode = mode_of(args.script, args.dtype, args.script != "main_amp" and args.static_loss_scale is None)
+    mode = mode_of(args)
+    several = processes.world_size() > 1  # each on a GPU of its own
     return {
         "job": {"corpus": corpus_facts(corpus), **{name: getattr(args, name) for name in JOB}},
         "precision": {
@@ -35,9 +37,9 @@ def describe(args: argparse.Namespace, corpus: Corpus, model: RNNModel, dtypes: 
             "equals": list(mode.equals),
         },
         "seed": args.seed,
-        "environment": environment([f"{args.script}.py", *args.argv])
+        "environment": environment([Path(sys.argv[0]).name, *sys.argv[1:]])
         | {"device": device_name(args.device), "processes": processes.world_size(), "tf32": args.tf32},
-        "options": {name: value for name, value in vars(args).items() if name not in ("resume", "changed", "argv")},
+        "options": as_values(args) | ({"device": args.device.partition(":")[0]} if several else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -58,7 +60,7 @@ def corpus_facts(corpus: Corpus) -> dict[str, Any]:
 def environment(command: list[str]) -> dict[str, Any]:
     """Versions of torch, Python and this project, its git commit where it runs from a checkout, and the system.
 
-    `command` is the script's name and its flags; `--resume` reads them again.
+    `command` is what the user ran: the script's name and its words.
     """
     return {
         "torch": torch.__version__,

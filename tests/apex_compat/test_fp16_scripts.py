@@ -77,7 +77,7 @@ def test_a_script_for_cuda_runs_from_the_command_line(script):
         "-W",
         "error",
         "-m",
-        "fp16_utils",
+        "apex_compat",
         "--device",
         "cpu",
         script(TRAINING),

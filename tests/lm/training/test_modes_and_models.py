@@ -1,108 +1,28 @@
-"""Every flag, its default, its help, and what those on precision do."""
-
-import re
+"""What the options of model and precision do to a run."""
 
 import pytest
 import torch
 
 from lm.model.language_model import KINDS
 from lm.model.model_file import load_model
-from lm.options.config import parse_args
-from lm.options.options import make_parser
 from programs import HALF, SCRIPTS, TINY, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
 
 
-@every_script
-def test_defaults_are_the_documented_ones(script):
-    documented = {
-        "data": "./data/wikitext-2", "model": "LSTM", "emsize": 200, "nhid": 200, "nlayers": 2, "lr": 20, "clip": 0.25,
-        "epochs": 40, "batch_size": 20, "bptt": 35, "dropout": 0.2, "tied": False, "seed": 1111, "cuda": False,
-        "log_interval": 200, "fp16": False, "max_skipped": 50, "max_steps": None, "dry_run": False, "device": "cpu",
-        "deterministic": False, "tf32": False,
-    }  # fmt: skip
-    args = vars(parse_args(f"{script}.py", "", []))
-    assert {key: args[key] for key in documented} == documented
-    assert str(args["save"]) == "model.pt"
-
-
-@every_script
-def test_every_documented_flag_is_taken(script):
-    flags = (
-        "--data d --model GRU --emsize 3 --nhid 3 --nlayers 4 --lr 5 --clip 6 --epochs 7 --batch_size 8 --bptt 9 "
-        "--dropout 0.1 --tied --seed 11 --log-interval 12 --save s.pt --fp16 --static-loss-scale 13 --device cpu "
-        "--run-dir r --max-steps 14 --dry-run --init-scale 15 --scale-window 16 --max-skipped 17 --deterministic"
-    )
-    taken = {
-        "data": "d", "model": "GRU", "emsize": 3, "nhid": 3, "nlayers": 4, "lr": 5.0, "clip": 6.0, "epochs": 7,
-        "batch_size": 8, "bptt": 9, "dropout": 0.1, "tied": True, "seed": 11, "log_interval": 12, "fp16": True,
-        "static_loss_scale": 13.0, "device": "cpu", "max_steps": 14, "dry_run": True, "init_scale": 15.0,
-        "scale_window": 16, "max_skipped": 17, "deterministic": True,
-    }  # fmt: skip
-    args = vars(parse_args(f"{script}.py", "", flags.split()))
-    assert {key: args[key] for key in taken} == taken
-    assert (str(args["save"]), str(args["run_dir"])) == ("s.pt", "r")
-    options = make_parser(script, None)._option_string_actions
-    assert {"--cuda", "--tf32"} <= options.keys()
-    assert ("--dynamic-loss-scale" in options) == ("--fp16-utils" in options) == (script == "main_fp16_optimizer")
-    assert ("--dtype" in options) == (script == "main_amp")
-
-
-@pytest.mark.parametrize("spelling", ["--batch_size", "--batch-size"])
-@every_script
-def test_both_spellings_of_batch_size(script, spelling):
-    assert parse_args(f"{script}.py", "", [spelling, "3"]).batch_size == 3
-    assert parse_args(f"{script}.py", "", [f"{spelling}=3"]).batch_size == 3
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, "generate"])
-def test_help_explains_every_option_and_gives_its_default(programs, script):
-    done = programs.run(script, "--help")
-    assert (done.code, done.err) == (0, "")
-    assert done.out.startswith(f"usage: {script}.py ")
-    if script != "generate":
-        assert all(option in done.out for option in make_parser(script, None)._option_string_actions)
-    blocks = re.split(r"\n  (?=-)", done.out.partition("options:")[2])[1:]
-    assert len(blocks) > 7
-    for block in blocks:
-        option = " ".join(re.split(r"\n\n", block)[0].split())
-        names = re.match(r"(-\S+(,| [A-Z{]\S*)? ?)+", option)[0]
-        explained, _, default = option.removeprefix(names).partition("(default: ")
-        assert len(explained.split()) > 1, f"{option!r} explains nothing"
-        takes_a_value = re.search(r" [A-Z{]", names)
-        optional = {"--config", "--max-steps", "--checkpoint-interval", "--onnx-export", "--resume"} & set(
-            names.split()
-        )
-        assert bool(default) == bool(takes_a_value and not optional), f"{option!r} on its default"
-
-
-def test_help_says_default_none_nowhere(programs):
-    """None is the program's word; a user can do nothing with it."""
-    assert [s for s in (*SCRIPTS, "generate") if "default: None" in programs.run(s, "--help").out] == []
-
-
-def test_parsers_differ_in_precision_flags_only():
-    main, optimizer, amp = (make_parser(script, None)._option_string_actions for script in SCRIPTS)
-    assert optimizer.keys() - main.keys() == {"--dynamic-loss-scale", "--no-dynamic-loss-scale", "--fp16-utils"}
-    assert amp.keys() - main.keys() == {"--dtype"}
-    assert main.keys() <= optimizer.keys() & amp.keys()
-    for name, action in main.items():
-        assert action.default == optimizer[name].default == amp[name].default, name
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_amp_dtype(programs, dtype):
     run = programs.train("main_amp", "--dry-run", "--dtype", dtype)
-    dtypes = run.config["dtypes"]
+    dtypes = run.config["precision"]["dtypes"]
     assert (dtypes["hidden"], dtypes["logits"], dtypes["weights"], dtypes["loss"]) == (
         dtype,
         dtype,
         "float32",
         "float32",
     )
-    assert (run.config["mode"], run.config["dtype"]) == (dtype, dtype)
+    mode = {"float16": "amp-fp16", "bfloat16": "amp-bf16", "float32": "amp-fp32"}[dtype]
+    assert (run.config["precision"]["mode"], run.config["precision"]["dtype"]) == (mode, dtype)
     assert run.steps[0]["loss_scale"] == (2.0**16 if dtype == "float16" else 1.0)
 
 
@@ -160,9 +80,9 @@ def test_every_kind_of_layer(programs, script, flags, kind, tied):
     flags = [*flags, "--lr", "0.5"] if kind == "Transformer" else flags  # at 20 it overflows
     run = programs.train(script, *flags, "--max-steps", "3", "--model", kind, *(["--tied"] if tied else []))
     assert all(row["applied"] for row in run.steps)
-    assert run.config["dtypes"]["logits"] == "float16"
-    assert run.config["dtypes"].get("hidden") == (None if kind == "Transformer" else "float16")
-    model, _ = load_model(programs.folder / "model.pt")
+    assert run.config["precision"]["dtypes"]["logits"] == "float16"
+    assert run.config["precision"]["dtypes"].get("hidden") == (None if kind == "Transformer" else "float16")
+    model, _ = load_model(programs.folder / "model.safetensors")
     assert (model.options["kind"], model.options["tied"]) == (kind, tied)
     gates = {"LSTM": 4, "GRU": 3}.get(kind, 1)
     decoder = 24 if tied else 8 * 24 + 24
@@ -176,7 +96,7 @@ def test_layers(programs, script, flags, nlayers):
     programs.train(
         script, *flags, "--dry-run", "--nlayers", nlayers, "--emsize", "5", "--nhid", "7", "--dropout", "0.5"
     )
-    model, _ = load_model(programs.folder / "model.pt")
+    model, _ = load_model(programs.folder / "model.safetensors")
     assert (model.rnn.num_layers, model.rnn.input_size, model.rnn.hidden_size) == (int(nlayers), 5, 7)
 
 
@@ -185,7 +105,7 @@ def test_deterministic(programs, script):
     try:
         run = programs.train(script, "--dry-run", "--deterministic")
         assert torch.are_deterministic_algorithms_enabled()
-        assert run.config["deterministic"] is True
+        assert run.config["options"]["deterministic"] is True
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -193,7 +113,7 @@ def test_deterministic(programs, script):
 @every_script
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 def test_device_cpu(programs, script, device):
-    assert programs.train(script, "--dry-run", *HALF[script], "--device", device).config["device"] == device
+    assert programs.train(script, "--dry-run", *HALF[script], "--device", device).config["options"]["device"] == device
 
 
 @every_script

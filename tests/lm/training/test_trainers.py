@@ -8,8 +8,8 @@ import torch
 
 import lm.training.loop
 import roundoff
+from checkpoints import saved_weights
 from lm.model.model_file import load_model
-from lm.options.options import make_parser
 from programs import BATCHES, HALF, SCRIPTS, TINY, TOKENS, Run, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -99,12 +99,12 @@ def test_files_left(programs, script):
     programs.train(script, "--epochs", "1")
     new = programs.files().keys() - before.keys()
     assert new == {
-        "model.pt",
+        "model.safetensors",
         "run",
         *(f"run/{n}" for n in ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")),
-        "run/checkpoint.pt",
+        "run/checkpoint.safetensors",
     }
-    model, vocabulary = load_model(programs.folder / "model.pt")
+    model, vocabulary = load_model(programs.folder / "model.safetensors")
     assert len(vocabulary) == 18
     assert vocabulary[:8] == ["the", "cat", "sat", "on", "mat", ".", "<eos>", "a"]
     assert model.encoder.weight.shape == (24, 8)
@@ -116,21 +116,21 @@ def test_config_says_what_ran(programs, script):
     assert programs.run(script, *flags).code == 0
     config = read_run(programs.folder / "run").config
 
-    assert make_parser(script, None).options().keys() - {"resume"} <= config.keys()
-    assert (config["lr"], config["clip"], config["save"], config["seed"]) == (7.5, "inf", "best.pt", 1111)
-    assert (config["emsize"], config["dry_run"], config["tied"]) == (8, True, False)
-    assert (config["script"], config["device"], config["dtype"]) == (script, "cpu", "float16")
-    assert config["mode"] == {"main": "fp16", "main_fp16_optimizer": "fp16-dynamic", "main_amp": "float16"}[script]
-    assert config["static_loss_scale"] == (128.0 if script == "main" else None)
-    assert config["device_name"]
-    assert config["environment"]["torch"] == torch.__version__
-    assert re.fullmatch(r"3\.\d+\.\d+\S*", config["environment"]["python"])
-    assert config["environment"]["roundoff"] == roundoff.__version__
-    assert config["environment"]["git_commit"] is None or re.fullmatch(
-        "[0-9a-f]{40}", config["environment"]["git_commit"]
-    )
-    assert config["environment"]["command"] == [f"{script}.py", *flags]
-    corpus = config["corpus"]
+    options, precision, environment = config["options"], config["precision"], config["environment"]
+    assert (options["lr"], options["clip"], options["save"]) == (7.5, "inf", "best.pt")
+    assert (options["script"], options["device"], config["seed"]) == (script, "cpu", 1111)
+    assert (config["job"]["lr"], config["job"]["emsize"], config["job"]["dry_run"]) == (7.5, 8, True)
+    assert precision["mode"] == {"main": "manual", "main_amp": "amp-fp16"}.get(script, "fp16-optimizer-dynamic")
+    assert precision["equals"] == (["manual", "fp16-optimizer"] if script == "main" else [])
+    assert (precision["dtype"], precision["loss_scale"]) == ("float16", 128.0 if script == "main" else None)
+    assert environment["device"]
+    assert environment["torch"] == torch.__version__
+    assert re.fullmatch(r"3\.\d+\.\d+\S*", environment["python"])
+    assert environment["roundoff"] == roundoff.__version__
+    assert environment["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", environment["git_commit"])
+    assert environment["command"] == [f"{script}.py", *flags]
+    assert (environment["processes"], environment["tf32"]) == (1, False)
+    corpus = config["job"]["corpus"]
     assert corpus.pop("sha256").keys() == {"train", "valid", "test"}
     assert corpus == {"name": "corpus", "words": 18, "vocab_size": 24, **TOKENS}
     layers = 2 * (4 * 8 * (8 + 8 + 2))
@@ -149,7 +149,7 @@ def test_half_is_half(programs, script, flags):
     programs.before_training(watch)
     run = programs.train(script, "--dry-run", *flags)
     amp = script == "main_amp"  # autocast keeps the weights, and so their gradients, in fp32
-    assert run.config["dtypes"] == {
+    assert run.config["precision"]["dtypes"] == {
         "weights": "float32" if amp else "float16",
         "master_weights": "float32",
         "hidden": "float16",
@@ -158,14 +158,14 @@ def test_half_is_half(programs, script, flags):
         "gradients": "float32" if amp else "float16",
     }
     assert seen == {"hidden": {torch.float16}, "gradients": {torch.float32 if amp else torch.float16}}
-    saved = torch.load(programs.folder / "model.pt", weights_only=True)["weights"]
+    saved = saved_weights(programs.folder / "model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32 if amp else torch.float16}
 
 
 @every_script
 def test_fp32_is_fp32(programs, script):
     run = programs.train(script, "--dry-run", *(["--dtype", "float32"] if script == "main_amp" else []))
-    assert set(run.config["dtypes"].values()) == {"float32"}
+    assert set(run.config["precision"]["dtypes"].values()) == {"float32"}
     assert run.steps[0]["loss_scale"] == 1.0
 
 
@@ -228,7 +228,7 @@ def test_lr_is_divided_by_4_when_validation_does_not_improve(programs, script, f
     assert re.findall(r"\| lr (\S+) \|", run.out) == [f"{lr:.2f}" for lr in expected]
     assert (run.result["test_loss"], run.result["test_ppl"]) == (9.0, math.exp(9.0))
 
-    saved = torch.load(programs.folder / "model.pt", weights_only=True)["weights"]
+    saved = saved_weights(programs.folder / "model.safetensors")
     best, last, tested = evaluated[4], evaluated[5], evaluated[6]
     assert any(not torch.equal(best[name], last[name]) for name in best)
     for name in best:
@@ -279,5 +279,5 @@ def test_a_seed_makes_a_run(programs, script, flags):
 
 @every_script
 def test_save_into_the_run_directory(programs, script):
-    programs.train(script, "--dry-run", "--save", "run/model.pt")
-    assert len(load_model(programs.folder / "run" / "model.pt")[1]) == 18
+    programs.train(script, "--dry-run", "--save", "run/model.safetensors")
+    assert len(load_model(programs.folder / "run" / "model.safetensors")[1]) == 18
