@@ -11,7 +11,7 @@ from lm.launch.probing.reference import Batch
 from lm.model.decoder_loss import logits_of
 from lm.model.language_model import Hidden, RNNModel, next_word_loss
 from lm.options.options import Options
-from lm.training.trial import try_once
+from lm.training.preflight import try_once
 from roundoff.gradients.measure import ScaledGradients
 from roundoff.precision import Precision
 

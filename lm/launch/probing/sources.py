@@ -13,7 +13,7 @@ from lm.model.language_model import RNNModel
 from lm.model.model_file import load_model
 from lm.options.command_line import make_parser, read_command_line
 from lm.options.config import merge, stored_options
-from lm.options.options import SCRIPTS, Options, as_values, checked, flag
+from lm.options.options import SCRIPTS, Options, as_values, checked, flag, options_of
 from lm.options.resolve import default_loss_scale
 from lm.training.build import make_model
 from lm.training.checkpoint import FILE, FORMAT
@@ -21,7 +21,7 @@ from lm.training.process import set_up
 from lm.training.train_state import restore_state
 from roundoff.errors import BadFileError, UsageError, printable
 from roundoff.runs.jsonfile import read_object
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.tensor_file import load_tensors
 
 OF_MODEL = ("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied")
 OF_PRECISION = ("fp16", "dtype", "dynamic_loss_scale", "static_loss_scale", "init_scale")
@@ -126,9 +126,10 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
 
 
 def job_options(script: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run that every mode's trainer takes: the job, and a loss scale that was asked for."""
+    """Return those of a run's `options` that every trainer takes: the job, and a loss scale that was asked for."""
     kept = {name: options[name] for name in OF_JOB}
-    args = merge(script, checked(script, {name: options[name] for name in options if name in (*OF_JOB, *OF_PRECISION)}))
+    asked = [name for name in (*OF_JOB, *OF_PRECISION) if name in options and name in options_of(script)]
+    args = merge(script, checked(script, {name: options[name] for name in asked}))
     if args.static_loss_scale not in (None, default_loss_scale(script, args.dtype)):
         kept["static_loss_scale"] = args.static_loss_scale
     if args.init_scale != Options.init_scale:
@@ -181,9 +182,9 @@ def _checkpoint(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"--run {printable(run)} has no {FILE}, which is written after the first epoch; wait for it")
     try:
-        content = load_tensors(path)
+        content = load_tensors(path, FORMAT)
     except (BadFileError, FileNotFoundError) as error:
         raise UsageError(f"--run {printable(run)}: {FILE} cannot be used ({error}); give another run") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"--run {printable(run)}: {FILE} is no checkpoint of this project; give another run")
+    if not isinstance(content, dict):
+        raise UsageError(f"--run {printable(run)}: {FILE} holds no state of a run; give another run")
     return content

@@ -82,17 +82,17 @@ def test_a_run_gives_its_fp32_weights_and_options(programs, script) -> None:
     assert result["lr"] in (3.0, 0.75)
     assert result["modes"]["manual"]["loss_scale"] == 2
     assert {name: content for name, content in programs.files().items() if not name.startswith("probe")} == before
-    assert load_model(programs.folder / "model.pt")[0].options == job["model"]
+    assert load_model(programs.folder / "model.safetensors")[0].options == job["model"]
 
 
 @pytest.mark.parametrize(("kind", "lr"), [("LSTM", 20.0), ("Transformer", 5.0)])
 def test_a_model_file(saved, kind, lr) -> None:
     text = Corpus("corpus")
     model = RNNModel(kind, text.vocab_size, 8, 8, 2, 0.2).half()
-    save_model(saved.folder / "model.pt", model, text.dictionary.idx2word)
-    result = probe(saved, *FP32, "--checkpoint", "model.pt", trainer=("--bptt", "6", "--batch_size", "3"))
+    save_model(saved.folder / "model.safetensors", model, text.dictionary.idx2word)
+    result = probe(saved, *FP32, "--checkpoint", "model.safetensors", trainer=("--bptt", "6", "--batch_size", "3"))
     job = result["job"]
-    assert (job["weights"]["kind"], job["weights"]["path"]) == ("checkpoint", "model.pt")
+    assert (job["weights"]["kind"], job["weights"]["path"]) == ("checkpoint", "model.safetensors")
     assert (job["bptt"], job["batch_size"], job["model"]["nhid"]) == (6, 3, 8)
     assert (job["model"]["kind"], result["lr"]) == (kind, lr)
-    assert "weights of model.pt; 4 batches of 3 x 6 words" in result["about"]
+    assert "weights of model.safetensors; 4 batches of 3 x 6 words" in result["about"]
