@@ -91,10 +91,11 @@ def test_a_run_without_a_checkpoint_or_with_another(programs) -> None:
     assert "names no trainer" in programs.refuse("probe", "--run", "run")
 
 
-def test_nothing_is_overwritten(programs) -> None:
-    assert programs.run("probe", *PROBE, "--", *SMALL).code == 0
-    error = programs.refuse("probe", *PROBE, "--", *SMALL)
-    assert "--out probe holds a probe.json already" in error
+@pytest.mark.parametrize("name", ["probe.json", "probe.html", "probe.png"])
+def test_nothing_is_overwritten(programs, name) -> None:
+    (programs.folder / "probe").mkdir()
+    (programs.folder / "probe" / name).write_text("mine")
+    assert f"--out probe holds a {name} already" in programs.refuse("probe", *PROBE, "--", *SMALL)
 
 
 def test_an_interrupt_leaves_nothing(programs, monkeypatch) -> None:
