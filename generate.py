@@ -25,7 +25,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add_version(parser)
-    parser.add_argument("--checkpoint", type=Path, default=Path("model.pt"), metavar="FILE", help="what --save wrote")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("model.safetensors"), metavar="FILE", help="what --save wrote"
+    )
     parser.add_argument(
         "--outf", default="generated.txt", metavar="FILE", help="the text goes here; - for the terminal, word by word"
     )

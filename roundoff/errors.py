@@ -1,8 +1,5 @@
 """The errors that a user causes or meets, each as one line of text."""
 
-from importlib import import_module
-from typing import Any
-
 
 class UsageError(Exception):
     """What was asked for cannot be done. The text is one line: what was given, what is allowed, what to do."""
@@ -24,11 +21,3 @@ def printable(text: object, limit: int = 200) -> str:
     """`text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
-
-
-def need(module: str, extra: str) -> Any:
-    """Import `module` and return it. Raise UsageError, which names the extra that brings it, where it is missing."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'roundoff[{extra}]'") from None

@@ -19,7 +19,7 @@ from lm.options.resolve import default_lr
 from lm.training.description import git_commit
 from roundoff import processes
 from roundoff.errors import RunError, UsageError
-from roundoff.runs.listeners import listening
+from roundoff.runs.listeners import curves, listening
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred's own matter, not a user's
@@ -97,10 +97,10 @@ def _plain(default: Any) -> Any:
 
 
 class Observed:
-    """A Listener that hands on to a Sacred run what is recorded.
+    """A listener that hands on to a Sacred run what is recorded.
 
-    Metrics are `train.<name>` by step, once a log interval, and `valid.<name>` by epoch; the info has the run
-    directory and `result.json`; the best model is an artifact.
+    Metrics are `train.<name>` by step, once an interval, and `valid.<name>` by epoch. The info has the run directory
+    and `result.json`. The best model is an artifact.
     """
 
     def __init__(self, run: Run) -> None:
@@ -122,9 +122,8 @@ class Observed:
         self._log("valid", {name.removeprefix("valid_"): value for name, value in row.items()}, row["epoch"])
 
     def _log(self, part: str, row: dict[str, Any], step: int) -> None:
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                self.run.log_scalar(f"{part}.{name}", value, step)
+        for name, value in curves(row).items():
+            self.run.log_scalar(f"{part}.{name}", value, step)
 
     def result(self, row: dict[str, Any]) -> None:
         """Keep the result and the model."""

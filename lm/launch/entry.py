@@ -3,12 +3,13 @@
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from lm.options.command_line import make_parser
 from lm.options.config import parse_args
 from lm.options.options import Options
 from lm.training.program import exit_code
-from roundoff.cli import OneLineParser
+from roundoff.cli import OneLineParser, complete
 from roundoff.errors import UsageError
 
 
@@ -23,7 +24,9 @@ def run_trainer(main: Callable[[Options], int], script_file: str, description: s
 
 
 def _run(main: Callable[[Options], int], script_file: str, description: str | None, argv: list[str]) -> int:
-    if not is_for_sacred(make_parser(None, None), argv):
+    parser = make_parser(Path(script_file).stem, description)
+    complete(parser)
+    if not is_for_sacred(parser, argv):
         return main(parse_args(script_file, description, argv))
     try:
         from lm.extras import sacred_front

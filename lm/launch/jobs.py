@@ -1,10 +1,10 @@
 """Runs the precision modes, each as its trainer's own command in a process of its own, and keeps what has ended.
 
 All of a comparison is below one folder: `compare.json` (what was asked for), and for each mode and seed
-`runs/<label>-<seed>` (the run directory, with model.pt) and `runs/<label>-<seed>.log` (what the trainer printed).
+`runs/<label>-<seed>` (the run directory, with model.safetensors) and `runs/<label>-<seed>.log` (what the
+trainer printed).
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -28,7 +28,7 @@ from lm.options.config import merge
 from lm.options.modes import MODES
 from lm.options.options import as_values, checked, flag, words
 from roundoff.errors import RunError, UsageError, printable
-from roundoff.runs.files import write_atomically
+from roundoff.runs.files import lock, unlock, write_atomically
 from roundoff.runs.jsonfile import read_object, to_json
 from roundoff.terminal import say
 from roundoff.verdict.types import Failure
@@ -71,7 +71,7 @@ class Job:
     @property
     def save(self) -> Path:
         """Where the model goes."""
-        return self.run_dir / "model.pt"
+        return self.run_dir / "model.safetensors"
 
     @property
     def log(self) -> Path:
@@ -142,32 +142,30 @@ def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
 
 
 @contextmanager
-def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int]:
+def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int | None]:
     """Make the folder `out` for the runs of `plan`, or find those that it holds; nobody else may use it meanwhile.
 
-    Gives the file descriptor of a lock, for the trainers to inherit: they hold it too, should this process be killed.
+    Gives the file descriptor of a lock, for the trainers to inherit. They hold the folder too, should this process be
+    killed. Windows lets no process inherit a descriptor: there each trainer holds its own run directory alone.
 
     Raises:
         UsageError: `out` holds something else or the runs of another plan, is in use, or cannot be written.
     """
-    try:
-        _check_plan(out, plan)
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / "runs", os.O_RDONLY)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_atomically(out / "compare.json", lambda file: file.write((to_json(plan, indent=2) + "\n").encode()))
-        except BaseException:
-            os.close(lock)
-            raise
-    except BlockingIOError:
-        raise UsageError(f"--out {out} is in use by another compare.py or its trainers; wait for their end") from None
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
-    try:
-        yield lock
-    finally:
-        os.close(lock)
+            _check_plan(out, plan)
+            (out / "runs").mkdir(parents=True, exist_ok=True)
+            taken = lock(out / "runs")
+            stack.callback(unlock, taken)
+            text = to_json(plan, indent=2) + "\n"
+            write_atomically(out / "compare.json", lambda file: file.write(text.encode()))
+        except BlockingIOError:
+            raise UsageError(
+                f"--out {out} is in use by another compare.py or its trainers; wait for their end"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+        yield taken
 
 
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -186,7 +184,7 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
         raise UsageError(f"--out {out} was made with {'; '.join(changed)}; give the same again, or a new directory")
 
 
-def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: int) -> list[Failure]:
+def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: int | None) -> list[Failure]:
     """Run `jobs`, as many at a time as there are `environments`, but not those that have ended already.
 
     A job that fails leaves the others alone. Ctrl-C, SIGTERM and SIGHUP end all processes; what has ended stays.
@@ -225,7 +223,7 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: 
 class _Process:
     """A running job."""
 
-    def __init__(self, job: Job, environment: dict[str, str], lock: int) -> None:
+    def __init__(self, job: Job, environment: dict[str, str], lock: int | None) -> None:
         self.job = job
         self.start = time.monotonic()
         command = job.command
@@ -243,7 +241,7 @@ class _Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
-                pass_fds=[lock],
+                pass_fds=[] if lock is None or os.name == "nt" else [lock],
             )
 
     def seconds(self) -> float:
@@ -275,7 +273,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    others = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    others = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *others)}
     try:
         yield stopped

@@ -39,7 +39,9 @@ def check_onnx_export(path: Path, save: Path) -> None:
 
 
 def export_onnx(path: Path, model: RNNModel, vocabulary: list[str], words: int, save: Path) -> None:
-    """Write `model` to `path` once its output for `words` words is checked, with fp32 numbers equal to its weights; see `lm.model.onnx_graph.build`.
+    """Write `model` to `path` as ONNX, in fp32; see `lm.model.onnx_graph.build`.
+
+    Its output for `words` words is checked first. `save` is where the model itself is, for the error.
 
     Raises:
         RunError: it cannot be built or written, or onnxruntime's output is not that of the model.

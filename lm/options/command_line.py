@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.options.options import SCRIPTS, Option, checked, flag, option_of, options_of
-from roundoff.cli import OneLineParser, Switch, add_version, complete
+from roundoff.cli import OneLineParser, Switch, add_version
 from roundoff.errors import UsageError, printable
 
 
@@ -37,7 +37,6 @@ def make_parser(script: str | None, description: str | None) -> OneLineParser:
         facts = option_of(f)
         group = groups.get(facts.group) or groups.setdefault(facts.group, parser.add_argument_group(facts.group))
         _add(group, name, facts, f.default)
-    complete(parser)
     return parser
 
 

@@ -195,7 +195,9 @@ class Options:
         "write event files into the run directory too, for tensorboard --logdir runs",
         may_change=True,
     )
-    save: Path = option("records", Path, Path("model.pt"), "the best model goes here", metavar="FILE", may_change=True)
+    save: Path = option(
+        "records", Path, Path("model.safetensors"), "the best model goes here", metavar="FILE", may_change=True
+    )
     onnx_export: Path | None = option(
         "records",
         Path,

@@ -1,4 +1,4 @@
-"""What a run says that cannot be saved."""
+"""The message of a run that has diverged."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lm.options.options import Options
 
 
 def diverged(args: Options, model: RNNModel, row: dict[str, Any]) -> str:
-    """The message of a run whose last step was `row`, while `model` still has the gradients of that step."""
+    """Return the message of a run whose last step was `row`; `model` must still have the gradients of that step."""
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     advice = "a smaller --lr"
     if args.dtype == "float16":

@@ -1,74 +1,52 @@
-"""What the pages of the reports are made of, and how one is written.
+"""The elements of the reports' pages, and the writing of a page.
 
-Nothing that comes from a file is read as markup: it is escaped in the text, figures stand in a JSON block that holds no
-"<", and the page's content security policy runs no script but the two that are named by their hashes, and fetches
-nothing.
+Nothing that comes from a file is read as markup. Text is escaped, and figures stand in a JSON block that holds no "<".
+The page's content security policy fetches nothing, and runs no script but the two that it names by their hashes.
 """
 
 import base64
 import hashlib
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-
 from roundoff.errors import printable
-from roundoff.report import curves, page
+from roundoff.extras import needs
+from roundoff.report import page, plotly_painter
+from roundoff.report.panels import Panel, style
 from roundoff.runs.files import write_atomically
 from roundoff.runs.jsonfile import to_json
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure of a page. Each trace's `meta` is the index of its mode, by which the page switches it on and off.
-
-    A trace without one is of no mode, and always there.
-
-    Attributes:
-        id: of its element in the page.
-        title, caption: plain text.
-        figure: None where there is nothing to draw in it; the caption then says so.
-        over_steps: its x axis is the step, and follows the zoom of the others.
-    """
-
-    id: str
-    title: str
-    caption: str
-    figure: Any
-    over_steps: bool = True
-
-
 def text(value: object, limit: int = 1000) -> str:
-    """`value` as text of the page, one line of at most `limit` characters."""
+    """Return `value` as text of the page, one line of at most `limit` characters."""
     return escape(printable(value, limit))
 
 
 def bullets(sentences: Iterable[str]) -> str:
-    """A list with a point for each sentence."""
+    """Return a list with a point for each sentence."""
     return f"<ul>{''.join(f'<li>{text(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
 def listed(name: str, title: str, sentences: list[str]) -> list[str]:
-    """A heading with the id `name` and the sentences below it; nothing without sentences."""
+    """Return a heading with the id `name` and the sentences below it; nothing without sentences."""
     return [f'<h2 id="{name}">{title}</h2>', bullets(sentences)] if sentences else []
 
 
 def sample(index: int) -> str:
-    """A piece of line in the style of the mode at `index`."""
-    style = curves.style(index)
-    dash = " ".join(str(length) for length in style.dash) or "none"
+    """Return a piece of line in the style of the mode with the index `index`."""
+    look = style(index)
+    dash = " ".join(str(length) for length in look.dash) or "none"
     return (
         f'<svg class="sample" viewBox="0 0 34 10" aria-hidden="true"><line x1="0" y1="5" x2="34" y2="5" '
-        f'stroke="{style.colour}" stroke-width="3" stroke-dasharray="{dash}"/></svg>'
+        f'stroke="{look.colour}" stroke-width="3" stroke-dasharray="{dash}"/></svg>'
     )
 
 
 def switches(modes: Iterable[tuple[int, str]]) -> str:
-    """The buttons that switch modes on and off, of each its index and its label."""
+    """Return the buttons that switch modes on and off. A mode is its index and its label."""
     buttons = [
         f'<button type="button" data-mode="{index}" aria-pressed="true">{sample(index)}{text(label, 60)}</button>'
         for index, label in modes
@@ -76,16 +54,19 @@ def switches(modes: Iterable[tuple[int, str]]) -> str:
     return f'<nav aria-label="modes">{"".join(buttons)}</nav>'
 
 
-def place_of(chart: Chart) -> str:
-    """Title and caption of `chart`, and the element that it is drawn in."""
-    height = chart.figure and chart.figure.layout.height
-    style = f' style="height: {height:.0f}px"' if height else ""
-    drawn = "" if chart.figure is None else f'<div class="chart" id="{chart.id}"{style}></div>'
-    return f'<h3>{chart.title}</h3>\n<p class="caption">{text(chart.caption)}</p>\n{drawn}'
+def place_of(panel: Panel) -> str:
+    """Return title and caption of `panel`, and the element that it is drawn in."""
+    height = plotly_painter.height(panel)
+    size = f' style="height: {height}px"' if height else ""
+    drawn = f'<div class="chart" id="{panel.id}"{size}></div>' if panel.items else ""
+    return f'<h3>{panel.title}</h3>\n<p class="caption">{text(panel.caption)}</p>\n{drawn}'
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Fields of nested objects under one name, such as "corpus sha256 train"; a command as a shell would take it."""
+    """Return the fields of nested objects under one name, such as "corpus sha256 train".
+
+    A command becomes the line that a shell would take.
+    """
     found: dict[str, str] = {}
     for name, value in content.items():
         if isinstance(value, dict):
@@ -97,25 +78,28 @@ def flat(content: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def write_page(path: Path, title: str, body: Sequence[str], drawn: Sequence[Chart]) -> None:
+def write_page(path: Path, title: str, body: Sequence[str], panels: Sequence[Panel]) -> None:
     """Write the page, about 5 MB of which are Plotly's script where it has figures.
 
     Args:
         path: of the file.
         title: of the page, plain text.
         body: its elements.
-        drawn: the charts whose places are in the body.
+        panels: those whose places are in the body.
 
     Raises:
         OSError: `path` cannot be written.
+        UsageError: plotly is not installed.
     """
-    scripts = [get_plotlyjs(), page.SCRIPT] if drawn else []
+    figures, programs = _drawn(panels) if panels else ("", [])
+    scripts = [f'<script type="application/json" id="charts">[{figures}]</script>']
+    scripts += [f"<script>{program}</script>" for program in programs]
     content = page.FRAME.format(
         title=text(title),
         style=page.STYLE,
-        hashes=" ".join(_hash(script) for script in scripts) or "'none'",
+        hashes=" ".join(_hash(program) for program in programs) or "'none'",
         body="\n".join(body),
-        scripts="\n".join([_data(drawn), *(f"<script>{script}</script>" for script in scripts)]),
+        scripts="\n".join(scripts),
     )
     # A path that is not UTF-8 has lone surrogates, which no encoding of a page can hold.
     write_atomically(path, lambda file: file.write(content.encode("utf-8", "replace")))
@@ -125,12 +109,19 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _data(drawn: Iterable[Chart]) -> str:
-    """The figures as JSON. Plotly writes inf and nan as null or as bytes of an array, and "<" as an escape."""
+def _drawn(panels: Iterable[Panel]) -> tuple[str, list[str]]:
+    """Return the figures as JSON, and the scripts that draw them.
+
+    Plotly writes inf and nan as null or as bytes of an array, and "<" as an escape. Its `Figure` refuses misspelt
+    properties.
+    """
+    with needs("report"):
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
     entries = [
-        f'{{"id":"{chart.id}","over_steps":{str(chart.over_steps).lower()},"figure":{chart.figure.to_json(engine="json")}}}'
-        for chart in drawn
-        if chart.figure is not None
+        f'{{"id":"{panel.id}","over_steps":{str(panel.over_steps).lower()},'
+        f'"figure":{go.Figure(plotly_painter.paint(panel)).to_json(engine="json")}}}'
+        for panel in panels
+        if panel.items
     ]
-    content = ",\n".join(entries)
-    return f'<script type="application/json" id="charts">[{content}]</script>'
+    return ",\n".join(entries), [get_plotlyjs(), page.SCRIPT]

@@ -1,11 +1,13 @@
-"""report.html: the comparison as one page that needs no network."""
+"""report.html: a comparison as one page that needs no network."""
 
 import shlex
 from pathlib import Path
 
+from roundoff.errors import printable
 from roundoff.report import curves
-from roundoff.report.elements import Chart, bullets, flat, listed, place_of, sample, switches, text, write_page
-from roundoff.report.figures import charts
+from roundoff.report.comparison_panels import panels
+from roundoff.report.elements import bullets, flat, listed, place_of, sample, switches, text, write_page
+from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
 from roundoff.report.summary import COLUMNS, problems, row
 from roundoff.runs.reading import Run
@@ -19,8 +21,9 @@ def write_html(path: Path, comparison: Comparison) -> None:
 
     Raises:
         OSError: `path` cannot be written.
+        UsageError: plotly is not installed.
     """
-    drawn = charts(comparison)
+    drawn = panels(comparison)
     probed, of_probes = _probes(comparison)
     body = [
         *_introduction(comparison),
@@ -43,7 +46,7 @@ def _title(comparison: Comparison) -> str:
 
 def _introduction(comparison: Comparison) -> list[str]:
     runs = _runs(comparison)
-    body = ["<h1>Precision modes compared</h1>", f"<p>{text(_what(comparison, runs), 3000)}</p>"]
+    body = ["<h1>Precision modes compared</h1>", f"<p>{text(_subject(comparison, runs), 3000)}</p>"]
     if comparison.differences:
         body.append('<div class="notice"><strong>These runs do not train the same job.</strong>')
         body.append(f"{bullets(comparison.differences)}</div>")
@@ -56,19 +59,28 @@ def _introduction(comparison: Comparison) -> list[str]:
     return body + ([f'<p class="notice">{" · ".join(links)}</p>'] if links else [])
 
 
-def _what(comparison: Comparison, runs: list[Run]) -> str:
+def _subject(comparison: Comparison, runs: list[Run]) -> str:
+    """Return the sentences on what was compared."""
     labels = ", ".join(mode.label for mode in comparison.modes)
     if not runs:
         return f"{labels}: no run left anything to compare."
-    fields = {k: v.get("name") if isinstance(v, dict) else v for k, v in runs[0].job.items()}
-    job = ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None and value is not False)
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
     return (
-        f"{labels}: {len(runs)} run(s) of one training job ({job}), seed(s) {seeds}, on {devices}. The reference is "
-        f"{comparison.reference}; losses are in nats a word; modes whose mean test losses surely differ by less than "
-        f"{comparison.margin:g} nats are equivalent."
+        f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
+        f"The reference is {comparison.reference}; losses are in nats a word; modes whose mean test losses surely "
+        f"differ by less than {comparison.margin:g} nats are equivalent."
     )
+
+
+def _job(run: Run) -> str:
+    """Return the plain values of the run's job in brackets; nothing without any."""
+    plain = [f"{printable(name, 30)} {printable(value, 60)}" for name, value in run.job.items() if _is_plain(value)]
+    return f" ({', '.join(plain)})" if plain else ""
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _results(comparison: Comparison) -> list[str]:
@@ -98,7 +110,7 @@ def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _figures(comparison: Comparison, drawn: list[Chart]) -> list[str]:
+def _figures(comparison: Comparison, drawn: list[Panel]) -> list[str]:
     if not drawn:
         return ["<h2>Curves</h2>", "<p>No run has a step that could be drawn.</p>"]
     return [
@@ -109,13 +121,13 @@ def _figures(comparison: Comparison, drawn: list[Chart]) -> list[str]:
         "in all figures; a double click on one shows it alone.</p>",
         "<noscript><p>The figures need JavaScript; curves.png shows the main ones without.</p></noscript>",
         switches((mode.index, mode.label) for mode in curves.modes(comparison)),
-        *(place_of(chart) for chart in drawn),
+        *(place_of(panel) for panel in drawn),
     ]
 
 
-def _probes(comparison: Comparison) -> tuple[list[str], list[Chart]]:
-    """Elements and charts of the probes. A mode looks in them as it does above."""
-    body, drawn = list[str](), list[Chart]()
+def _probes(comparison: Comparison) -> tuple[list[str], list[Panel]]:
+    """Return elements and panels of the probes. A mode looks in them as it does above."""
+    body, drawn = list[str](), list[Panel]()
     places = {mode.label: i for i, mode in enumerate(comparison.modes)}
     for i, probe in enumerate(comparison.probes):
         if probe.result is None:

@@ -1,11 +1,12 @@
-"""probe.html: what each mode does to the gradient, as one page that needs no network."""
+"""probe.html: a probe as one page that needs no network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from roundoff.report import probe_view as view
-from roundoff.report.elements import Chart, bullets, flat, place_of, sample, switches, text, write_page
-from roundoff.report.probe_figures import charts
+from roundoff.report.elements import bullets, flat, place_of, sample, switches, text, write_page
+from roundoff.report.panels import Panel
+from roundoff.report.probe_panels import panels
 from roundoff.report.probe_table import BOTH, COLUMNS, LEGEND, ROWS, about, noise, row, side_by_side
 from roundoff.report.probe_view import Result
 from roundoff.report.summary import memory
@@ -18,8 +19,9 @@ def write_html(path: Path, result: Result) -> None:
 
     Raises:
         OSError: `path` cannot be written.
+        UsageError: plotly is not installed.
     """
-    drawn = charts(result)
+    drawn = panels(result)
     modes = view.modes(result)
     body = [
         f"<h1>{TITLE}</h1>",
@@ -32,7 +34,7 @@ def write_html(path: Path, result: Result) -> None:
         "double click on one shows it alone. Drag to zoom, double click to return.</p>",
         "<noscript><p>The figures need JavaScript; probe.png shows the main ones without.</p></noscript>",
         switches(enumerate(modes)),
-        *(place_of(chart) for chart in drawn),
+        *(place_of(panel) for panel in drawn),
         *_measured(result),
         "<h2>What the figures do not cover</h2>",
         bullets(result["covers"]),
@@ -43,22 +45,22 @@ def write_html(path: Path, result: Result) -> None:
     write_page(path, TITLE, body, drawn)
 
 
-def section(result: Result, title: str, prefix: str, places: Mapping[str, int]) -> tuple[list[str], list[Chart]]:
-    """The probe as part of another page: its elements, and the charts whose places are in them.
+def section(result: Result, title: str, prefix: str, places: Mapping[str, int]) -> tuple[list[str], list[Panel]]:
+    """Return the probe as part of another page: its elements, and the panels whose places are in them.
 
     Args:
         result: of the probe.
         title: plain text.
-        prefix: of the charts' ids.
+        prefix: of the panels' ids.
         places: mode -> its index in the page.
     """
-    drawn = charts(result, prefix, places)
+    drawn = panels(result, prefix, places)
     body = [
         f"<h2>{text(title)}</h2>",
         f"<p>{text(about(result))} {text(noise(result))}</p>",
         *advice(result, "h3"),
         *table(result, places),
-        *(place_of(chart) for chart in drawn),
+        *(place_of(panel) for panel in drawn),
         "<h3>What these figures do not cover</h3>",
         bullets(result["covers"]),
     ]
@@ -66,13 +68,13 @@ def section(result: Result, title: str, prefix: str, places: Mapping[str, int]) 
 
 
 def advice(result: Result, heading: str) -> list[str]:
-    """The advice below a heading of that kind; nothing without any."""
+    """Return the advice below a heading of that kind; nothing without any."""
     sentences: Sequence[str] = result["advice"]
     return [f"<{heading}>Advice</{heading}>", bullets(sentences)] if sentences else []
 
 
 def table(result: Result, places: Mapping[str, int]) -> list[str]:
-    """A row a mode, and one for its worst tensor; what the columns mean."""
+    """Return the table, with a row for each mode and one for its worst tensor, and the meaning of the columns."""
     rows = []
     for mode in view.modes(result):
         found = result["modes"][mode]
@@ -127,7 +129,7 @@ def _tensors(result: Result, mode: str) -> str:
 
 
 def _origin(result: Result) -> list[str]:
-    left_out = ("tensors", "total", "modes", "scales", "window", "scale", "advice", "covers")
+    left_out = ("tensors", "total", "modes", "scales", "window", "scale", "about", "advice", "covers")
     fields = {name: value for name, value in result.items() if name not in left_out}
     fields |= {"seconds": f"{result['seconds']:.1f}", "peak_memory_bytes": memory(result["peak_memory_bytes"])}
     rows = "".join(f"<tr><td>{text(name)}</td><td>{text(value)}</td></tr>" for name, value in flat(fields).items())

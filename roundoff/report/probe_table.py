@@ -1,13 +1,9 @@
 """The probe as a table for the terminal. Names from its file are data."""
 
-from collections.abc import Sequence
-
-from tabulate import tabulate
-
 from roundoff.errors import printable
 from roundoff.report import probe_view as view
 from roundoff.report.probe_view import Result
-from roundoff.report.summary import LONGEST_SENTENCE
+from roundoff.report.summary import LONGEST_SENTENCE, grid
 
 COLUMNS = {  # header -> alignment
     "mode": "left",
@@ -35,15 +31,18 @@ BOTH = {
 }
 LONGEST_NAME = 22
 LONGEST_GRID = 12
-"""Tensors that the terminal shows of prediction beside measurement."""
+"""The most tensors of which the terminal shows prediction beside measurement."""
 
 
 def table(result: Result, explained: bool = True) -> str:
-    """The table, at most 100 columns wide, and the sentences that go with it; nothing a terminal would obey.
+    """Return the table, at most 100 columns wide, and its sentences; nothing that a terminal would obey.
 
     Args:
         result: what `roundoff.gradients.result.read_probe` returns.
-        explained: with what its columns mean, and predictions beside measurements.
+        explained: with the meaning of the columns, and predictions beside measurements.
+
+    Raises:
+        UsageError: tabulate is not installed.
     """
     rows = [cells for mode in view.modes(result) for cells in _rows(result, mode)]
     sections: dict[str, list[str]] = {}
@@ -51,19 +50,15 @@ def table(result: Result, explained: bool = True) -> str:
         sections["Columns"] = [ROWS, *LEGEND]
         for what, title in BOTH.items():
             heads, pairs = side_by_side(result, what)
-            sections[title] = _grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else []
+            sections[title] = grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else []
     sections["Advice"] = result["advice"]
     if explained:
         sections["What the figures do not cover"] = result["covers"]
-    text = [f"{about(result)}\n{noise(result)}", _grid(rows, COLUMNS)]
+    text = [f"{about(result)}\n{noise(result)}", grid(rows, COLUMNS)]
     for title, lines in sections.items():
         if lines:
             text.append("\n".join([f"{title}:", *(f"  {printable(line, LONGEST_SENTENCE)}" for line in lines)]))
     return "\n\n".join(text)
-
-
-def _grid(rows: Sequence[Sequence[str]], heads: dict[str, str]) -> str:
-    return tabulate(rows, headers=list(heads), tablefmt="simple", disable_numparse=True, colalign=list(heads.values()))
 
 
 def _rows(result: Result, mode: str) -> list[list[str]]:
@@ -75,7 +70,7 @@ def _rows(result: Result, mode: str) -> list[list[str]]:
 
 
 def row(result: Result, mode: str, tensor: str | None = None) -> list[str]:
-    """A text for each of `COLUMNS` but the first: of `tensor` in `mode`, or of all parameters."""
+    """Return a text for each of `COLUMNS` but the first: of `tensor` in `mode`, or of all parameters."""
     found = view.figures(result, mode, tensor)
     shares = ("flushed", "subnormal", "overflowed", "stagnated")
     return [
@@ -97,7 +92,7 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share from 0 to 1 as a few characters; none that is not 0 is shown as 0, and none but 1 as 100%."""
+    """Return a share from 0 to 1 as a few characters; only 0 is shown as 0%, and only 1 as 100%."""
     if share is None:
         return "-"
     if 0 < share < 1e-5:
@@ -108,7 +103,9 @@ def percent(share: float | None) -> str:
 
 
 def about(result: Result) -> str:
-    """The sentence on what was probed."""
+    """Return the sentence on what was probed."""
+    if "about" in result:
+        return printable(result["about"], LONGEST_SENTENCE)
     model, corpus = result["model"], result["corpus"].get("name", result["data"])
     sizes = {name: printable(model.get(name), 20) for name in ("kind", "nlayers", "nhid", "ntokens")}
     return (
@@ -127,7 +124,7 @@ def _weights(result: Result) -> str:
 
 
 def noise(result: Result) -> str:
-    """The sentence on the gradient itself."""
+    """Return the sentence on the gradient itself."""
     total = result["total"]
     return (
         f"Mean gradient of all parameters: length {_number(total['gradient'])}; "
@@ -136,9 +133,9 @@ def noise(result: Result) -> str:
 
 
 def side_by_side(result: Result, what: str) -> tuple[dict[str, str], list[list[str]]]:
-    """The shares `what` of `BOTH`, predicted / measured: header -> alignment, and a row a tensor, most first.
+    """Return header -> alignment, and a row for each tensor with its share `what` of `BOTH`, predicted / measured.
 
-    No tensor has a row in which nothing overflows.
+    The largest share comes first. A tensor in which nothing overflows has no row on overflow.
     """
     scales = result["scales"]
     heads = {"tensor": "left"}

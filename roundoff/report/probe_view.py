@@ -1,13 +1,13 @@
-"""What the probe's table, page and picture read out of its result: one order of rows, one way to shorten and to colour.
+"""The figures of a probe's result, as its table and its panels need them.
 
-A result is what `roundoff.gradients.result.read_probe` returns. A figure in it may be None, which is nan here.
+`roundoff.gradients.result.read_probe` returns such a result. A figure in it may be None, which is nan here.
 """
 
 from typing import Any
 
 import numpy as np
 
-from roundoff.report.curves import Floats
+from roundoff.report.panels import Floats
 
 Result = dict[str, Any]
 
@@ -29,30 +29,30 @@ SHADES = {
     0.5: "<0.0001%",
     1.0: "all overflow",
 }
-"""What some values of `heat` stand for."""
+"""The meaning of some values of `heat`."""
 
 
 def modes(result: Result) -> list[str]:
-    """The names of the modes, in the order in which they were asked for."""
+    """Return the names of the modes, in the order in which they were asked for."""
     return list(result["modes"])
 
 
 def tensors(result: Result) -> list[str]:
-    """The names of the tensors, in the order of the forward pass."""
+    """Return the names of the tensors, in the order of the forward pass."""
     return [tensor["name"] for tensor in result["tensors"]]
 
 
 def figures(result: Result, mode: str, tensor: str | None = None) -> dict[str, float | None]:
-    """All figures of `tensor` in `mode`, by their names; None: of all parameters together."""
+    """Return all figures of `tensor` in `mode`, by their names; None stands for all parameters together."""
     of_mode = result["modes"][mode]
     found: dict[str, float | None] = of_mode["total"] if tensor is None else of_mode["tensors"][tensor]
     return found
 
 
 def column(result: Result, mode: str, figure: str) -> Floats:
-    """`figure` in `mode`: of all parameters together, then of each tensor; nan where there is none.
+    """Return `figure` in `mode`: of all parameters together, then of each tensor; nan where there is none.
 
-    For drawing: none is larger than 1e37, nor smaller than 1e-37 unless it is 0, so that axes can reckon with them.
+    None is larger than 1e37, nor smaller than 1e-37 unless it is 0, so that axes can reckon with them.
     """
     found = [figures(result, mode, tensor)[figure] for tensor in (None, *tensors(result))]
     values = np.array(found, dtype=np.float64)
@@ -60,7 +60,7 @@ def column(result: Result, mode: str, figure: str) -> Floats:
 
 
 def worst(result: Result, mode: str) -> str | None:
-    """The parameter tensor with the largest error to noise; None where none has one."""
+    """Return the parameter tensor with the largest error to noise; None where none has one."""
     names = [tensor["name"] for tensor in result["tensors"] if tensor["kind"] == "parameter"]
     found = {name: figures(result, mode, name)["error_to_noise"] for name in names}
     known = {name: error for name, error in found.items() if error is not None}
@@ -68,13 +68,13 @@ def worst(result: Result, mode: str) -> str | None:
 
 
 def predicted(result: Result, what: str) -> Floats:
-    """The share `what` ("flushed", "subnormal", "overflowed") predicted in fp16, shape (tensors, scales)."""
+    """Return the share `what` ("flushed", "subnormal", "overflowed") predicted in fp16, shape (tensors, scales)."""
     rows = [result["scales"]["predicted"][name][what] for name in tensors(result)]
     return np.array(rows, dtype=np.float64)
 
 
 def heat(result: Result) -> Floats:
-    """A colour between -1 and 1 for each tensor and scale, shape (tensors, scales).
+    """Return a colour between -1 and 1 for each tensor and scale, shape (tensors, scales).
 
     Below 0: nothing overflows, and -1 is all flushed. Above 0: from 0.5 on something overflows, and 1 is all. Both go
     with the logarithm of the share, from `FAINTEST` on. What overflows wins, since one such element costs the step.
@@ -90,7 +90,7 @@ def _depth(share: Floats) -> Floats:
 
 
 def short(name: str, limit: int = 28) -> str:
-    """`name` with its middle left out where it is long: layers differ at the beginning, their tensors at the end."""
+    """Return `name` without its middle where it is long: layers differ at the beginning, their tensors at the end."""
     if len(name) <= limit:
         return name
     start = (limit - 1) // 2
@@ -98,7 +98,7 @@ def short(name: str, limit: int = 28) -> str:
 
 
 def scaling(result: Result) -> dict[float, list[str]]:
-    """log2 of each loss scale other than 1, as far as the scales predicted go -> the modes that use it."""
+    """Return the modes of each loss scale other than 1, by its log2, as far as the predicted scales go."""
     ks = result["scales"]["k"]
     found: dict[float, list[str]] = {}
     for name, mode in result["modes"].items():

@@ -2,14 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tabulate import tabulate
-
 from roundoff.errors import printable
+from roundoff.extras import needs
 from roundoff.runs.files import write_atomically
 from roundoff.runs.jsonfile import to_json
 from roundoff.runs.reading import Run
@@ -38,11 +37,12 @@ LONGEST_SENTENCE = 1000
 
 
 def table(comparison: Comparison) -> str:
-    """The table, a row per mode, with the sentences under it that explain it; nothing a terminal would obey."""
+    """Return the table, a row for each mode, and the sentences that explain it; nothing that a terminal would obey.
+
+    Raises:
+        UsageError: tabulate is not installed.
+    """
     rows = [row(mode, comparison) for mode in comparison.modes]
-    grid = tabulate(
-        rows, headers=list(COLUMNS), tablefmt="simple", disable_numparse=True, colalign=list(COLUMNS.values())
-    )
     sections = {
         "Columns": LEGEND,
         "Verdicts": [mode.verdict.sentence for mode in comparison.modes],
@@ -52,15 +52,23 @@ def table(comparison: Comparison) -> str:
         "Noted in the files": list(problems(comparison.modes)),
         "Not the same job": comparison.differences,
     }
-    text = [grid]
+    text = [grid(rows, COLUMNS)]
     for title, sentences in sections.items():
         if sentences:
             text.append("\n".join([f"{title}:", *(f"  {printable(s, LONGEST_SENTENCE)}" for s in sentences)]))
     return "\n\n".join(text)
 
 
+def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str]) -> str:
+    """Return `rows` as plain text below their heads; `columns` is head -> alignment."""
+    with needs("report"):
+        from tabulate import tabulate
+    alignment = list(columns.values())
+    return tabulate(rows, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=alignment)
+
+
 def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
-    """The table's row of `mode`, a text for each of `COLUMNS`."""
+    """Return the table's row of `mode`, a text for each of `COLUMNS`."""
     return [
         printable(mode.label, LONGEST_NAME),
         "-" if mode.test_ppl is None else f"{mode.test_ppl:.2f}" if mode.test_ppl < 1e6 else f"{mode.test_ppl:.3g}",
@@ -93,7 +101,7 @@ def _first_difference(mode: ModeSummary, comparison: Comparison) -> str:
 
 
 def memory(count: float | None) -> str:
-    """A number of bytes in a unit that suits it."""
+    """Return a number of bytes in a unit that suits it."""
     if count is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):
@@ -114,7 +122,7 @@ def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
 
 
 def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
-    """What was wrong with the files and could be passed over, a line each with the run's path."""
+    """Yield a line for each fault of the files that could be passed over, with the run's path."""
     for mode in modes:
         for run in mode.runs:
             for problem in run.problems:
@@ -122,12 +130,12 @@ def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
 
 
 def write_summary(path: Path, comparison: Comparison) -> None:
-    """Write the figures of `comparison` as one JSON object; inf and nan are "inf" and "nan", as in the records.
+    """Write the figures of `comparison` as one JSON object. As in the records, inf and nan are "inf" and "nan".
 
-    Its keys are the attributes of `roundoff.verdict.types`, but a run has only its path, seed, status, machine, versions and
-    command, the rows of its epochs, test loss, number of steps, and problems, and a probe the name of the file with its
-    result. To an epoch's row comes "train_loss", the mean of the finite losses of its steps, each counted alike,
-    skipped ones included; null where there is none. So it can stand for the runs where they are not kept.
+    Its keys are the attributes of `roundoff.verdict.types`, with two exceptions. A run has only its path, seed, status,
+    machine, versions and command, the rows of its epochs, test loss, number of steps, and problems. A probe has the
+    name of the file with its result. An epoch's row has "train_loss" too, the mean of the finite losses of its steps,
+    skipped ones included; it is null where there is none. So the file can stand for runs that are not kept.
 
     Raises:
         OSError: `path` cannot be written.

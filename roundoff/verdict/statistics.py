@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from roundoff.errors import need
+from roundoff.extras import needs
 from roundoff.verdict.types import Verdict
 
 ALPHA = 0.05
@@ -165,7 +165,9 @@ def _least(power: Callable[[int], float], low: int) -> int | None:
 
 def _scipy() -> Any:
     """Return scipy.stats, which takes a second to import and comes with an extra."""
-    return need("scipy.stats", "report")
+    with needs("report"):
+        from scipy import stats
+    return stats
 
 
 def _seen(paired: Paired, bounds: tuple[float, float] | None) -> str:

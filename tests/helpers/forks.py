@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_OF_A_WRITE = {
-    *("open", "flock", "write_record", "write_end_of_file", "flush", "fsync", "chmod"),
+    *("open", "flock", "write", "flush", "fsync", "chmod"),
     *("unlink", "link", "replace", "close"),
 }
-"""Functions written in C, by name: those that change or fix what is on the disk, in
-roundoff.runs.files and in torch.save."""
+"""Functions written in C, by name: those with which roundoff.runs.files
+changes or fixes what is on the disk."""
 
 
 @dataclasses.dataclass(frozen=True)

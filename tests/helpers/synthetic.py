@@ -162,7 +162,12 @@ def make_config(label: str = "fp32", seed: int = 1111) -> dict[str, Any]:
             "processes": 1,
             "tf32": False,
         },
-        "options": {"script": mode.script, "data": "corpus", "fp16": "fp16" in mode.options, "save": "model.pt"},
+        "options": {
+            "script": mode.script,
+            "data": "corpus",
+            "fp16": "fp16" in mode.options,
+            "save": "model.safetensors",
+        },
         "parameters": 38416,
     }
 

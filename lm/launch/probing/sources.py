@@ -1,4 +1,4 @@
-"""Where the weights to be probed come from: fresh ones, a model file, or a run; and the flags that belong to them."""
+"""Find the weights to be probed (fresh ones, a model file's or a run's) and the options that belong to them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lm.data.corpus import Corpus
-from lm.launch.probing.mode import build
+from lm.launch.probing.mode import Precisions
 from lm.model.language_model import RNNModel
 from lm.model.model_file import load_model
 from lm.options.command_line import make_parser, read_command_line
@@ -21,7 +21,7 @@ from lm.training.process import set_up
 from lm.training.train_state import restore_state
 from roundoff.errors import BadFileError, UsageError, printable
 from roundoff.runs.jsonfile import read_object
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.tensor_file import load_tensors
 
 OF_MODEL = ("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied")
 OF_PRECISION = ("fp16", "dtype", "dynamic_loss_scale", "static_loss_scale", "init_scale")
@@ -38,12 +38,13 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Source:
-    """What is probed.
+    """Holds all that one probe is about.
 
     Attributes:
-        args: of a trainer that would train it.
+        args: of a trainer that would train `model`.
         options: of every mode's trainer, checked.
-        data, corpus: whose training text is read; `data` is what --data named.
+        data: what --data named.
+        corpus: its training text is read.
         model: fp32, on the CPU.
         weights: as in probe.json.
     """
@@ -69,7 +70,7 @@ def from_checkpoint(path: Path, data: str, argv: list[str]) -> Source:
     """Return the weights in a model file.
 
     Raises:
-        UsageError: it is none, or was trained on another vocabulary.
+        UsageError: the file is none, or was trained on another vocabulary.
     """
     options = _read(argv, OF_MODEL)
     set_up(merge("main", options))
@@ -84,11 +85,17 @@ def from_checkpoint(path: Path, data: str, argv: list[str]) -> Source:
     return Source(merge("main", options), options, data, corpus, model, _weights("checkpoint", path))
 
 
-def from_run(run: Path, data: str | None, argv: list[str]) -> Source:
-    """Return the fp32 weights at the last checkpoint of a run, with its options and its corpus, or that in `data`.
+def from_run(run: Path, data: str | None, argv: list[str], precisions: Precisions) -> Source:
+    """Return the fp32 weights at the last checkpoint of a run, with the run's options.
+
+    Args:
+        run: a run directory.
+        data: the corpus; None for that of the run.
+        argv: flags, of which there may be none.
+        precisions: every trainer's `make_precision`.
 
     Raises:
-        UsageError: it holds none that can be used, or flags are given too.
+        UsageError: the run holds no weights that can be used, or flags are given too.
     """
     if argv:
         raise UsageError(f"{argv[0]} after -- with --run: the flags are those of the run; leave it out")
@@ -99,7 +106,7 @@ def from_run(run: Path, data: str | None, argv: list[str]) -> Source:
     content = _checkpoint(run)
     model = make_model(args, corpus.vocab_size)
     half = make_model(args, corpus.vocab_size)
-    precision = build(args, half)
+    precision = precisions[args.script](args, half)
     try:
         if content.get("corpus") != corpus.sha256:
             raise ValueError("its corpus was another one; give that with --data")
@@ -119,7 +126,7 @@ def from_run(run: Path, data: str | None, argv: list[str]) -> Source:
 
 
 def job_options(script: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a run's `options` that every mode's trainer takes: the job, and a loss scale that was asked for."""
+    """Return those of a run's `options` that every trainer takes: the job, and a loss scale that was asked for."""
     kept = {name: options[name] for name in OF_JOB}
     args = merge(script, checked(script, {name: options[name] for name in options if name in (*OF_JOB, *OF_PRECISION)}))
     if args.static_loss_scale not in (None, default_loss_scale(script, args.dtype)):
@@ -174,9 +181,9 @@ def _checkpoint(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"--run {printable(run)} has no {FILE}, which is written after the first epoch; wait for it")
     try:
-        content = load_tensors(path)
+        content = load_tensors(path, FORMAT)
     except (BadFileError, FileNotFoundError) as error:
         raise UsageError(f"--run {printable(run)}: {FILE} cannot be used ({error}); give another run") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"--run {printable(run)}: {FILE} is no checkpoint of this project; give another run")
+    if not isinstance(content, dict):
+        raise UsageError(f"--run {printable(run)}: {FILE} holds no state of a run; give another run")
     return content

@@ -21,7 +21,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 SHOWN = {
     "batch_size": "32", "bptt": "35", "clip": "0.25", "dataset": "'./data'", "dropout": "0.2", "emsize": "200",
     "epochs": "40", "log_interval": "200", "lr": "20.0", "model_type": "'LSTM'", "nhid": "200", "nlayers": "2",
-    "save": "'model.pt'", "seed": "257", "tied": "True",
+    "save": "'model.safetensors'", "seed": "257", "tied": "True",
 }  # fmt: skip
 UPDATES = ["dataset=corpus", "emsize=8", "nhid=8", "batch_size=4", "bptt=5", "epochs=2", "run_dir=run"]
 FLAGS = [*TINY, "--seed", "257", "--tied"]
@@ -186,7 +186,7 @@ def test_what_is_asked_of_a_resumed_run_is_what_is_said(programs, started, resum
 
 
 def test_the_model_of_another_run_is_no_artifact(programs):
-    (programs.folder / "model.pt").write_bytes(b"of another run")
+    (programs.folder / "model.safetensors").write_bytes(b"of another run")
     programs.spoil_gradients(set(range(1, 99)), "decoder.bias")
     done = programs.run("main", "with", *UPDATES, "tied=False", "max_skipped=4", "-F", "observed")
     assert (done.code, stored(programs, "run.json")["artifacts"]) == (1, [])

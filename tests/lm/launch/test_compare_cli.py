@@ -72,7 +72,7 @@ def test_what_is_left(three) -> None:
     names = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*")}
     runs = {f"runs/{label}-1111" for label in ("fp32", "manual", "amp-fp32")}
     files = {f"{run}/{name}" for run in runs for name in ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")}
-    later = ("model.pt", "checkpoint.pt", "checkpoint.previous.pt")
+    later = ("model.safetensors", "checkpoint.safetensors", "checkpoint.previous.safetensors")
     models = {f"{run}/{name}" for run in runs - {"runs/manual-1111"} for name in later}  # it has seen no validation
     assert names == REPORT | {"compare.json", "runs"} | runs | {f"{run}.log" for run in runs} | files | models
     assert {path.name for path in folder.iterdir()} == {"corpus", "out"}

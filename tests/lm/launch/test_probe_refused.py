@@ -3,11 +3,13 @@
 import json
 import signal
 
+import lm.launch.probing.measure
 import pytest
 import torch
 
-import lm.launch.probing.measure
+from lm.training.checkpoint import FORMAT
 from programs import PROBE, SMALL
+from roundoff.runs.tensor_file import load_tensors, save_tensors
 
 REFUSED = {
     ("--batches", "2"): "from 3 (for a deviation and its error) to 18",
@@ -54,36 +56,36 @@ def test_wrong_trainer_flags(programs, trainer, said):
 
 
 def test_a_model_flag_with_a_model_file(saved):
-    error = saved.refuse("probe", "--data", "corpus", "--checkpoint", "model.pt", "--", "--nhid", "9")
+    error = saved.refuse("probe", "--data", "corpus", "--checkpoint", "model.safetensors", "--", "--nhid", "9")
     assert "the model is that of the file" in error
     assert "flags are those of the run" in saved.refuse("probe", "--run", "run", "--", "--nhid", "9")
 
 
 def test_another_vocabulary(saved):
-    assert "which are not the" in saved.refuse("probe", "--data", "corpus", "--checkpoint", "model.pt")
+    assert "which are not the" in saved.refuse("probe", "--data", "corpus", "--checkpoint", "model.safetensors")
 
 
 def test_a_run_without_a_checkpoint_or_with_another(programs):
     programs.train("main")
-    checkpoint = programs.folder / "run" / "checkpoint.pt"
-    content = torch.load(checkpoint, weights_only=True)
+    checkpoint = programs.folder / "run" / "checkpoint.safetensors"
+    content = load_tensors(checkpoint, FORMAT)
     for spoil, said in (
         (lambda c: c | {"corpus": {}}, "its corpus was another one"),
         (lambda c: c | {"precision": {}}, "not of this run"),
         (lambda c: c | {"records": {"steps": -1}}, "not counted in whole numbers"),
-        (lambda c: {"format": "x"}, "no checkpoint of this project"),
+        (lambda c: [c], "holds no state of a run"),
     ):
-        torch.save(spoil(content), checkpoint)
+        save_tensors(checkpoint, spoil(content), FORMAT)
         assert said in programs.refuse("probe", "--run", "run")
     with torch.no_grad():
         content["precision"]["masters"][0][0] = torch.nan
         content["model"]["encoder.weight"][0] = torch.nan
-    torch.save(content, checkpoint)
+    save_tensors(checkpoint, content, FORMAT)
     assert "not finite" in programs.refuse("probe", "--run", "run")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert "cannot be used" in programs.refuse("probe", "--run", "run")
     checkpoint.unlink()
-    assert "has no checkpoint.pt" in programs.refuse("probe", "--run", "run")
+    assert "has no checkpoint.safetensors" in programs.refuse("probe", "--run", "run")
     config = programs.folder / "run" / "config.json"
     config.write_text(json.dumps({"script": "../evil"}))
     assert "names no trainer" in programs.refuse("probe", "--run", "run")

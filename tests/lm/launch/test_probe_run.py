@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from lm.launch.probing.measure import Plan, Probe, plan_scales
 
 from jobs import bits, mostly_slow
 from lm.data.corpus import Corpus, batchify, get_batch
-from lm.launch.probing.measure import Plan, Probe, plan_scales
 from lm.launch.probing.mode import PROBED, Mode
 from lm.model.language_model import KINDS, detach, make_model
 from lm.model.model_file import load_model, save_model
@@ -205,7 +205,7 @@ def test_a_run_gives_its_fp32_weights_and_flags(programs, script):
     assert result["modes"]["manual"]["loss_scale"] == 2
     changed = {name: content for name, content in programs.files().items() if not name.startswith("probe")}
     assert changed == before
-    model, _ = load_model(programs.folder / "model.pt")
+    model, _ = load_model(programs.folder / "model.safetensors")
     assert model.options == result["model"]
 
 
@@ -213,8 +213,8 @@ def test_a_run_gives_its_fp32_weights_and_flags(programs, script):
 def test_a_model_file(saved, kind, lr):
     text = Corpus("corpus")
     args = make_args("main", data="corpus", model=kind, emsize=8, nhid=8)
-    save_model(saved.folder / "model.pt", make_model(args, text.vocab_size).half(), text.dictionary.idx2word)
-    result = probe(saved, "--checkpoint", "model.pt", trainer=("--bptt", "6", "--batch_size", "3"))
+    save_model(saved.folder / "model.safetensors", make_model(args, text.vocab_size).half(), text.dictionary.idx2word)
+    result = probe(saved, "--checkpoint", "model.safetensors", trainer=("--bptt", "6", "--batch_size", "3"))
     assert result["weights"]["kind"] == "checkpoint"
     assert (result["bptt"], result["batch_size"], result["model"]["nhid"]) == (6, 3, 8)
     assert (result["model"]["kind"], result["lr"]) == (kind, lr)

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bounded import needs_bounds, read_bounded
+from bounded import FORMAT, needs_bounds, read_bounded
 from fuzzing import changed, fuzz
 from lm.launch.jobs import comparison_folder
 from roundoff.errors import UsageError
 from roundoff.runs.reading import read_object, read_run
+from roundoff.runs.tensor_file import save_tensors
 from synthetic import make_run
 
 FILES = ("config.json", "result.json", "steps.jsonl", "epochs.jsonl")
@@ -92,7 +92,7 @@ def test_any_value_in_any_field_is_read_or_refused(tmp_path: Path, data: st.Data
 @needs_bounds
 def test_a_run_directory_takes_little_memory(tmp_path: Path) -> None:
     """100 MiB for files of a terabyte, and for 20 MB of rows that would take half a gigabyte if they were kept."""
-    torch.save([], tmp_path / "good.pt")
+    save_tensors(tmp_path / "good", [], FORMAT)
     runs = [make_run(tmp_path / name) for name in FILES]
     for run in runs:
         os.truncate(run / run.name, 2**40)
@@ -100,7 +100,7 @@ def test_a_run_directory_takes_little_memory(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (nested / "steps.jsonl").read_text().splitlines()]
     with (nested / "steps.jsonl").open("w") as file:
         file.writelines(json.dumps(rows[i % 8] | {"step": i, "x": [[]] * 16_000}) + "\n" for i in range(1, 320))
-    assert read_bounded(100, tmp_path / "good.pt", *runs, nested) == ["read", *["refused"] * 4, "read"]
+    assert read_bounded(100, tmp_path / "good", *runs, nested) == ["read", *["refused"] * 4, "read"]
 
 
 @pytest.mark.parametrize(

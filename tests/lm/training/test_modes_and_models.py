@@ -82,7 +82,7 @@ def test_every_kind_of_layer(programs, script, flags, kind, tied):
     assert all(row["applied"] for row in run.steps)
     assert run.config["precision"]["dtypes"]["logits"] == "float16"
     assert run.config["precision"]["dtypes"].get("hidden") == (None if kind == "Transformer" else "float16")
-    model, _ = load_model(programs.folder / "model.pt")
+    model, _ = load_model(programs.folder / "model.safetensors")
     assert (model.options["kind"], model.options["tied"]) == (kind, tied)
     gates = {"LSTM": 4, "GRU": 3}.get(kind, 1)
     decoder = 24 if tied else 8 * 24 + 24
@@ -96,7 +96,7 @@ def test_layers(programs, script, flags, nlayers):
     programs.train(
         script, *flags, "--dry-run", "--nlayers", nlayers, "--emsize", "5", "--nhid", "7", "--dropout", "0.5"
     )
-    model, _ = load_model(programs.folder / "model.pt")
+    model, _ = load_model(programs.folder / "model.safetensors")
     assert (model.rnn.num_layers, model.rnn.input_size, model.rnn.hidden_size) == (int(nlayers), 5, 7)
 
 

@@ -13,9 +13,11 @@ from test_precision import everything, make, optimizer_state, step
 import jobs
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.options.config import parse_args
+from lm.training.checkpoint import FORMAT
 from programs import BATCHES, HALF, SCRIPTS, TINY
 from roundoff.errors import UsageError
 from roundoff.precision import MasterWeights
+from roundoff.runs.tensor_file import load_tensors, save_tensors
 from runs import kill_at, outcome, resume
 
 __all__ = ["make"]  # a fixture
@@ -138,16 +140,16 @@ def test_a_run_killed_and_resumed(programs, monkeypatch, mode) -> None:
 def test_a_hostile_state_never_reaches_the_kernel(programs, script, name, value, said) -> None:
     flags = [*TINY, *HALF[script], "--use-optimizer", "--dry-run"]
     assert programs.run(script, *flags).code == 0
-    path = Path("run/checkpoint.pt")
-    content = torch.load(path, weights_only=True)
+    path = Path("run/checkpoint.safetensors")
+    content = load_tensors(path, FORMAT)
     precision = content["precision"]
     state = precision.get("optimizer") or precision["optimizer_state_dict"]
     state["state"][0][name] = value
-    torch.save(content, path)
+    save_tensors(path, content, FORMAT)
     assert said in programs.refuse(script, "--resume", "run")
     del state["state"][0][name]
     state["param_groups"][0]["amsgrad"] = True
-    torch.save(content, path)
+    save_tensors(path, content, FORMAT)
     assert "amsgrad is True" in programs.refuse(script, "--resume", "run")
 
 

@@ -8,6 +8,7 @@ import torch
 
 import lm.training.loop
 import roundoff
+from checkpoints import saved_weights
 from lm.model.model_file import load_model
 from programs import BATCHES, HALF, SCRIPTS, TINY, TOKENS, Run, read_run
 
@@ -98,12 +99,12 @@ def test_files_left(programs, script):
     programs.train(script, "--epochs", "1")
     new = programs.files().keys() - before.keys()
     assert new == {
-        "model.pt",
+        "model.safetensors",
         "run",
         *(f"run/{n}" for n in ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")),
-        "run/checkpoint.pt",
+        "run/checkpoint.safetensors",
     }
-    model, vocabulary = load_model(programs.folder / "model.pt")
+    model, vocabulary = load_model(programs.folder / "model.safetensors")
     assert len(vocabulary) == 18
     assert vocabulary[:8] == ["the", "cat", "sat", "on", "mat", ".", "<eos>", "a"]
     assert model.encoder.weight.shape == (24, 8)
@@ -157,7 +158,7 @@ def test_half_is_half(programs, script, flags):
         "gradients": "float32" if amp else "float16",
     }
     assert seen == {"hidden": {torch.float16}, "gradients": {torch.float32 if amp else torch.float16}}
-    saved = torch.load(programs.folder / "model.pt", weights_only=True)["weights"]
+    saved = saved_weights(programs.folder / "model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32 if amp else torch.float16}
 
 
@@ -227,7 +228,7 @@ def test_lr_is_divided_by_4_when_validation_does_not_improve(programs, script, f
     assert re.findall(r"\| lr (\S+) \|", run.out) == [f"{lr:.2f}" for lr in expected]
     assert (run.result["test_loss"], run.result["test_ppl"]) == (9.0, math.exp(9.0))
 
-    saved = torch.load(programs.folder / "model.pt", weights_only=True)["weights"]
+    saved = saved_weights(programs.folder / "model.safetensors")
     best, last, tested = evaluated[4], evaluated[5], evaluated[6]
     assert any(not torch.equal(best[name], last[name]) for name in best)
     for name in best:
@@ -278,5 +279,5 @@ def test_a_seed_makes_a_run(programs, script, flags):
 
 @every_script
 def test_save_into_the_run_directory(programs, script):
-    programs.train(script, "--dry-run", "--save", "run/model.pt")
-    assert len(load_model(programs.folder / "run" / "model.pt")[1]) == 18
+    programs.train(script, "--dry-run", "--save", "run/model.safetensors")
+    assert len(load_model(programs.folder / "run" / "model.safetensors")[1]) == 18

@@ -1,4 +1,4 @@
-"""Run the model once before training, to see whether and in which dtypes it runs here."""
+"""The preflight: a pass of the model before training, which shows whether and in which dtypes it runs here."""
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from roundoff.precision import Precision
 
 
 def try_once(model: RNNModel, precision: Precision, args: Options) -> dict[str, str]:
-    """One tiny batch forward, backward and in evaluation; return the dtypes that really ran.
+    """Run one tiny batch forward, backward and in evaluation, and return the dtypes that really ran.
 
-    Changes no weight, no gradient and no random state.
+    No weight, no gradient and no random state changes.
 
     Raises:
         UsageError: this device has no kernels for the half dtype.
@@ -33,11 +33,11 @@ def try_once(model: RNNModel, precision: Precision, args: Options) -> dict[str, 
 
 
 def settle(parallel_model: nn.Module, model: RNNModel, precision: Precision, args: Options) -> None:
-    """Let DistributedDataParallel see a backward pass that counts for nothing; a single process needs none.
+    """Run a backward pass through DistributedDataParallel that counts for nothing; a single process needs none.
 
-    By its first one it chooses the order in which it sums gradients. Now that is behind every run, a resumed one
-    too, which otherwise would sum its first step in another order than the run that it goes on with.
-    Changes no weight and no random state.
+    DistributedDataParallel chooses the order of its sums by its first backward pass. With that pass behind it, a
+    resumed run sums its first step in the same order as the run that it goes on with. No weight and no random state
+    changes.
     """
     if processes.world_size() == 1:
         return
@@ -50,6 +50,7 @@ def settle(parallel_model: nn.Module, model: RNNModel, precision: Precision, arg
 
 
 def _dtypes(model: RNNModel, precision: Precision) -> dict[str, str]:
+    """Return the dtype of each kind of tensor, as it comes out of a tiny batch."""
     tokens = torch.zeros((3, 2), dtype=torch.int64, device=model.decoder.weight.device)
     model.train()
     with precision.forward():

@@ -1,19 +1,16 @@
-"""Runs the reference and the modes over the same batches and makes the figures of probe.json. Takes no step."""
+"""Run a reference and precision modes over the same batches, and make the figures of probe.json. Take no step.
+
+The client brings the reference, the modes and the batches. Nothing here knows a model, a loss or what a batch holds.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lm.data.corpus import get_batch
-from lm.launch.probing.boundaries import LOGITS, tensor_names
-from lm.launch.probing.mode import MEASURED_KS, Mode, script_of
-from lm.launch.probing.mode import Gradients as ModeGradients
-from lm.launch.probing.reference import Reference
-from lm.model.language_model import Hidden, RNNModel
 from roundoff.device import release_freed_memory
 from roundoff.errors import UsageError
 from roundoff.gradients import statistics
@@ -21,59 +18,136 @@ from roundoff.gradients.exponents import KS, Exponents, predict
 from roundoff.gradients.result import VALUES
 from roundoff.gradients.statistics import LEAST_BATCHES, Estimate, Sketch
 from roundoff.gradients.tally import Gradients, Shares, Stagnation, Tally
-from roundoff.terminal import progress_bar
 
 SEED_OF_SIGNS = 0
+
+Batch = Any
+"""Whatever the client's reference and modes take."""
+
+ParameterGradients = dict[str, tuple[Tensor, Tensor | None]]
+"""Name of a parameter -> its gradient, and the numbers of the rows that the gradient has; None for all rows."""
+
+
+class Reference(Protocol):
+    """Computes the true gradient of a batch, in float64."""
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Name -> "parameter" or "boundary": all that is measured, in forward order."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Name of a parameter -> its weight, fp32."""
+
+    @property
+    def boundaries(self) -> Mapping[str, Tensor]:
+        """Name of a boundary -> its gradient in the last batch, but for boundaries that `run` shows."""
+
+    def run(self, batch: Batch, see: Callable[[str, Tensor], None]) -> None:
+        """Compute all gradients of `batch`.
+
+        A boundary's gradient that is too large to keep goes to `see` in parts, each with the boundary's name. Its
+        elements are taken to be nowhere 0.
+        """
+
+    def gradients(self) -> ParameterGradients:
+        """Return the parameters' gradients in the last batch.
+
+        Rows that are left out have no gradient in any mode.
+        """
+
+
+@dataclass(frozen=True)
+class ScaledGradients:
+    """A mode's gradients of a batch, by name, in the mode's dtypes and still multiplied by its loss scale.
+
+    Attributes:
+        parameters: every parameter's, whole.
+        boundaries: every boundary's.
+    """
+
+    parameters: dict[str, Tensor]
+    boundaries: dict[str, Tensor]
+
+
+class Mode(Protocol):
+    """Computes the gradient of a batch as training in one precision would."""
+
+    @property
+    def name(self) -> str:
+        """The mode's key in probe.json."""
+
+    @property
+    def description(self) -> str:
+        """Who trains in this mode, in a word."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+
+    @property
+    def scale(self) -> float:
+        """The loss scale."""
+
+    def dtypes(self) -> Mapping[str, str]:
+        """Return the names of the dtypes of "weights" and "gradients".
+
+        Raises:
+            UsageError: this machine cannot run the mode.
+        """
+
+    def gradients(self, batch: Batch) -> ScaledGradients:
+        """Return the gradients of `batch`. The mode draws from torch's generator what the reference draws."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Says what to measure.
 
     Attributes:
         modes: to be compared with the reference.
-        scaled: in which fp16's loss scales are measured: exponent -> mode, which may be one of `modes`.
-        batches: how many.
-        bptt: words of a batch, in each column.
-        seed: of the dropout.
-        lr, clip: of an SGD update.
+        batches: how many there will be.
+        seed: of all that the batches, the reference and the modes draw.
+        scaled: exponent of a loss scale in fp16 -> mode that measures it, which may be one of `modes`.
+        lr: of an SGD update; None leaves stagnation out.
+        clip: the largest norm of the gradient in that update.
+
+    Raises:
+        UsageError: there are too few batches.
     """
 
-    modes: list[Mode]
-    scaled: dict[int, Mode]
+    modes: Sequence[Mode]
     batches: int
-    bptt: int
     seed: int
-    lr: float | None
-    clip: float
+    scaled: Mapping[int, Mode] = field(default_factory=dict)
+    lr: float | None = None
+    clip: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.batches < LEAST_BATCHES:
+            raise UsageError(
+                f"{self.batches} batches are too few: a deviation and its error take {LEAST_BATCHES}; give more"
+            )
 
 
-def plan_scales(modes: Sequence[Mode], options: Mapping[str, Any]) -> dict[int, Mode]:
-    """A mode of half weights for each of `MEASURED_KS`: of `modes` where one has that loss scale."""
-    half = {mode.scale: mode for mode in modes if getattr(mode.args, "fp16", False) and mode.args.script != "main_amp"}
-    return {k: half.get(2.0**k) or Mode("manual", {**options, "static_loss_scale": 2.0**k}) for k in MEASURED_KS}
-
-
-class Probe:
-    """All that is counted of a model, batch by batch.
+class Measurement:
+    """Counts what the reference and the modes compute, batch by batch.
 
     Args:
-        model: fp32, on the CPU; it stays as it is.
+        reference: the true gradients.
         plan: what to measure.
 
     Raises:
         UsageError: this machine cannot run one of the modes.
     """
 
-    def __init__(self, model: RNNModel, plan: Plan) -> None:
-        self.model, self.plan = model, plan
-        self.dtypes = {mode.name: mode.dtypes(model) for mode in plan.modes}
-        self.names = tensor_names(model)
-        self.numel = {name: p.numel() for name, p in model.named_parameters()}
-        self.reference = Reference(model)
-        generator = torch.Generator().manual_seed(SEED_OF_SIGNS)
-        n = plan.batches
-        sketches = {name: Sketch(p.shape, n, generator) for name, p in model.named_parameters()}
+    def __init__(self, reference: Reference, plan: Plan) -> None:
+        self.reference, self.plan = reference, plan
+        self.dtypes = {mode.name: mode.dtypes() for mode in plan.modes}
+        self.names = reference.kinds
+        self.numel = {name: weight.numel() for name, weight in reference.weights.items()}
+        generator, n = torch.Generator().manual_seed(SEED_OF_SIGNS), plan.batches
+        sketches = {name: Sketch(weight.shape, n, generator) for name, weight in reference.weights.items()}
         self.gradients = {name: Gradients(sketch, n) for name, sketch in sketches.items()}
         self.exponents = {name: Exponents() for name in self.names}
         self.tallies: dict[str, dict[str, Shares]] = {
@@ -88,66 +162,64 @@ class Probe:
         dtypes = {mode.dtype for mode in plan.modes}
         self.stagnation = {dtype: {name: Stagnation(dtype) for name in sketches} for dtype in dtypes}
 
-    def run(self, data: Tensor) -> None:
-        """Measure the first batches of `data`, of shape (rows, batch_size), the hidden state carried along.
+    def run(self, batches: Iterable[Batch]) -> None:
+        """Measure all `batches`, and leave torch's random state as it was.
 
-        Leaves torch's random state as it was.
+        A batch is asked for when the reference has seen the one before it, so that it can carry the reference's state.
 
         Raises:
-            UsageError: it has fewer batches than asked for, or those are too few.
+            ValueError: there are more or fewer batches than planned.
         """
-        starts = range(0, len(data) - 1, self.plan.bptt)
-        if not LEAST_BATCHES <= self.plan.batches <= len(starts):
-            raise UsageError(
-                f"--batches {self.plan.batches}: from {LEAST_BATCHES} (for a deviation and its error) to {len(starts)} "
-                f"(all that the corpus has) can be measured"
-            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.plan.seed)
-            hidden = self.reference.init_hidden(data.size(1))
-            for batch in progress_bar(range(self.plan.batches), "probe"):
-                hidden = self._measure(batch, *get_batch(data, starts[batch], self.plan.bptt), hidden)
+            for index, batch in zip(range(self.plan.batches), batches, strict=True):
+                self._measure(index, batch)
 
-    def _measure(self, batch: int, tokens: Tensor, targets: Tensor, hidden: Hidden) -> Hidden:
+    def _measure(self, index: int, batch: Batch) -> None:
         release_freed_memory()
         before = torch.get_rng_state()
-        after_batch = self.reference.run(tokens, targets, hidden, self.exponents[LOGITS].add)
+        expected = self._expect(index, batch)
         after = torch.get_rng_state()
-        parameters, boundaries = self.reference.gradients(), self.reference.boundaries
-        for name, (gradient, rows) in parameters.items():
-            self.gradients[name].add(batch, gradient, rows)
-            self.exponents[name].add(gradient)
-        for name, gradient in boundaries.items():
-            self.exponents[name].add(gradient)
-        self.numel |= {name: gradient.numel() for name, gradient in boundaries.items()}
-        self.numel[LOGITS] = targets.numel() * self.model.options["ntokens"]
-        self._stagnation(parameters)
-        expected = Expected(parameters, {name: gradient != 0 for name, gradient in boundaries.items()})
         for mode in self.plan.modes:
             release_freed_memory()  # each mode takes blocks of other sizes, which leave holes
             torch.set_rng_state(before)
-            _compare(
-                batch, mode, mode.gradients(self.model, tokens, targets, hidden), expected, self.tallies[mode.name]
-            )
+            _compare(index, mode, mode.gradients(batch), expected, self.tallies[mode.name])
         for k, mode in self.extra.items():
             release_freed_memory()
             torch.set_rng_state(before)
-            _count(mode.gradients(self.model, tokens, targets, hidden), expected, self.scaled[k])
+            _count(mode.gradients(batch), expected, self.scaled[k])
         torch.set_rng_state(after)
-        return after_batch
 
-    def _stagnation(self, parameters: dict[str, tuple[Tensor, Tensor | None]]) -> None:
+    def _expect(self, index: int, batch: Batch) -> "_Expected":
+        """Run the reference, and count what is counted of its gradients alone."""
+        shown: dict[str, int] = {}
+
+        def see(name: str, part: Tensor) -> None:
+            self.exponents[name].add(part)
+            shown[name] = shown.get(name, 0) + part.numel()
+
+        self.reference.run(batch, see)
+        parameters, boundaries = self.reference.gradients(), self.reference.boundaries
+        for name, (gradient, rows) in parameters.items():
+            self.gradients[name].add(index, gradient, rows)
+            self.exponents[name].add(gradient)
+        for name, gradient in boundaries.items():
+            self.exponents[name].add(gradient)
+        self.numel |= shown | {name: gradient.numel() for name, gradient in boundaries.items()}
+        self._count_stagnation(parameters)
+        return _Expected(parameters, {name: gradient != 0 for name, gradient in boundaries.items()})
+
+    def _count_stagnation(self, parameters: ParameterGradients) -> None:
         if self.plan.lr is None:
             return
         norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient, _ in parameters.values()))
         step = self.plan.lr * min(1.0, self.plan.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        weights = dict(self.model.named_parameters())
         for tallies in self.stagnation.values():
             for name, (gradient, rows) in parameters.items():
-                tallies[name].add(_select(weights[name].detach(), rows), gradient, step)
+                tallies[name].add(_select(self.reference.weights[name], rows), gradient, step)
 
     def figures(self) -> dict[str, Any]:
-        """`tensors`, `total`, `modes` and `scales` of probe.json."""
+        """Return `tensors`, `total`, `modes` and `scales` of probe.json."""
         products = {name: gradients.products() for name, gradients in self.gradients.items()}
         total = torch.stack(list(products.values())).sum(0)
         return {
@@ -183,8 +255,9 @@ class Probe:
         squares = torch.stack([tally.squares for tally in of_parameters.values()]).sum(0)
         whole = _errors(squares, sums[0], sums[1], total) | _stagnated(list(stagnation.values()))
         return {
-            "script": script_of(mode),
+            "description": mode.description,
             "loss_scale": mode.scale,
+            "computes": str(mode.dtype).removeprefix("torch."),
             "dtype": dtypes["gradients"],
             "weights": dtypes["weights"],
             "total": _values(whole, _summed(list(of_parameters.values()))),
@@ -193,15 +266,15 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the reference says of a batch.
+class _Expected:
+    """The reference's gradients of a batch.
 
     Attributes:
-        parameters: as of `Reference.gradients`.
-        present: boundary -> where its gradient is not 0; those of the logits are nowhere 0.
+        parameters: as `Reference.gradients` returns them.
+        present: boundary -> where its gradient is not 0. A boundary that is missing is nowhere 0.
     """
 
-    parameters: dict[str, tuple[Tensor, Tensor | None]]
+    parameters: ParameterGradients
     present: dict[str, Tensor]
 
 
@@ -209,16 +282,16 @@ def _select(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def _compare(batch: int, mode: Mode, found: ModeGradients, expected: Expected, tallies: dict[str, Shares]) -> None:
+def _compare(index: int, mode: Mode, found: ScaledGradients, expected: _Expected, tallies: dict[str, Shares]) -> None:
     for name, tally in tallies.items():
         if isinstance(tally, Tally):
             reference, rows = expected.parameters[name]
-            tally.compare(batch, _select(found.parameters[name], rows), mode.scale, reference, rows)
+            tally.compare(index, _select(found.parameters[name], rows), mode.scale, reference, rows)
         else:
             tally.add(found.boundaries[name], expected.present.get(name))
 
 
-def _count(found: ModeGradients, expected: Expected, tallies: dict[str, Shares]) -> None:
+def _count(found: ScaledGradients, expected: _Expected, tallies: dict[str, Shares]) -> None:
     for name, shares in tallies.items():
         if name in expected.parameters:
             reference, rows = expected.parameters[name]
