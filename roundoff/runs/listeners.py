@@ -10,9 +10,6 @@ from typing import Any, Protocol
 
 from roundoff.errors import UsageError
 
-NO_CURVES = ("step", "epoch", "batch", "batches", "ms_per_batch")
-"""Entries of an interval or an epoch that say where a run is, and that no tracker draws."""
-
 
 class Listener(Protocol):
     """Hears of a run after its files have been written. Only the process of rank 0 calls it.
@@ -37,11 +34,6 @@ class Listener(Protocol):
 
     def result(self, row: dict[str, Any]) -> None:
         """Hear that the run has ended; `row` is `result.json`. The best model is in its place, if there is one."""
-
-
-def curves(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of an interval or an epoch that a tracker draws."""
-    return {name: value for name, value in row.items() if name not in NO_CURVES}
 
 
 _listeners: list[Listener] = []

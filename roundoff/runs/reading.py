@@ -167,7 +167,13 @@ _STEP: Fields = {
     "applied": _flag,
     "lr": _number,
 }
-_EPOCH: Fields = {"epoch": _integer, "valid_loss": _loss, "valid_ppl": _number, "lr": _number, "seconds": _number}
+_EPOCH: Fields = {
+    "epoch": _integer,
+    "valid_loss": _loss,
+    "valid_ppl": _optional(_number),
+    "lr": _number,
+    "seconds": _number,
+}
 _RESULT: Fields = {
     "status": _status,
     "test_loss": _optional(_loss),
