@@ -19,7 +19,8 @@ from lm.options.resolve import default_lr
 from lm.training.description import git_commit
 from roundoff import processes
 from roundoff.errors import RunError, UsageError
-from roundoff.runs.listeners import curves, listening
+from roundoff.runs.listeners import listening
+from roundoff.runs.meter import curves
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred's own matter, not a user's

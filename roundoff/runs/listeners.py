@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-NO_CURVES = ("step", "epoch", "batch", "batches", "ms_per_batch")
-"""Entries of an interval or an epoch that say where a run is, and that no tracker draws."""
-
 
 class Listener(Protocol):
     """Hears of a run after its files have been written. Only the process of rank 0 calls it.
@@ -35,11 +32,6 @@ class Listener(Protocol):
 
     def result(self, row: dict[str, Any]) -> None:
         """Hear that the run has ended; `row` is `result.json`. The best model is in its place, if there is one."""
-
-
-def curves(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of an interval or an epoch that a tracker draws."""
-    return {name: value for name, value in row.items() if name not in NO_CURVES}
 
 
 _listeners: list[Listener] = []
