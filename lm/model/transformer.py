@@ -69,7 +69,7 @@ class Transformer(nn.TransformerEncoder):
         super().__init__(_Layer(emsize, nhead, nhid, dropout), nlayers, enable_nested_tensor=False)
 
     def forward(self, input: Tensor, hidden: tuple[()]) -> tuple[Tensor, tuple[()]]:  # type: ignore[override]
-        """Map (words, batch, emsize) to the same shape, as a recurrent layer does. There is no state: `hidden` is ()."""
+        """Map (words, batch, emsize) to the same shape, as a recurrent layer does; `hidden`, the state, is ()."""
         for layer in self.layers:
             input = layer(input)
         return input, hidden
