@@ -18,7 +18,7 @@ DYNAMIC = {
 }
 SPOILED = {0, 1, 6}
 STEPS = 8
-SAVED_BEFORE = (0, 1, 4, 7)
+SAVED_BEFORE = (0, 1, 3, 7)
 
 WAYS = [  # the scale, how gradients are made, max_norm and norm_type, parts of a batch
     (STATIC, "at once", (0.05, INF), 1),
