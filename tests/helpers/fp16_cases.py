@@ -122,10 +122,18 @@ CASES = {
     "tied": Case(tied),
     "sparse fp16": Case(lambda: Rows(torch.float16), OPTIMIZERS["sgd"], limits=frozenset({"sums", "norm"})),
     "sparse fp32": Case(lambda: Rows(torch.float32), OPTIMIZERS["sgd"], limits=frozenset({"norm"})),
+    "momentum": _variant("momentum"),
+    "momentum fused": _variant("momentum", fused=True),
+    "adam": _variant("adam"),
+    "adamw fused": _variant("adamw", fused=True),
+}
+VARIANTS = {
     **{name: _variant(name) for name in OPTIMIZERS},
+    **{f"{name} foreach": _variant(name, foreach=True) for name in OPTIMIZERS},
     **{f"{name} fused": _variant(name, fused=True) for name in OPTIMIZERS if name != "rmsprop"},
 }
-FOREACH = {f"{name} foreach": _variant(name, foreach=True) for name in OPTIMIZERS}
+VARIANTS = {name: case for name, case in VARIANTS.items() if name not in CASES}
+"""What remains of the wrapped optimizers and their implementations."""
 
 
 class ByHand:
