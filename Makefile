@@ -1,11 +1,11 @@
-# Needs nothing but make and Python 3.11 or newer; everything else goes into .venv.
+# Needs nothing but make and Python 3.11 or newer. Everything else goes into .venv, as far as the target needs it.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-all lint clean
 
 # The main job on text that every Python ships, in every precision mode, side by side.
-demo: .venv/.installed
+demo: .venv/.report
 	$(BIN)/python compare.py -- --data python-docs --epochs 2 --log-interval 50 --emsize 64 --nhid 64
 
 test: lint
@@ -15,15 +15,15 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --slow
 
-lint: .venv/.installed
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Compiled when imported: most of torch never is.
-.venv/.installed: pyproject.toml constraints.txt
+# .venv with the extra "report" or "dev". --no-compile: most of torch is never imported.
+.venv/.%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 clean:

@@ -8,7 +8,6 @@ already; prints a table with a verdict for each mode and writes report.html, cur
 import argparse
 import itertools
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,32 +16,20 @@ from pathlib import Path
 from lm.launch.jobs import Job, check_flags, comparison_folder, run_jobs, slot_environments
 from lm.launch.probe_jobs import run_probes
 from lm.options.modes import DEFAULT_MODES, MODES, mode_names
-from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, finite_above_0, whole
+from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, whole
 from roundoff.errors import RunError, UsageError
 from roundoff.program import exit_code
-from roundoff.report.html import write_html
-from roundoff.report.png import write_png
-from roundoff.report.probe_table import table as probe_table
-from roundoff.report.summary import table, write_summary
-from roundoff.runs.files import check_writable
+from roundoff.report.compare_command import add_options, default_out, publish, require_packages, settings
 from roundoff.runs.reading import Run, read_run
 from roundoff.terminal import say
 from roundoff.verdict.comparison import compare
 from roundoff.verdict.types import Failure
 
-FILES = {"summary.json": write_summary, "report.html": write_html, "curves.png": write_png}
 USAGE = """compare.py [options] [-- TRAINER FLAGS...]   run the modes, then compare them
        compare.py [options] RUN [RUN...]           compare run directories"""
 EPILOG = """Exit code: 0; 1 if a pair of --expect-equal differs, or if no run left anything to compare; 2 after a
-mistake in the command; 130 when interrupted. A mode that fails or diverges is reported, and leaves 0."""
-
-
-def pair(text: str) -> tuple[str, str]:
-    """An argparse type: two different names, separated by a comma."""
-    first, _, second = text.partition(",")
-    if not first or not second or "," in second or first == second:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two different modes, such as fp32,amp-fp32")
-    return first, second
+mistake in the command; 130 when interrupted. A mode that fails or diverges is reported, and leaves 0. After an
+interrupt, the same command with the same --out continues."""
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -72,31 +59,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="runs at a time, on several GPUs if there are; on the CPU they share its threads, and what they say of "
         "speed cannot be compared with other runs (default: 1)",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="everything goes here; after an interrupt, the same command with the same DIR continues "
-        "(default: runs/compare-<time>)",
-    )
-    parser.add_argument("--reference", metavar="MODE", help="that the others are compared with (default: fp32)")
-    parser.add_argument(
-        "--margin", type=finite_above_0, default=0.01, metavar="NATS", help="a difference this small is none"
-    )
-    parser.add_argument(
-        "--expect-equal",
-        type=pair,
-        action="append",
-        metavar="A,B",
-        help="exit with 1 if a loss differs in a bit",
-    )
+    add_options(parser)
     parser.add_argument(
         "--probe",
         action="store_true",
         help="measure too what each mode does to the gradient, at the initial and the final weights of the reference; "
         "probe.py, on the CPU",
     )
-    parser.add_argument("--anyway", action="store_true", help="compare runs whose corpus, seed, model or batch differ")
     complete(parser)
     args = parser.parse_intermixed_args(argv[:end])
     args.flags = argv[end + 1 :] if end < len(argv) else None
@@ -105,22 +74,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     given += ["--"] if args.flags is not None else []
     if args.runs and given:
         parser.error(f"{given[0]} is for modes to run, and RUN is one that has run; give one of them")
-    args.expect_equal = args.expect_equal or []
-    args.out = args.out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.out = args.out or default_out()
     return args
 
 
 def run_modes(args: argparse.Namespace) -> tuple[list[Run], list[Failure]]:
     """Run what is asked for, as far as it has not been run before; return what came of it."""
     labels, count, at_once = args.modes or list(DEFAULT_MODES), args.seeds or 1, args.jobs or 1
-    named = [args.reference or labels[0], *itertools.chain(*args.expect_equal)]
+    named = [args.reference or labels[0], *itertools.chain(*(args.expect_equal or []))]
     if unknown := [label for label in named if label not in labels]:
         raise UsageError(f"--reference or --expect-equal: {unknown[0]!r} is not one of --modes {','.join(labels)}")
-    first_seed, flags, device = check_flags(labels, args.flags or [])
+    first_seed, options, device = check_flags(labels, args.flags or [])
     seeds = list(range(first_seed, first_seed + count))
     # One thread more or less changes sums in their last bits, so --jobs is part of what was asked for.
-    with comparison_folder(args.out, {"modes": labels, "seeds": seeds, "flags": flags, "jobs": at_once}) as lock:
-        jobs = [Job(label, seed, flags, args.out / "runs" / f"{label}-{seed}") for seed in seeds for label in labels]
+    with comparison_folder(args.out, {"modes": labels, "seeds": seeds, "options": options, "jobs": at_once}) as lock:
+        jobs = [Job(label, seed, options, args.out / "runs" / f"{label}-{seed}") for seed in seeds for label in labels]
         say(f"| {len(jobs)} runs in {args.out}")
         with continued_by_hand(args.out):
             failures = run_jobs(jobs, slot_environments(min(at_once, len(jobs)), device), lock)
@@ -147,42 +115,19 @@ def continued_by_hand(out: Path) -> Iterator[None]:
         raise
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder `out` for the report."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
-    for name in FILES:
-        check_writable("--out", out / name)
-
-
 def main() -> int:
     """Run or read, compare, print and write."""
     args = parse_args(sys.argv[1:])
+    require_packages()
     if args.runs:
         runs, failures = [read_run(path) for path in args.runs], list[Failure]()
     else:
         runs, failures = run_modes(args)
-    options = {"reference": args.reference, "margin": args.margin, "expect_equal": args.expect_equal}
-    comparison = compare(runs, failures, anyway=args.anyway, **options)
+    comparison = compare(runs, failures, **settings(args))
     if args.probe:
         with continued_by_hand(args.out):
             comparison = replace(comparison, probes=run_probes(args.out, comparison))
-    make_folder(args.out)
-    say(table(comparison))
-    for probe in comparison.probes:
-        say(f"\n{probe.title}: {probe.problem or probe.path / 'probe.html'}")
-        if probe.result is not None:
-            say(probe_table(probe.result, explained=False))
-    for name, write in FILES.items():
-        write(args.out / name, comparison)
-    say(f"The report is in {args.out / 'report.html'}, with curves.png and summary.json beside it.")
-    equal = {frozenset((p.first, p.second)): p for p in comparison.pairs}
-    for both in args.expect_equal:
-        found = equal.get(frozenset(both))
-        if found is None or not found.equal:
-            raise RunError(f"--expect-equal {','.join(both)}: {found.sentence if found else 'one has no run'}")
+    publish(comparison, args)
     return 0
 
 

@@ -25,7 +25,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add_version(parser)
-    parser.add_argument("--checkpoint", type=Path, default=Path("model.pt"), metavar="FILE", help="what --save wrote")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("model.safetensors"), metavar="FILE", help="what --save wrote"
+    )
     parser.add_argument(
         "--outf", default="generated.txt", metavar="FILE", help="the text goes here; - for the terminal, word by word"
     )
@@ -99,7 +101,7 @@ def with_progress(words: Iterable[str], count: int, log_interval: int) -> Iterat
 def main() -> int:
     """Load, draw, write."""
     args = parse_args()
-    device = device_of(args)
+    device = device_of(getattr(args, "device", None), cuda=args.cuda, accel=args.accel)
     if args.outf != "-":
         if os.path.realpath(args.outf) == os.path.realpath(args.checkpoint):
             raise UsageError(f"--outf and --checkpoint are both {args.outf}; give the text a file of its own")

@@ -6,30 +6,34 @@ import sys
 import torch
 
 from lm.data.corpus import Corpus
-from lm.model.language_model import make_model
-from lm.options.config import parse_args, set_up
-from lm.options.optimizers import make_optimizer
+from lm.launch.entry import run_trainer
+from lm.model.language_model import RNNModel
+from lm.options.options import Options
+from lm.training.build import make_model, make_optimizer
 from lm.training.loop import fit
-from lm.training.program import exit_code
-from roundoff.precision import Autocast
+from lm.training.process import set_up
+from roundoff.precision import Autocast, Precision
 
 
-def main() -> int:
-    """Build corpus, model and precision management, and train."""
-    args = parse_args(__file__, __doc__)
+# --- precision ---------------------------------------------------------------
+def make_precision(args: Options, model: RNNModel) -> Precision:
+    """Return autocast over fp32 weights with GradScaler; its loss scale is dynamic in fp16, else static."""
+    optimizer = make_optimizer(args, model.parameters())
+    init = args.static_loss_scale or args.init_scale
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
+    return Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)
+
+
+# -----------------------------------------------------------------------------
+
+
+def main(args: Options) -> int:
+    """Build corpus, model and precision, and train."""
     set_up(args)
     corpus = Corpus(args.data)
     model = make_model(args, corpus.vocab_size).to(args.device)
-
-    # --- precision -----------------------------------------------------------
-    optimizer = make_optimizer(args.optimizer, model.parameters(), args.lr)
-    init = args.static_loss_scale or args.init_scale
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
-    precision = Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)
-    # -------------------------------------------------------------------------
-
-    return fit(args, corpus, model, precision)
+    return fit(args, corpus, model, make_precision(args, model))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run_trainer(main, __file__, __doc__))

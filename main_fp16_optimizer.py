@@ -6,27 +6,23 @@ import sys
 import torch
 
 from lm.data.corpus import Corpus
-from lm.model.language_model import make_model
-from lm.options.config import parse_args, set_up
-from lm.options.optimizers import make_optimizer
+from lm.launch.entry import run_trainer
+from lm.model.language_model import RNNModel
+from lm.options.options import Options
 from lm.training.apex import import_fp16_utils
+from lm.training.build import make_model, make_optimizer
 from lm.training.loop import fit
-from lm.training.program import exit_code
-from roundoff.precision import WrappedOptimizer
+from lm.training.process import set_up
+from roundoff.precision import Precision, WrappedOptimizer
 
 
-def main() -> int:
-    """Build corpus, model and precision management, and train."""
-    args = parse_args(__file__, __doc__)
-    set_up(args)
-    corpus = Corpus(args.data)
-    model = make_model(args, corpus.vocab_size).to(args.device)
-
-    # --- precision -----------------------------------------------------------
+# --- precision ---------------------------------------------------------------
+def make_precision(args: Options, model: RNNModel) -> Precision:
+    """Return FP16_Optimizer over half weights, or over fp32 ones; its loss scale is static or dynamic."""
     if args.fp16:
         model.to(torch.float16)
     optimizer = import_fp16_utils(args.fp16_utils).FP16_Optimizer(
-        make_optimizer(args.optimizer, model.parameters(), args.lr),
+        make_optimizer(args, model.parameters()),
         static_loss_scale=args.static_loss_scale or 1.0,
         dynamic_loss_scale=args.dynamic_loss_scale,
         dynamic_loss_args={
@@ -36,11 +32,19 @@ def main() -> int:
         },
         verbose=False,
     )
-    precision = WrappedOptimizer(optimizer)
-    # -------------------------------------------------------------------------
+    return WrappedOptimizer(optimizer)
 
-    return fit(args, corpus, model, precision)
+
+# -----------------------------------------------------------------------------
+
+
+def main(args: Options) -> int:
+    """Build corpus, model and precision, and train."""
+    set_up(args)
+    corpus = Corpus(args.data)
+    model = make_model(args, corpus.vocab_size).to(args.device)
+    return fit(args, corpus, model, make_precision(args, model))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run_trainer(main, __file__, __doc__))

@@ -1,8 +1,9 @@
-"""What does a precision mode do to the gradient?
+"""Measure what a precision mode does to the gradient.
 
-At the same weights, batch, hidden state and dropout mask, measures how far each mode's gradient is from the true one,
-compared with how far one batch's gradient is from another's; what is flushed, subnormal and overflows at every loss
-scale; and which scale to take. Takes no step, and a minute or a few instead of many training runs.
+All modes have the same weights, batches, hidden states and dropout masks. The probe measures how far each mode's
+gradient is from the true one, compared with how far one batch's gradient is from another's. It counts what is flushed,
+subnormal and overflows at every loss scale, and says which scale to take. It takes no step, and a minute or a few
+instead of many training runs.
 """
 
 # PYTHON_ARGCOMPLETE_OK
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.corpora import DEFAULT
-from lm.launch.probing.mode import PROBED
-from lm.launch.probing.run import probe
+from lm.launch.probing.mode import PROBED, Precisions
+from lm.launch.probing.run import run_probe
 from lm.launch.probing.sources import Source, fresh, from_checkpoint, from_run
 from lm.options.modes import MODES, mode_names
+from main import make_precision as main_precision
+from main_amp import make_precision as amp_precision
+from main_fp16_optimizer import make_precision as fp16_optimizer_precision
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from roundoff.errors import UsageError
 from roundoff.gradients.result import write_probe
@@ -26,6 +30,11 @@ from roundoff.runs.files import check_writable
 from roundoff.terminal import say
 
 FILES = ("probe.json", "probe.html", "probe.png")
+PRECISIONS: Precisions = {
+    "main": main_precision,
+    "main_fp16_optimizer": fp16_optimizer_precision,
+    "main_amp": amp_precision,
+}
 USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
 EPILOG = """After -- go flags of the trainers for the model, the batches and the update, such as --nhid 650; see main.py
 --help. Exit code: 0; 1 if it failed; 2 after a mistake in the command; 130 when interrupted, which leaves nothing."""
@@ -65,7 +74,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def check_out(out: Path) -> None:
-    """Raise UsageError unless the results can go there, over nothing else; leaves nothing behind."""
+    """Raise UsageError unless the results can go to `out` without replacing a file; leave nothing behind."""
     there = out
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
@@ -78,9 +87,9 @@ def check_out(out: Path) -> None:
 
 
 def find_source(args: argparse.Namespace) -> Source:
-    """What the command line asks to be probed."""
+    """Find what the command line asks to be probed."""
     if args.run is not None:
-        return from_run(args.run, args.data, args.flags)
+        return from_run(args.run, args.data, args.flags, PRECISIONS)
     data = args.data or DEFAULT
     return fresh(data, args.flags) if args.checkpoint is None else from_checkpoint(args.checkpoint, data, args.flags)
 
@@ -102,11 +111,12 @@ def report(out: Path, result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Measure, print and write."""
+    """Probe, print and write."""
     args = parse_args(sys.argv[1:])
     check_out(args.out)
     source = find_source(args)
-    result = probe(source, args.modes, args.batches, args.flush_limit, ["probe.py", *sys.argv[1:]])
+    command = ["probe.py", *sys.argv[1:]]
+    result = run_probe(source, args.modes, args.batches, args.flush_limit, command, PRECISIONS)
     report(args.out, result)
     return 0
 

@@ -1,4 +1,4 @@
-"""What NVIDIA's apex was for most scripts, on any device. It imports torch alone."""
+"""Replaces what scripts import from NVIDIA's apex, on any device. It imports torch alone."""
 
 from apex_compat.checkpoint import load_apex_checkpoint
 from apex_compat.provide import provide_apex

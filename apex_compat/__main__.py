@@ -1,4 +1,4 @@
-"""Run a script that imports apex.fp16_utils as it is.
+"""Runs an unchanged script that imports apex.fp16_utils.
 
 python -m apex_compat [--device cpu] SCRIPT [ARGS...]
 """
@@ -16,15 +16,18 @@ from apex_compat.provide import provide_apex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script that `argv` (by default the command line's arguments) names, with its arguments.
+    """Run the script that `argv` names, with the arguments that follow it.
+
+    Args:
+        argv: the command line's arguments by default.
 
     Returns:
-        The exit code: 0; 1 if the script raised, after its traceback was shown; 2 if it cannot be read. A
-        script's own SystemExit passes through.
+        The exit code. It is 0, or 2 if the script cannot be read. It is 1 if the script raised and 130 after
+        Ctrl-C, both after the script's traceback. A script's own SystemExit passes through.
     """
     parser = argparse.ArgumentParser(
         prog="python -m apex_compat",
-        description="Run SCRIPT with apex.fp16_utils provided by apex_compat.",
+        description="Run SCRIPT as it is. Its `import apex.fp16_utils` gets apex_compat.fp16_utils.",
     )
     parser.add_argument(
         "--device",
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _as_main(script: str, args: list[str]) -> Iterator[ModuleType]:
-    """Set up `__main__`, sys.argv and sys.path as `python SCRIPT ARGS...` would; put them back at the end."""
+    """Set up `__main__`, sys.argv and sys.path as `python SCRIPT ARGS...` would, and restore them at the end."""
     module = ModuleType("__main__")
     module.__file__ = script
     main_before = sys.modules["__main__"]
@@ -68,7 +71,7 @@ def _as_main(script: str, args: list[str]) -> Iterator[ModuleType]:
 def _run(source: bytes, script: str, module: ModuleType) -> int:
     try:
         code: CodeType = compile(source, script, "exec")
-        exec(code, vars(module))  # noqa: S102  what this program is for
+        exec(code, vars(module))  # noqa: S102  the purpose of this program
     except (Exception, KeyboardInterrupt) as error:
         # The first frame is this function; the rest, none for a syntax error, is the script's own traceback.
         trace = error.__traceback__.tb_next if error.__traceback__ else None

@@ -1,4 +1,4 @@
-"""Reading checkpoints that apex.fp16_utils wrote, without apex and without running code out of the file."""
+"""Reads checkpoints that apex.fp16_utils wrote, without apex and without running code out of the file."""
 
 import pickle
 import re
@@ -11,15 +11,15 @@ from apex_compat.fp16_utils.policy import DYNAMIC_ARGS
 
 
 class _Record:
-    """Stands in for a pickled scaler: takes its attributes and has no behaviour."""
+    """Stands in for a pickled scaler. It takes the attributes and has no behaviour."""
 
 
-# Every scaler class whose instances ended up in such files. The names are only compared, nothing is imported.
 SCALERS = (
     "apex.amp.scaler.LossScaler",
     "apex.fp16_utils.loss_scaler.LossScaler",
     "apex.fp16_utils.loss_scaler.DynamicLossScaler",
 )
+"""Names every scaler class whose instances ended up in such files. Nothing is imported by these names."""
 
 
 def load_apex_checkpoint(path: str | PathLike[str] | IO[bytes], map_location: Any = "cpu") -> Any:
@@ -29,26 +29,26 @@ def load_apex_checkpoint(path: str | PathLike[str] | IO[bytes], map_location: An
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])  # an FP16_Optimizer of this package
 
-    The file is read by torch's restricted unpickler (`weights_only=True`). The scaler objects in it become
-    the plain values that `FP16_Optimizer.load_state_dict` takes, with their window counters; the rest is
-    returned as it was saved.
+    torch's restricted unpickler (`weights_only=True`) reads the file. The scaler objects in it become the plain
+    values that `FP16_Optimizer.load_state_dict` takes, with their window counters. The rest is returned as it
+    was saved.
 
     Args:
         path: the file, or a binary file object.
-        map_location: as of torch.load; "cpu" by default, since such files come from machines with CUDA.
+        map_location: as for torch.load. It is "cpu" by default, since such files come from machines with CUDA.
 
     Raises:
-        pickle.UnpicklingError: the file holds anything but tensors, plain values and apex's scalers, or is not
-            one that torch.save wrote. Nothing out of it has been executed.
+        pickle.UnpicklingError: the file holds anything but tensors, plain values and apex's scalers, or
+            torch.save did not write it. Nothing out of it has been executed.
         ValueError: a scaler lacks an attribute.
     """
-    # A class of its own for each name: torch keeps the allowed ones by class.
+    # Each name gets a class of its own: torch keeps the allowed names by class.
     stand_ins: list[Any] = [(type("_Record", (_Record,), {}), name) for name in SCALERS]
     try:
         with torch.serialization.safe_globals(stand_ins):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        # Out of torch's advice, which includes turning the protection off, the part that says what was found.
+        # torch's advice includes turning the protection off. Only its finding is shown.
         reason = re.search(r"Unsupported [^\n]*", str(error))
         raise pickle.UnpicklingError(
             f"{path} holds more than tensors, plain values and apex's loss scalers, which is all that is "
@@ -58,7 +58,7 @@ def load_apex_checkpoint(path: str | PathLike[str] | IO[bytes], map_location: An
 
 
 def _without_records(value: Any) -> Any:
-    """Return `value` with each scaler in its dicts, lists and tuples as plain values."""
+    """Return `value` with each scaler in its dicts, lists and tuples turned into plain values."""
     if isinstance(value, _Record):
         return _plain(vars(value))
     if type(value) is dict:
@@ -69,7 +69,7 @@ def _without_records(value: Any) -> Any:
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Turn a scaler's attributes into a state of `apex_compat.fp16_utils.policy`."""
+    """Return the state of `apex_compat.fp16_utils.policy` that a scaler's attributes describe."""
     try:
         if "_loss_scale" in attributes:
             return _plain_amp(attributes)
@@ -78,7 +78,7 @@ def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
         since_overflow = attributes["cur_iter"] - 1 - attributes["last_overflow_iter"]
         return _dynamic(
             scale=attributes["cur_scale"],
-            # This scaler counts all updates; it grows at each multiple of the window.
+            # This scaler counts all updates. It grows at each multiple of the window.
             good_updates=since_overflow % attributes["scale_window"],
             policy=(attributes["scale_factor"], attributes["scale_window"], 1.0, 2.0**127),
         )
@@ -92,7 +92,7 @@ def _plain_amp(attributes: dict[str, Any]) -> dict[str, Any]:
     return _dynamic(
         scale=attributes["_loss_scale"],
         good_updates=attributes["_unskipped"],
-        # Its factor was an argument it ignored: it always doubled and halved.
+        # It ignored its factor argument: it always doubled and halved.
         policy=(
             2.0,
             attributes["_scale_seq_len"],

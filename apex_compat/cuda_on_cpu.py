@@ -1,4 +1,4 @@
-"""Running code written for CUDA on a machine without: `cuda_on_cpu`."""
+"""Runs code written for CUDA on a machine without it."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -26,11 +26,13 @@ TENSOR_TYPES = (
 
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Within this context, what asks for CUDA gets the CPU.
+    """Give the CPU to whatever asks for CUDA within this context.
 
-    That is: `.cuda()` of tensors and modules, any `device` argument that names CUDA (of bare numbers only that of
-    `x.to(0)`), the tensor types of torch.cuda, and `torch.cuda.synchronize`, `set_device` and `current_device`.
-    `torch.cuda.is_available()` still says False, and streams, events and NCCL are not replaced.
+    It replaces `.cuda()` of tensors and modules, and any `device` argument that names CUDA. A bare number is
+    taken for a CUDA device in `x.to(0)` alone. It also replaces the tensor types of torch.cuda, and
+    `torch.cuda.synchronize`, `set_device` and `current_device`.
+
+    `torch.cuda.is_available()` still returns False. Streams, events and NCCL are not replaced.
     """
     # Optimizers import it, and it looks torch.cuda's functions up by identity: it must see the real ones.
     importlib.import_module("torch._dynamo")
@@ -43,7 +45,7 @@ def cuda_on_cpu() -> Iterator[None]:
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Sees each call of a torch function, and changes its devices."""
+    """Changes the devices in each call of a torch function."""
 
     def __torch_function__(
         self,
@@ -72,4 +74,4 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Take the place of a function that concerns a CUDA device."""
+    """Replace a function that concerns a CUDA device."""

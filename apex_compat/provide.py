@@ -1,4 +1,4 @@
-"""Importing apex.fp16_utils where it no longer is: `provide_apex`."""
+"""Makes `import apex` give this package's modules where apex no longer has them."""
 
 import importlib
 import importlib.util
@@ -7,24 +7,31 @@ import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType, TracebackType
 
-# The submodules that scripts import from, too.
-SUBMODULES = ("fp16_optimizer", "fp16util", "loss_scaler")
+MODULES = (
+    "fp16_utils",
+    "fp16_utils.fp16_optimizer",
+    "fp16_utils.fp16util",
+    "fp16_utils.loss_scaler",
+)
+"""Lists the modules that scripts import from apex, as apex and this package both name them.
+
+A submodule must be listed, or its import would load a second copy with classes of its own.
+"""
+SUBPACKAGES = tuple(name for name in MODULES if "." not in name)
 
 
 class ProvidedApex:
-    """apex.fp16_utils can be imported from when this is constructed until `restore` or the end of `with`."""
+    """Provides this package's modules as apex's, from its construction until `restore` or the end of `with`."""
 
     def __init__(self) -> None:
         self._modules_before = {name: sys.modules[name] for name in _apex_modules()}
         self._apex = _installed_apex() or _stand_in()
-        self._attribute_before = vars(self._apex).get("fp16_utils")
-        package = importlib.import_module("apex_compat.fp16_utils")
+        self._attributes_before = {name: vars(self._apex)[name] for name in SUBPACKAGES if name in vars(self._apex)}
         sys.modules["apex"] = self._apex
-        sys.modules["apex.fp16_utils"] = package
-        for name in SUBMODULES:
-            # Or an import of it would load a second copy, with classes of its own.
-            sys.modules[f"apex.fp16_utils.{name}"] = importlib.import_module(f"apex_compat.fp16_utils.{name}")
-        self._apex.fp16_utils = package  # type: ignore[attr-defined]
+        for name in MODULES:
+            sys.modules[f"apex.{name}"] = importlib.import_module(f"apex_compat.{name}")
+        for name in SUBPACKAGES:
+            setattr(self._apex, name, sys.modules[f"apex.{name}"])
         self._restored = False
 
     def restore(self) -> None:
@@ -32,9 +39,9 @@ class ProvidedApex:
         if self._restored:
             return
         self._restored = True
-        del self._apex.fp16_utils
-        if self._attribute_before is not None:
-            self._apex.fp16_utils = self._attribute_before  # type: ignore[attr-defined]
+        for name in SUBPACKAGES:
+            delattr(self._apex, name)
+        vars(self._apex).update(self._attributes_before)
         for name in _apex_modules():
             del sys.modules[name]
         sys.modules.update(self._modules_before)
@@ -49,7 +56,7 @@ class ProvidedApex:
 
 
 def provide_apex() -> ProvidedApex:
-    """Make `import apex.fp16_utils` give this package, from now on or within a `with` statement.
+    """Make `import apex.fp16_utils` give `apex_compat.fp16_utils`, from now on or within a `with` statement.
 
         apex_compat.provide_apex()
         from apex.fp16_utils import FP16_Optimizer
@@ -57,11 +64,11 @@ def provide_apex() -> ProvidedApex:
         with apex_compat.provide_apex():
             import old_training_code
 
-    An installed apex keeps all else it has. Where there is none, or it cannot be imported (a warning says
-    so), a module "apex" with nothing but fp16_utils stands in for it.
+    An installed apex keeps everything else. Where none is installed, a module "apex" with nothing but
+    fp16_utils stands in for it. It also stands in for an apex that cannot be imported, and a warning says so.
 
     Returns:
-        An object whose `restore()`, also called at the end of `with`, undoes it.
+        An object whose `restore()` undoes it. The end of `with` calls `restore()` too.
     """
     return ProvidedApex()
 
@@ -81,7 +88,7 @@ def _installed_apex() -> ModuleType | None:
 
 
 def _stand_in() -> ModuleType:
-    apex = ModuleType("apex", "Stands in for apex: it has fp16_utils and nothing else.")
+    apex = ModuleType("apex", f"Stands in for apex: it has {', '.join(SUBPACKAGES)} and nothing else.")
     apex.__spec__ = ModuleSpec("apex", None, is_package=True)
-    apex.__path__ = []  # a package, or Python would not look for apex.fp16_utils in it
+    apex.__path__ = []  # a package, or Python would not look for its submodules
     return apex

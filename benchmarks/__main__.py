@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is given")
     parser.add_argument("--data", default=corpora.DEFAULT, help="the corpus, as for the trainers")
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, metavar="MODE", help="see lm/modes.py"
+        "--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, metavar="MODE", help=f"of {', '.join(MODES)}"
     )
     parser.add_argument("--sizes", nargs="+", type=whole, default=[200], metavar="N", help="embedding and hidden units")
     parser.add_argument("--rounds", type=whole, default=15, metavar="N", help="timings of each variant")
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure_size(args: argparse.Namespace, size: int) -> list[Row]:
-    """The parts whose figures depend on the size of the model."""
+    """Measure the parts whose figures depend on the size of the model."""
     rows: list[Row] = []
     in_process = {"step": measure_step, "eval": measure_eval, "precision": measure_precision}
     with ExitStack() as stack:
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def row_of_share(step: Row, share: float) -> Row:
-    """How much of `step` its matrix products take at this machine's peak, as a row."""
+    """Return as a row the share of `step` that its matrix products take at this machine's peak."""
     return {"part": "share", "size": step["size"], "name": step["name"], "value": 100 * share, "unit": "% of peak"}
 
 

@@ -1,7 +1,7 @@
 """The reference in a process of its own, which works when it is told to and waits otherwise.
 
-The trainers set how the C library keeps memory, for their whole process. In the same process the reference would
-profit from it, and no longer be what it is. The two still run in turn, call by call, on the same processors.
+The trainers set how the C library keeps memory, for their whole process. The reference would be faster in such a
+process, and so no reference. The two still run in turn, call by call, on the same processors.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ EVALUATION_BATCHES = 4
 
 
 class Reference:
-    """Calls by name into a `reference.Trainer` elsewhere.
+    """Calls the functions of a `reference.Trainer` in another process by name.
 
     Args:
         stack: ends the process.
@@ -36,7 +36,7 @@ class Reference:
         stack.callback(self._pipe.send, None)
 
     def call(self, name: str) -> Callable[[], None]:
-        """A function that has `name` (a key in `_serve`) run there, and returns when it has."""
+        """Return a function that runs `name` (a key in `_serve`) there, and waits for its end."""
 
         def run() -> None:
             self._pipe.send(name)
@@ -46,6 +46,7 @@ class Reference:
 
 
 def _serve(pipe: Connection, data: str, size: int, threads: int) -> None:
+    """Run what `pipe` names, until it sends None."""
     torch.set_num_threads(threads)
     (train, valid, _), vocabulary = reference.read(data)
     job = reference.Trainer(batchify(train, 20, "cpu"), (vocabulary + 7) // 8 * 8, size)

@@ -25,9 +25,9 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
     prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of `rounds` calls of each of `variants`, taken in turn: A B C A B C ...
+    """Time `rounds` calls of each of `variants` in turn (A B C A B C ...); return the seconds of each.
 
-    So a machine that slows down slows all of them. `prepare` holds what runs before a call, untimed.
+    A machine that slows down then slows all of them. `prepare` holds what runs before a call, untimed.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(WARM_UP + rounds):
@@ -42,7 +42,7 @@ def interleaved(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
+    """Return median, quartiles and extremes."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {
         "median": statistics.median(values),
@@ -54,9 +54,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def compared(part: str, size: int | None, times: dict[str, list[float]], *, faster: bool) -> list[Row]:
-    """A row for each of `times` but the reference.
+    """Return a row for each of `times` but the reference.
 
-    The ratio is taken between neighbours of one round: reference / ours if `faster`, which says how many times
+    A ratio is taken between neighbours of one round. It is reference / ours if `faster`, which says how many times
     faster ours is, else ours / reference.
     """
     rows = []
@@ -82,7 +82,7 @@ def compared(part: str, size: int | None, times: dict[str, list[float]], *, fast
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Describe the machine, as far as the figures depend on it."""
     features = []
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -101,7 +101,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(row: Row) -> str:
-    """`row` as a line."""
+    """Return `row` as a line."""
     what = f"{row['part']:9} {row['size'] or '':>4} {row['name']:24}"
     if "ratio" not in row:
         return f"{what} {row['value']:8.2f} {row['unit']}"

@@ -1,4 +1,4 @@
-"""What this machine can do at most: the rate of matrix products and the bandwidth of a copy."""
+"""The limits of this machine: the rate of matrix products and the bandwidth of a copy."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ REPETITIONS = 5
 
 
 def best(function: Callable[[], object]) -> float:
-    """The shortest time of a few calls, in seconds."""
+    """Return the shortest time of a few calls, in seconds."""
     times = []
     for _ in range(REPETITIONS + 1):
         start = time.perf_counter()
@@ -24,7 +24,7 @@ def best(function: Callable[[], object]) -> float:
 
 
 def measure_peaks() -> list[Row]:
-    """GFLOP/s in each dtype, and GB/s read plus written by a copy."""
+    """Measure GFLOP/s in each dtype, and GB/s read plus written by a copy."""
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         edge = EDGE if dtype is torch.float32 or cpu_multiplies(dtype) else 512
@@ -40,7 +40,7 @@ def measure_peaks() -> list[Row]:
 
 
 def share_of_peak(step: Row, peaks: list[Row], tokens: int, vocabulary: int, layers: int = 2) -> float:
-    """The part of a step's time that its matrix products would take at the peak rate.
+    """Return the share of a step's time that its matrix products would take at the peak rate.
 
     Forward and backward of the decoder and of the LSTM: 6 FLOP a token and weight.
     """

@@ -15,6 +15,7 @@ from benchmarks.measure import REFERENCE, Row, compared
 from lm.data import corpora
 from lm.data.corpus import batchify
 from lm.options.modes import MODES
+from lm.options.options import words
 from roundoff.device import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,20 +23,20 @@ STEPS = 5
 EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the first batches
 
 FIRST_STEP = """
-import importlib, os, sys, time
+import os, runpy, sys, time
 from roundoff.runs.directory import RunDirectory
-script = importlib.import_module(sys.argv[0].removesuffix(".py"))
-def done(*_):
+def done(*_, **__):
     print(time.time(), flush=True)
     os._exit(0)
 RunDirectory.step = done
-script.main()
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
+"""Runs a script to the end of its first step, and prints that moment."""
 
 
 @contextmanager
 def short_evaluation(data: str) -> Iterator[str]:
-    """A folder with the training text of `data` and the first lines of the other two."""
+    """Make a folder with the training text of `data` and the first lines of the other two."""
     texts = corpora.read(data)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.txt").write_text(texts.train, encoding="utf-8")
@@ -46,20 +47,21 @@ def short_evaluation(data: str) -> Iterator[str]:
 
 
 def python(*arguments: str) -> str:
-    """The stdout of a fresh Python process."""
+    """Run a fresh Python process and return its stdout."""
     command = [sys.executable, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 def flags(mode: str, data: str, size: int, folder: str) -> list[str]:
-    """Script and flags of `mode`, with its results in `folder`."""
-    where = ["--run-dir", f"{folder}/run", "--save", f"{folder}/model.pt"]
-    return [*MODES[mode], "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
+    """Return script and flags of `mode`, with its results in `folder`."""
+    where = {"run_dir": f"{folder}/run", "save": f"{folder}/model.safetensors"}
+    options = {**MODES[mode].options, "data": data, "emsize": size, "nhid": size, **where}
+    return [f"{MODES[mode].script}.py", *words(options)]
 
 
 def measure_memory(data: str, size: int, modes: list[str], rounds: int) -> list[Row]:
-    """Peak resident memory of a process that trains for `STEPS` batches and evaluates."""
+    """Measure the peak resident memory of a process that trains for `STEPS` batches and evaluates."""
     peaks: dict[str, list[float]] = {name: [] for name in (REFERENCE, *modes)}
     with short_evaluation(data) as short:
         call = f"from benchmarks.processes import train_reference; train_reference({short!r}, {size})"
@@ -85,7 +87,7 @@ def train_reference(data: str, size: int) -> None:
 
 
 def measure_start(data: str, size: int, modes: list[str], rounds: int) -> list[Row]:
-    """Seconds from the start of a process to the end of its first training step, the corpus being on disk."""
+    """Measure the seconds from the start of a process to the end of its first training step."""
     rows = []
     for mode in modes:
         taken = []

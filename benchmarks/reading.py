@@ -12,8 +12,8 @@ from lm.data.corpus import Corpus
 
 
 def measure_reading(data: str, rounds: int) -> list[Row]:
-    """`Corpus` against the reference's loop: processor time, so that other programs count less, and memory."""
-    mine = Corpus(data)  # first, since it fetches what is missing
+    """Measure `Corpus` against the reference's loop: processor time, which other programs change less, and memory."""
+    mine = Corpus(data)
     assert all(map(torch.equal, reference.read(data)[0], (mine.train, mine.valid, mine.test)))
     variants = {REFERENCE: lambda: reference.read(data), "Corpus": lambda: Corpus(data)}
     rows = compared("reading", None, interleaved(variants, rounds, clock=time.process_time), faster=False)
@@ -27,7 +27,7 @@ def measure_reading(data: str, rounds: int) -> list[Row]:
 
 
 def peak_mib(name: str, data: str) -> float:
-    """Peak resident memory of one reading in this process, above what it had before (Linux: /proc)."""
+    """Return the peak resident memory of one reading, above what this process had before (Linux: /proc)."""
 
     def status(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,5 +1,4 @@
-"""The loop that the PyTorch tutorial for word-level language models teaches, written afresh: what all else is
-measured against.
+"""The reference of all measurements: the loop of the PyTorch tutorial for language models, written afresh.
 
 fp32, `log_softmax` in the model, `NLLLoss`, `clip_grad_norm_`, the update as `p.data.add_(p.grad, alpha=-lr)`,
 `loss.item()` after every step, a corpus read line by line.
@@ -18,7 +17,7 @@ EOS = "<eos>"
 
 
 def read(folder: str) -> tuple[list[Tensor], int]:
-    """Train, valid and test as token ids, and how many words there are.
+    """Return train, valid and test as token ids, and the number of words.
 
     Two passes over each file: one numbers the words, one makes a list of ids and a tensor for each line.
     """
@@ -57,13 +56,13 @@ class Model(nn.Module):
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
 
     def init_hidden(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Zeros for h and c."""
+        """Return zeros for h and c."""
         weight = next(self.parameters())
         shape = (self.layers, batch_size, self.size)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
     def forward(self, tokens: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Log probabilities of each next word, shape (bptt * batch, vocabulary), and the new state."""
+        """Return the log probabilities of each next word, shape (bptt * batch, vocabulary), and the new state."""
         output, hidden = self.rnn(self.drop(self.encoder(tokens)), hidden)
         decoded = self.decoder(self.drop(output)).view(-1, self.vocabulary)
         return F.log_softmax(decoded, dim=1), hidden
@@ -89,7 +88,7 @@ class Trainer:
         self.total_loss = 0.0
 
     def gradients(self, i: int) -> Tensor:
-        """Forward and backward of the batch at row `i`; returns the loss."""
+        """Run forward and backward of the batch at row `i`; return the loss."""
         tokens, targets = get_batch(self.data, i, self.bptt)
         self.model.zero_grad()
         self.hidden = (self.hidden[0].detach(), self.hidden[1].detach())
@@ -106,12 +105,12 @@ class Trainer:
             p.data.add_(p.grad, alpha=-self.lr)
 
     def update_and_clear(self) -> None:
-        """All that a step does outside forward and backward."""
+        """Do what a step does outside forward and backward."""
         self.update()
         self.model.zero_grad()
 
     def step(self, i: int) -> None:
-        """One training step."""
+        """Take one training step."""
         self.model.train()
         loss = self.gradients(i)
         self.update()
@@ -119,7 +118,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, source: Tensor) -> float:
-        """Mean loss over `source`, shape (rows, columns)."""
+        """Return the mean loss over `source`, shape (rows, columns)."""
         self.model.eval()
         total = 0.0
         hidden = self.model.init_hidden(source.size(1))

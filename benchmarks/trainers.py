@@ -1,30 +1,33 @@
 """This project's trainers, built as their scripts build them."""
 
 import importlib
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
+from lm.data.corpus import Corpus
+from lm.options.config import make_args
 from lm.options.modes import MODES
+from lm.training.build import make_model
 from lm.training.loop import Training
+from lm.training.process import set_up
 
 
 @contextmanager
 def trainer(mode: str, data: str, size: int) -> Iterator[Training]:
-    """What the script of `mode` (a key of MODES) builds for layers of `size` units, ready to train.
+    """Build what the script of `mode` (a key of MODES) trains, with layers of `size` units.
 
     Its records go to a folder that is removed afterwards.
     """
-    script, *flags = MODES[mode]
-    module = importlib.import_module(script.removesuffix(".py"))
+    chosen = MODES[mode]
     with tempfile.TemporaryDirectory() as folder:
-        where = ["--run-dir", f"{folder}/run", "--save", str(Path(folder, "model.pt"))]
-        argv = [script, *flags, "--data", data, "--emsize", str(size), "--nhid", str(size), *where]
-        with patch.object(sys, "argv", argv), patch.object(module, "fit") as fit:
-            module.main()
-        training = Training(*fit.call_args.args)
+        places = {"run_dir": Path(folder, "run"), "save": Path(folder, "model.safetensors")}
+        args = make_args(chosen.script, **chosen.options, **places, data=data, emsize=size, nhid=size)
+        set_up(args)
+        corpus = Corpus(args.data)
+        model = make_model(args, corpus.vocab_size)
+        precision = importlib.import_module(chosen.script).make_precision(args, model)
+        training = Training(args, corpus, model, precision)
         yield training
         training.records.close()

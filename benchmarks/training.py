@@ -1,4 +1,4 @@
-"""What happens between reading the corpus and writing the results: steps, evaluation, precision management."""
+"""Measurements of steps, evaluation and precision management, all in one process."""
 
 import math
 from collections.abc import Callable
@@ -26,25 +26,25 @@ class Jobs:
         self.trainers = {mode: stack.enter_context(trainer(mode, data, size)) for mode in modes}
 
     def steps(self) -> dict[str, Callable[[], object]]:
-        """For each, a function that trains on the next batch."""
+        """Return for each a function that trains on the next batch."""
         functions: dict[str, Callable[[], object]] = {REFERENCE: self.reference.call("step")}
         return functions | {mode: own_step(job) for mode, job in self.trainers.items()}
 
 
 def own_step(job: Training) -> Callable[[], None]:
-    """A function that trains on the next batch."""
+    """Return a function that trains on the next batch."""
     job.model.train()
     batches = iter(range(0, len(job.train_data) - 1, job.args.bptt))
     return lambda: job.train_step(next(batches))
 
 
 def measure_step(jobs: Jobs, rounds: int) -> list[Row]:
-    """Whole training steps."""
+    """Measure whole training steps."""
     return compared("step", jobs.size, interleaved(jobs.steps(), rounds), faster=True)
 
 
 def measure_eval(jobs: Jobs, rounds: int) -> list[Row]:
-    """Evaluation, `EVALUATION_BATCHES` batches at a time."""
+    """Measure evaluation, `EVALUATION_BATCHES` batches at a time."""
 
     def own(job: Training) -> Callable[[], object]:
         source = job.valid_data[: EVALUATION_BATCHES * job.args.bptt + 1]
@@ -56,10 +56,10 @@ def measure_eval(jobs: Jobs, rounds: int) -> list[Row]:
 
 
 def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
-    """All that a step does outside forward and backward: zero_grad, unscale, check, clip, update, copy.
+    """Measure a step without forward and backward: zero_grad, unscale, check, clip, update, copy.
 
-    The reference clips and updates in fp32. Two more lines stand for what one would write for fp16 oneself: a
-    loop over parameters, which makes new fp32 gradients each time or keeps them.
+    The reference clips and updates in fp32. Two more variants are the loop over parameters that one would write for
+    fp16 oneself. One of them makes new fp32 gradients each time, the other keeps them.
     """
 
     def update(job: Training) -> Callable[[], None]:
@@ -84,7 +84,7 @@ def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
 
 
 def restore_grads(model: nn.Module) -> Callable[[], None]:
-    """A function that gives the parameters of `model` the gradients that they have now."""
+    """Return a function that gives the parameters of `model` the gradients that they have now."""
     saved = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
 
     def restore() -> None:
@@ -95,7 +95,7 @@ def restore_grads(model: nn.Module) -> Callable[[], None]:
 
 
 def handwritten_update(model: nn.Module, keep_grads: bool) -> Callable[[], None]:
-    """fp16 with master weights as a loop over parameters: copy, unscale, check the sum, clip, SGD, copy back."""
+    """Return a loop over parameters in fp16: copy, unscale, check the sum, clip, update masters, copy back."""
     params: list[nn.Parameter] = list(model.parameters())
     masters: list[Tensor] = [p.detach().float().requires_grad_() for p in params]
     optimizer = torch.optim.SGD(masters, lr=1e-3, foreach=False)

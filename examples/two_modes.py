@@ -1,6 +1,8 @@
 """Train the language model in fp32 and under bfloat16 autocast, from Python, and plot both losses.
 
 Run it: python examples/two_modes.py
+
+It needs matplotlib: pip install 'roundoff[report]'.
 """
 
 # %%
@@ -33,19 +35,19 @@ job: dict[str, Any] = {
 
 # %%
 def fp32(model: RNNModel, lr: float) -> Precision:
-    """Weights and arithmetic in fp32."""
+    """Keep weights and arithmetic in fp32."""
     return MasterWeights(model.parameters(), torch.optim.SGD(model.parameters(), lr=lr))
 
 
 def amp(model: RNNModel, lr: float) -> Precision:
-    """Weights in fp32, products in bfloat16, which needs no loss scale."""
+    """Keep weights in fp32, and multiply in bfloat16, which needs no loss scale."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     return Autocast(torch.optim.SGD(model.parameters(), lr=lr), scaler, "cpu", torch.bfloat16, static_scale=1.0)
 
 
 def train(name: str, script: str, build: Callable[[RNNModel, float], Precision], **options: Any) -> None:
-    """One run, recorded in `folder`."""
-    args = make_args(script, **job, **options, run_dir=folder / name, save=folder / f"{name}.pt")
+    """Train once, and record it in `folder`."""
+    args = make_args(script, **job, **options, run_dir=folder / name, save=folder / f"{name}.safetensors")
     set_up(args)
     corpus = Corpus(args.data)
     model = RNNModel(args.model, corpus.vocab_size, args.emsize, args.nhid, args.nlayers, args.dropout)

@@ -11,16 +11,14 @@ if TYPE_CHECKING:
     from lm.data.corpus import Corpus as Corpus
     from lm.model.language_model import RNNModel as RNNModel
     from lm.options.config import make_args as make_args
-    from lm.options.config import set_up as set_up
     from lm.training.loop import fit as fit
+    from lm.training.process import set_up as set_up
 
 _HOMES = {
     "lm.data.corpus": ("Corpus",),
     "lm.model.language_model": ("RNNModel",),
-    "lm.options.config": (
-        "make_args",
-        "set_up",
-    ),
+    "lm.options.config": ("make_args",),
+    "lm.training.process": ("set_up",),
     "lm.training.loop": ("fit",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""What every command line of the project has in common.
+"""The parts that every command line of the project has in common.
 
 Short errors, defaults in the help, numbers with bounds, --version, completion in the shell, and flags made from
 values that come from elsewhere. Python's argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
@@ -7,7 +7,7 @@ values that come from elsewhere. Python's argparse itself heeds NO_COLOR where i
 import argparse
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import roundoff
@@ -22,13 +22,8 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def knows(self, word: str) -> bool:
-        """Whether `word`, such as "--lr=5", begins with an option."""
+        """Return whether `word`, such as "--lr=5", begins with an option."""
         return word.partition("=")[0] in self._option_string_actions
-
-    def options(self) -> dict[str, argparse.Action]:
-        """Name -> option, in the order of --help; without those that only print something or name more options."""
-        prints = {"help", "version", "config"}
-        return {action.dest: action for action in self._actions if action.option_strings and action.dest not in prints}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -41,8 +36,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Switch(argparse.BooleanOptionalAction):
     """An option that is on or off, off by default: `--name`, and `--no-name` to take back what a file has set."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest, default=False, help=None)
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str, default: Any = False) -> None:
+        super().__init__(option_strings, dest, default=default, help=None)
         self.help = help  # Python before 3.13 would add the default to it
 
     def format_usage(self) -> str:
@@ -73,28 +68,6 @@ def complete(parser: argparse.ArgumentParser) -> None:
         argcomplete.autocomplete(parser)
 
 
-def as_flags(options: Mapping[str, argparse.Action], values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that says the same as `values`, a value for each name; None is no word.
-
-    Whether a value is a good one is left to the parser of those words, but for switches.
-
-    Raises:
-        UsageError: a switch is neither on nor off, or a value is several.
-    """
-    words = []
-    for name, value in values.items():
-        flag = options[name].option_strings[0]
-        if isinstance(options[name], Switch):
-            if not isinstance(value, bool):
-                raise UsageError(f"argument {flag}: {value!r} is neither true nor false")
-            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
-        elif isinstance(value, dict | list | tuple):
-            raise UsageError(f"argument {flag}: {value!r} is not one value")
-        elif value is not None:
-            words.append(f"{flag}={value}")
-    return words
-
-
 def number(
     kind: Callable[[str], float],
     low: float,
@@ -104,7 +77,7 @@ def number(
     below: bool = False,
     what: str | None = None,
 ) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out.
+    """Return an argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out.
 
     `what` describes it in the error where the bounds would only be digits to the reader.
     """

@@ -1,12 +1,12 @@
-"""Which device a run uses, and what it is."""
+"""The device of a run: its name, its random state, TF32, memory."""
 
 import ctypes
 import platform
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def get_random_state(device: torch.device) -> torch.Tensor | None:
-    """The state of the accelerator's generator, uint8 on the CPU; None where `device` is none."""
+    """Return the state of the accelerator's generator as uint8 on the CPU; None where `device` is no accelerator."""
     if device.type not in ACCELERATORS:
         return None
     module = torch.get_device_module(device)
@@ -31,7 +31,7 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
 
 @contextmanager
 def random_state_kept(device: str) -> Iterator[None]:
-    """Let the generators of the CPU and of `device` be afterwards as they were before, whatever the block draws."""
+    """Put the generators of the CPU and of `device` back after the block as they were before it."""
     accelerator = torch.device(device)
     with torch.random.fork_rng([]):  # of the CPU; it asks a device in a way that MPS does not know
         state = get_random_state(accelerator)
@@ -55,26 +55,29 @@ def set_tf32(allowed: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library (glibc) keep freed memory for the next allocation instead of giving it back to the system.
+    """Have glibc keep freed memory for the next allocation, and not return it to the system.
 
-    It returns large blocks at once, and the system clears every page of the next one: 25 ms for the 93 MB of a batch's
-    fp32 logits at WikiText-2's vocabulary, 48 on a busy machine, where writing to memory that is there takes 2 to 3.
+    By default glibc returns a large block at once, and the system clears every page of the next one. For the fp32
+    logits of a batch, 93 MB at WikiText-2's vocabulary, that takes ten times as long as writing them.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt := _glibc("mallopt"):
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def release_freed_memory() -> None:
-    """Give memory that was freed back to the system now, where the C library is glibc."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if malloc_trim:
+    """Return freed memory to the system now, where the C library is glibc."""
+    if malloc_trim := _glibc("malloc_trim"):
         malloc_trim(0)
 
 
+def _glibc(name: str) -> Any:
+    """Return the function `name` of the C library, or None where it has none."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
 def device_name(device: str) -> str:
-    """The processor's own name, such as "NVIDIA H100 80GB HBM3"; of xpu and mps that of the CPU beside it."""
+    """Return the processor's own name, such as "NVIDIA H100 80GB HBM3"; for xpu and mps that of the CPU beside it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -86,7 +89,10 @@ def device_name(device: str) -> str:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory that this process has held: allocated by torch with CUDA, else resident."""
+    """Return the most memory that this process has held: allocated by torch with CUDA, else resident.
+
+    0 stands for "not known": Windows has neither /proc nor `resource`.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -94,5 +100,9 @@ def peak_memory_bytes(device: str) -> int:
         peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
         if peaks:
             return int(peaks[0]) * 1024
+    try:
+        import resource  # here, since Windows has none
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

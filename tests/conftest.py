@@ -54,8 +54,8 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 @pytest.fixture
 def saved(programs: Programs) -> Programs:
-    """Programs, with a model in model.pt."""
-    save_model(programs.folder / "model.pt", make_model(), WORDS)
+    """Programs, with a model in model.safetensors."""
+    save_model(programs.folder / "model.safetensors", make_model(), WORDS)
     return programs
 
 

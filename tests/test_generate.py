@@ -34,7 +34,7 @@ def test_every_trainers_model_serves(programs, script, flags):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer_serves(programs, kind, tied):
-    save_model(programs.folder / "model.pt", make_model(kind, tied).half(), WORDS)
+    save_model(programs.folder / "model.safetensors", make_model(kind, tied).half(), WORDS)
     assert len(text(programs, "--words", "30").split()) == 30
 
 
@@ -52,8 +52,8 @@ def test_defaults(saved):
     done = saved.run("generate")
     assert done.out == "".join(f"| Generated {i}/1000 words\n" for i in range(100, 1001, 100))
     default = (saved.folder / "generated.txt").read_bytes()
-    flags = "--checkpoint model.pt --outf generated.txt --words 1000 --seed 1111 --temperature 1.0 --log-interval 100"
-    assert saved.run("generate", *flags.split()).out == done.out
+    flags = "--outf generated.txt --words 1000 --seed 1111 --temperature 1.0 --log-interval 100"
+    assert saved.run("generate", "--checkpoint", "model.safetensors", *flags.split()).out == done.out
     assert (saved.folder / "generated.txt").read_bytes() == default
 
 
@@ -95,7 +95,7 @@ def test_words_come_to_the_terminal_one_by_one(saved, monkeypatch):
 
 
 def test_a_word_that_would_command_the_terminal(programs):
-    save_model(programs.folder / "model.pt", make_model(), [f"\x1b[{i}m" for i in range(10)])
+    save_model(programs.folder / "model.safetensors", make_model(), [f"\x1b[{i}m" for i in range(10)])
     out = programs.run("generate", "--words", "9", "--outf", "-").out
     assert "\x1b" not in out
     assert out.count("\\x1b[") == 9
@@ -142,7 +142,7 @@ def test_padding_is_never_written(programs):
     model = make_model()
     with torch.no_grad():
         model.decoder.bias[len(WORDS) :] = 1e4
-    save_model(programs.folder / "model.pt", model, WORDS)
+    save_model(programs.folder / "model.safetensors", model, WORDS)
     words = text(programs, "--words", "500").split()
     assert len(words) == 500
     assert set(words) <= set(WORDS)
@@ -160,7 +160,7 @@ def test_padding_is_never_written(programs):
         ("--log-interval 0", "--log-interval '0'"),
         ("--outf nowhere/x.txt --words 5", "--outf nowhere/x.txt"),
         ("--outf corpus --words 5", "--outf corpus"),
-        ("--outf model.pt/x.txt --words 5", "--outf model.pt/x.txt"),
+        ("--outf model.safetensors/x.txt --words 5", "--outf model.safetensors/x.txt"),
         ("--word 5", "--word --help"),
     ],
 )
@@ -171,7 +171,9 @@ def test_mistakes(saved, flags, said):
 
 
 def test_the_text_may_not_take_the_models_place(saved):
-    assert "--outf and --checkpoint are both model.pt" in saved.refuse("generate", "--outf", "model.pt")
+    assert "--outf and --checkpoint are both model.safetensors" in saved.refuse(
+        "generate", "--outf", "model.safetensors"
+    )
 
 
 def test_an_outf_that_cannot_be_written_is_found_before_the_work(saved):
@@ -219,7 +221,7 @@ def test_old_files_stay_until_the_text_is_whole(saved, monkeypatch):
 
 
 def test_the_model_read_is_the_model_saved(saved):
-    model, vocabulary = load_model(saved.folder / "model.pt")
+    model, vocabulary = load_model(saved.folder / "model.safetensors")
     assert vocabulary == WORDS
     for (name, weight), (_, original) in zip(
         model.state_dict().items(), make_model().state_dict().items(), strict=True

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["main.py", "main_fp16_optimizer.py", "main_amp.py"]
-FENCE = re.compile(r"\n    # --- precision -+\n.*\n    # -{20,}\n", re.DOTALL)
+FENCE = re.compile(r"\n# --- precision -+\n.*\n# -{20,}\n", re.DOTALL)
 
 FLOORS = {
     "apex_compat": 1,

@@ -1,5 +1,10 @@
-"""Mixed-precision training helpers with the interface of apex.fp16_utils. See apex_compat/README.md."""
+"""Has the interface of apex.fp16_utils on any device: master weights and loss scaling. See apex_compat/README.md.
 
+Beside apex's names it exports the bounds of every loss scale, and `fused` for steps that skip on the device.
+"""
+
+from apex_compat.fp16_utils import fused
+from apex_compat.fp16_utils.checks import LARGEST_SCALE, SMALLEST_SCALE
 from apex_compat.fp16_utils.fp16_optimizer import FP16_Optimizer
 from apex_compat.fp16_utils.fp16util import (
     BN_convert_float,
@@ -17,6 +22,8 @@ from apex_compat.fp16_utils.fp16util import (
 from apex_compat.fp16_utils.loss_scaler import DynamicLossScaler, LossScaler
 
 __all__ = [
+    "LARGEST_SCALE",
+    "SMALLEST_SCALE",
     "BN_convert_float",
     "DynamicLossScaler",
     "FP16Model",
@@ -25,6 +32,7 @@ __all__ = [
     "clip_grad_norm",
     "convert_module",
     "convert_network",
+    "fused",
     "master_params_to_model_params",
     "model_grads_to_master_grads",
     "network_to_half",

@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, the value received and what is allowed."""
+"""Checks arguments. Each error names the argument, the value received and what is allowed."""
 
 from collections.abc import Iterable
 from numbers import Real
@@ -12,18 +12,25 @@ from apex_compat.fp16_utils.wrapper import OptimizerWrapper
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
-# Below 2**-100 the reciprocal of the scale no longer turns every float16 into a finite float32, and at 0 a
-# dynamic scale could never grow again. 2**127 is the largest power of two in float32.
 SMALLEST_SCALE = 2.0**-100
+"""Bounds every loss scale from below.
+
+Divided by a smaller one, a finite float16 could leave float32. From 0 a dynamic scale could never grow again.
+"""
 LARGEST_SCALE = 2.0**127
+"""Bounds every loss scale from above: the largest power of two in float32."""
 
 
 def checked_scale(name: str, value: Any) -> float:
     """Return `value` as a float, if it can be a loss scale.
 
+    Args:
+        name: the argument's name in an error.
+        value: a number, or a tensor of one element.
+
     Raises:
-        TypeError: it is not a number (a bool and a string are not).
-        ValueError: it is nan, or outside of [2**-100, 2**127].
+        TypeError: `value` is not a number (a bool and a string are not).
+        ValueError: `value` is nan, or outside of [2**-100, 2**127].
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
@@ -34,7 +41,12 @@ def checked_scale(name: str, value: Any) -> float:
 
 
 def checked_count(name: str, value: Any, smallest: int) -> int:
-    """Return `value`, if it is an int of at least `smallest`; raise TypeError or ValueError otherwise."""
+    """Return `value`, if it is an int of at least `smallest`.
+
+    Raises:
+        TypeError: `value` is not an int (a bool is not).
+        ValueError: `value` is smaller.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}; it must be an int of at least {smallest}")
     if value < smallest:
@@ -43,7 +55,12 @@ def checked_count(name: str, value: Any, smallest: int) -> int:
 
 
 def checked_factor(name: str, value: Any) -> float:
-    """Return `value` as a float, if it is in (1, 2**127]; raise TypeError or ValueError otherwise."""
+    """Return `value` as a float, if it is in (1, 2**127].
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is nan or out of range.
+    """
     allowed = "a finite number greater than 1"
     if not 1.0 < _number(name, value, allowed) <= LARGEST_SCALE:
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
@@ -51,7 +68,12 @@ def checked_factor(name: str, value: Any) -> float:
 
 
 def checked_max_norm(value: Any) -> float:
-    """Return `value` as a float, if it is at least 0 (inf is); raise TypeError or ValueError otherwise."""
+    """Return `value` as a float, if it is at least 0 (inf is).
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is nan or negative.
+    """
     allowed = "a number of at least 0"
     if not _number("max_norm", value, allowed) >= 0:
         raise ValueError(f"max_norm is {value!r}; it must be {allowed}")
@@ -59,7 +81,12 @@ def checked_max_norm(value: Any) -> float:
 
 
 def checked_norm_type(value: Any) -> float:
-    """Return `value` as a float, if it is above 0 (inf is); raise TypeError or ValueError otherwise."""
+    """Return `value` as a float, if it is above 0 (inf is).
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is nan, 0 or negative.
+    """
     allowed = "a number greater than 0, such as 2 or inf"
     if not _number("norm_type", value, allowed) > 0:
         raise ValueError(f"norm_type is {value!r}; it must be {allowed}")
@@ -67,7 +94,12 @@ def checked_norm_type(value: Any) -> float:
 
 
 def checked_loss(loss: Any) -> Tensor:
-    """Return `loss`, if it is one floating point number that requires grad; raise otherwise."""
+    """Return `loss`, if it is one floating point number that requires grad.
+
+    Raises:
+        TypeError: `loss` is not a tensor.
+        ValueError: its number of elements, dtype or requires_grad is another.
+    """
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss is a {type(loss).__name__}; it must be a tensor of one element")
     if loss.numel() != 1 or not loss.is_floating_point() or not loss.requires_grad:
@@ -82,8 +114,9 @@ def checked_optimizer(optimizer: Any) -> torch.device:
     """Return the device of the optimizer's first parameter.
 
     Raises:
-        TypeError: it is not a torch optimizer, or wrapped already, or a parameter has the wrong dtype.
-        ValueError: it has no parameters.
+        TypeError: `optimizer` is not a torch optimizer or is wrapped already, or a parameter has another
+            dtype than float16, bfloat16 or float32.
+        ValueError: `optimizer` has no parameters.
     """
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
         kind = type(optimizer).__name__

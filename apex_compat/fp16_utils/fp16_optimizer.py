@@ -1,4 +1,4 @@
-"""`FP16_Optimizer`: fp32 master weights and a loss scale around any torch optimizer."""
+"""Holds `FP16_Optimizer`: fp32 master weights and a loss scale around any torch optimizer."""
 
 from collections.abc import Callable
 from enum import Enum, auto
@@ -16,7 +16,7 @@ from apex_compat.fp16_utils.checks import (
     checked_optimizer,
     checked_scale,
 )
-from apex_compat.fp16_utils.closures import ScaledClosure, SkippedStep
+from apex_compat.fp16_utils.closures import Attempt, ScaledClosure, SkippedStep
 from apex_compat.fp16_utils.masters import Masters
 from apex_compat.fp16_utils.policy import new_policy
 from apex_compat.fp16_utils.wrapper import OptimizerWrapper
@@ -29,10 +29,10 @@ class _Stage(Enum):
 
 
 class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_utils gave it
-    """Train float16, bfloat16 and float32 parameters with fp32 master weights and a loss scale.
+    """Trains float16, bfloat16 and float32 parameters with fp32 master weights and a loss scale.
 
-    Each half-precision parameter in the wrapped optimizer's groups is replaced by a master: a detached fp32
-    copy that the optimizer updates. An fp32 parameter is its own master. One step is
+    A master replaces each half-precision parameter in the wrapped optimizer's groups. It is a detached fp32
+    copy, and the optimizer updates it. An fp32 parameter is its own master. One step is
 
         optimizer.zero_grad()
         loss = model(input)
@@ -42,32 +42,38 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     which runs this algorithm:
 
-    1. `backward`: multiply the loss by the loss scale, in fp32, and backpropagate.
-    2. `update_master_grads` (called by `backward` unless deferred): copy the half gradients to the masters,
-       multiply all by 1 / scale, look for inf and nan, and let the loss scale react (see
-       `apex_compat.fp16_utils.policy`). `loss_scale` is from here on the scale of the next `backward`.
-    3. `clip_master_grads`: scale the true gradients down to `max_norm`.
-    4. `step`: unless `overflow`, update the masters and copy them to the model. A skipped step
-       changes no weight and no optimizer state, and returns None.
+    1. `backward` multiplies the loss by the loss scale, in fp32, and backpropagates.
+    2. `update_master_grads` copies the half gradients to the masters, multiplies all gradients by 1 / scale
+       and looks for inf and nan. Then the loss scale reacts (see `apex_compat.fp16_utils.policy`): from here on
+       `loss_scale` is the scale of the next `backward`. `backward` calls this method unless told not to.
+    3. `clip_master_grads` scales the true gradients down to `max_norm`.
+    4. `step` updates the masters and copies them to the model, unless `overflow`. A skipped step changes no
+       weight and no optimizer state, and returns None.
 
-    Nothing here waits for the device but `step`, which reads one value to know whether to skip; and with a
-    fused optimizer (`fused=True`), which can skip on the device, not even that.
+    Only `step` waits for the device: it reads one value to know whether to skip. A fused optimizer
+    (`fused=True`) skips on the device, and then `step` does not wait either.
+
+    `state_dict` has the keys "loss_scaler" (a dict of numbers), "dynamic_loss_scale", "overflow",
+    "first_closure_call_this_step", "optimizer_state_dict" and "fp32_from_fp16". The last is a list of fp32
+    tensors for each group, which are the masters themselves. `load_state_dict` restores the masters, and makes
+    the model's half-precision weights from them; call it after the model's `load_state_dict`. The kind of the
+    loss scale and its policy come from the state too.
 
     Args:
         init_optimizer: a torch optimizer over float16, bfloat16 or float32 parameters. Its per-parameter
             state, if any, moves to the masters in fp32. Schedulers and hooks may be attached to it or to this
             object.
         static_loss_scale: from 2**-100 to 2**127. A power of two scales without rounding.
-        dynamic_loss_scale: let the scale follow the overflows; `static_loss_scale` is then ignored.
+        dynamic_loss_scale: True lets the scale follow the overflows; `static_loss_scale` is then ignored.
         dynamic_loss_args: a dict of `init_scale` (2**16), `scale_factor` (2), `scale_window` (2000 updates),
             `min_loss_scale` (None: 2**-100), `max_loss_scale` (2**24).
-        verbose: print a line for each skipped step: at once, or with a fused one when `overflow` is read.
+        verbose: print a line for each skipped step. A fused optimizer's skip is printed when `overflow` is read.
         check_overflow: False applies every step unchecked under a static scale, inf and nan included, as
             apex.fp16_utils did.
 
     Attributes:
-        optimizer: the wrapped optimizer, whose groups hold the masters.
-        first_closure_call_this_step: bool; before all other calls the masters are copied to the model.
+        optimizer: the wrapped optimizer. Its groups hold the masters.
+        first_closure_call_this_step: bool; False while the closure of `step` runs.
 
     Raises:
         TypeError: an argument has the wrong type, or a parameter is not float16, bfloat16 or float32.
@@ -99,12 +105,12 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     @property
     def dynamic_loss_scale(self) -> bool:
-        """Whether the loss scale follows the overflows."""
+        """Return True if the loss scale follows the overflows."""
         return self._policy.dynamic
 
     @property
     def loss_scale(self) -> float:
-        """The factor of the next `backward`. Reading it waits for the device, unlike `loss_scale_tensor`."""
+        """Return the factor of the next `backward`. This waits for the device; `loss_scale_tensor` does not."""
         return float(self._policy.scale.item())
 
     @loss_scale.setter
@@ -113,17 +119,23 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     @property
     def loss_scale_tensor(self) -> Tensor:
-        """The factor of the next `backward`: float32, shape (), on the device; replaced by an update."""
+        """Return the factor of the next `backward`: float32, shape (), on the device.
+
+        An update replaces this tensor. It never changes.
+        """
         return self._policy.scale
 
     @property
     def found_inf(self) -> Tensor:
-        """`overflow` as 0. or 1. without waiting: float32, shape (), on the device; replaced, never changed."""
+        """Return `overflow` as 0. or 1. without waiting: float32, shape (), on the device.
+
+        An update or a clipping replaces this tensor. It never changes.
+        """
         return self._found_inf
 
     @property
     def overflow(self) -> bool:
-        """Whether the gradients have an inf, a nan or, found by clipping, no finite norm. Reading it may wait."""
+        """Return True if a gradient is inf or nan, or if clipping found no finite norm. This may wait."""
         if self._overflow is None:
             self._overflow = bool(self._found_inf.item())
         if self._unreported:
@@ -140,8 +152,8 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         """Zero the gradients of model and masters, or drop them.
 
         Args:
-            set_grads_to_None: drop them, which saves a pass and their memory.
-            set_to_none: the name torch gives the same argument; it wins when given.
+            set_grads_to_None: True drops the gradients, which saves a pass and their memory.
+            set_to_none: torch's name for the same argument. It wins when given.
         """
         drop = set_grads_to_None if set_to_none is None else set_to_none
         self.optimizer.zero_grad(set_to_none=drop)
@@ -149,13 +161,17 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         self._stage = _Stage.IDLE
 
     def backward(self, loss: Tensor, update_master_grads: bool = True, retain_graph: bool = False) -> None:
-        """Backpropagate `loss` times the loss scale; gradients add up in the model as with `loss.backward()`.
+        """Backpropagate `loss` times the loss scale. Gradients add up in the model as with `loss.backward()`.
 
         Args:
             loss: floating point, one element, requires grad. It is cast to float32 before it is scaled.
-            update_master_grads: False defers the call of `update_master_grads`, so that several losses can be
-                backpropagated first at the cost of one update.
+            update_master_grads: False leaves the call of `update_master_grads` to the caller. Several losses
+                can then be backpropagated at the cost of one update.
             retain_graph: as in torch.Tensor.backward.
+
+        Raises:
+            TypeError: `loss` is not a tensor.
+            ValueError: `loss` is not one floating point number that requires grad.
         """
         checked_loss(loss)
         self._masters.bring_grads_to(self._policy.scale)
@@ -168,7 +184,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
 
     @torch.no_grad()
     def update_master_grads(self) -> None:
-        """Make the masters' gradients from the model's, unscaled; look for overflow; update the loss scale.
+        """Make the masters' gradients from the model's, unscale them, look for overflow, update the loss scale.
 
         A parameter without a gradient leaves its master without one.
         """
@@ -183,12 +199,21 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
     def clip_master_grads(self, max_norm: float, norm_type: float = 2) -> Tensor:
         """Scale the masters' gradients down to a total norm of `max_norm`, as torch's clip_grad_norm_ does.
 
+        Args:
+            max_norm: at least 0; inf clips nothing.
+            norm_type: above 0; inf is the largest magnitude.
+
         Returns:
-            The norm before clipping: float32, shape (), on the device. After an overflow, or where finite
-            gradients are too large for their norm to be finite, it is -1: the gradients stay as they are, and
-            `step` skips, unless check_overflow=False. The loss scale had no part in the latter and does not react.
+            The norm before clipping: float32, shape (), on the device. It is -1 after an overflow. It is also -1
+            where finite gradients are too large for their norm to be finite. In both cases the gradients stay as
+            they are and `step` skips, unless check_overflow=False. In the latter case the loss scale does not
+            react, since it had no part in it.
+
+        Raises:
+            RuntimeError: no gradients wait to be applied.
+            TypeError, ValueError: an argument is not such a number.
         """
-        self.require_updated("clip_master_grads()")
+        self._require_updated("clip_master_grads()")
         max_norm, norm_type = checked_max_norm(max_norm), checked_norm_type(norm_type)
         grads = self._masters.all_grads()
         norm = gradients.total_norm(grads, norm_type, self._found_inf.device)
@@ -200,10 +225,13 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
     def inspect_master_grad_data(self) -> list[list[Tensor | None]] | None:
         """Return the masters' gradients, group by group, or None after an overflow.
 
-        They are unscaled, and None for a parameter without one. To change them is to change the next step.
+        The gradients are unscaled, and None for a parameter without one. Changing them changes the next step.
+
+        Raises:
+            RuntimeError: `update_master_grads` was not called after `backward`.
         """
         if self._stage is _Stage.DEFERRED:
-            self.require_updated("inspect_master_grad_data()")
+            self._require_updated("inspect_master_grad_data()")
         if self.overflow:
             return None
         return [[None if p.grad is None else p.grad.detach() for p in g["params"]] for g in self.param_groups]
@@ -212,20 +240,20 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         """Update the masters and copy them to the model, unless `overflow`.
 
         Args:
-            closure: for optimizers such as LBFGS; it calls `zero_grad()`, computes the loss, calls
+            closure: for optimizers such as LBFGS. It calls `zero_grad()`, computes the loss, calls
                 `backward(loss)` of this object and returns the loss. A call that overflows under a dynamic
                 scale is repeated with the reduced one.
 
         Returns:
-            What the wrapped optimizer's step returns, or None for a skipped step.
+            The return value of the wrapped optimizer's step, or None for a skipped step.
 
         Raises:
-            RuntimeError: there has been no `backward` and `update_master_grads` since the last step; or the
+            RuntimeError: `backward` and `update_master_grads` were not called since the last step; or the
                 closure still overflows after 128 repeats, or after its first call at a scale that does not fall.
         """
         if closure is not None:
             return self._step_with_closure(closure)
-        self.require_updated("step()")
+        self._require_updated("step()")
         self._stage = _Stage.IDLE
         if self._overflow is None and fused.skips_on_device(self.optimizer):
             result = fused.step(self.optimizer, self._found_inf)
@@ -239,10 +267,11 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         return result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as to any torch optimizer; its half-precision parameters get masters.
+        """Add a group, as to any torch optimizer. Its half-precision parameters get masters.
 
         Raises:
-            TypeError, ValueError: a parameter is of another dtype, or in another group already.
+            TypeError: a parameter is not float16, bfloat16 or float32.
+            ValueError: a parameter is in another group already.
         """
         group = self._masters.checked_group(param_group)
         self.optimizer.add_param_group(group)
@@ -272,7 +301,7 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
         self._unreported, self._stage = False, _Stage.IDLE
         self.first_closure_call_this_step = state["first_closure_call_this_step"]
 
-    def require_updated(self, method: str) -> None:
+    def _require_updated(self, method: str) -> None:
         """Raise RuntimeError, naming `method`, unless the gradients of a `backward` wait to be applied."""
         if self._stage is not _Stage.UPDATED:
             raise RuntimeError(
@@ -290,9 +319,16 @@ class FP16_Optimizer(OptimizerWrapper):  # noqa: N801  the name that apex.fp16_u
             print(f"Gradient overflow: step skipped, loss scale {change}")
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
+        def attempt() -> Attempt:
+            self.first_closure_call_this_step = False
+            scale = self._policy.scale
+            loss = closure()
+            self._require_updated("step(closure)")
+            return Attempt(loss, self.overflow, scale, self._policy.scale)
+
         self.first_closure_call_this_step = True
         try:
-            result = self.optimizer.step(ScaledClosure(self, closure, self._masters.copy_to_model))
+            result = self.optimizer.step(ScaledClosure(attempt, self._masters.copy_to_model))
         except SkippedStep:
             self._report_skip()
             return None

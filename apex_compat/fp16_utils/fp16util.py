@@ -1,4 +1,4 @@
-"""Manual mixed precision: master weights kept by the caller, and networks turned to half precision."""
+"""Has the helpers for mixed precision by hand: masters that the caller keeps, networks in half precision."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def prep_param_lists(model: nn.Module, flat_master: bool = False) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the model's trainable parameters and fp32 masters for them, to give to an optimizer.
+    """Return the model's trainable parameters, and fp32 masters of them for an optimizer.
 
         model_params, master_params = prep_param_lists(model)
         optimizer = torch.optim.SGD(master_params, lr)
@@ -42,12 +42,12 @@ def prep_param_lists(model: nn.Module, flat_master: bool = False) -> tuple[list[
 
     Args:
         model: its trainable parameters are float16, bfloat16 or float32. A tied parameter counts once.
-        flat_master: keep all masters in one tensor, so that an optimizer has one to update.
+        flat_master: True keeps all masters in one tensor, so that an optimizer has one to update.
 
     Returns:
-        The parameters of `model` with requires_grad=True, in order, and either one master of the same shape
-        for each, or, with `flat_master`, a list of one 1-dimensional master that holds them one after the
-        other.
+        The parameters of `model` that require grad, in order, and a list of masters. Each master has the shape
+        of its parameter. With `flat_master` the list has one master of shape (n,), which holds all of them one
+        after the other.
 
     Raises:
         TypeError: a parameter has another dtype.
@@ -70,9 +70,8 @@ def model_grads_to_master_grads(
 ) -> None:
     """Copy the gradients of `model_params`, cast to fp32, to those of `master_params`.
 
-    A parameter without a gradient leaves its master without one. A flat master has one gradient for all:
-    there its part is 0, and if no parameter has a gradient, neither has the master. Sparse gradients stay
-    sparse.
+    A parameter without a gradient leaves its master without one. In a flat master its part of the gradient is 0.
+    If no parameter has a gradient, the flat master has none. Sparse gradients stay sparse.
 
     Args:
         model_params: as `prep_param_lists` returned them.
@@ -124,7 +123,7 @@ def master_params_to_model_params(
 
 
 def _master_parts(model_params: Sequence[Tensor], master_params: Sequence[Tensor], flat_master: bool) -> list[Tensor]:
-    """Return for each of `model_params` the master, or part of the flat master, of its shape."""
+    """Return the master, or the part of the flat master, of each of `model_params`, in its shape."""
     if flat_master:
         sizes = [param.numel() for param in model_params]
         if len(master_params) != 1 or master_params[0].shape != (sum(sizes),):
@@ -158,8 +157,8 @@ def _is_affine_batch_norm(module: nn.Module) -> bool:
 def BN_convert_float(module: nn.Module) -> nn.Module:  # noqa: N802  the name that apex.fp16_utils gave it
     """Convert the affine batch norms in `module` to float32 in place, and return it.
 
-    Their statistics are sums over a batch, which half precision holds badly; they take half-precision input
-    as is.
+    Their statistics are sums over a batch, which half precision holds badly. They still take half-precision
+    input.
     """
     for child in module.modules():
         if _is_affine_batch_norm(child):
@@ -168,13 +167,12 @@ def BN_convert_float(module: nn.Module) -> nn.Module:  # noqa: N802  the name th
 
 
 def network_to_half(network: nn.Module) -> nn.Module:
-    """Convert `network` to float16 in place, but for affine batch norms; return it behind a `tofp16`."""
+    """Convert `network` to float16 in place, but for affine batch norms, and return it behind a `tofp16`."""
     return nn.Sequential(tofp16(), BN_convert_float(network.half()))
 
 
 def convert_module(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the floating point parameters and buffers of `module` itself, not of its children, to `dtype` in
-    place.
+    """Cast the floating point parameters and buffers of `module` to `dtype` in place, but not its children's.
 
     Gradients are cast with their parameters.
     """
@@ -221,5 +219,8 @@ class FP16Model(nn.Module):
         self.network = convert_network(network, dtype=torch.float16)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Return the network's output for `inputs`, cast to float16 but for indices (int32, int64) and masks (bool)."""
+        """Return the network's output for `inputs`, which are cast to float16.
+
+        Indices (int32, int64) and masks (bool) stay as they are.
+        """
         return self.network(*(t if t.dtype in (torch.int32, torch.int64, torch.bool) else t.half() for t in inputs))

@@ -1,4 +1,4 @@
-"""Steps of fused optimizers, which take the found-inf tensor and skip on the device."""
+"""Takes the steps of fused optimizers, which read the found-inf tensor and skip on the device."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch.optim import SGD, Optimizer
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
-    """Say whether `optimizer.step` can be told by a tensor to change nothing.
+    """Return True if a tensor can tell `optimizer.step` to change nothing.
 
-    A fused SGD with momentum and dampening is the exception: its first step sets the momentum to the
-    undampened gradient, and only the host could tell it that a skipped step was not the first.
+    A fused SGD with momentum and dampening cannot be told so. Its first step sets the momentum to the undampened
+    gradient, and only the host knows that a skipped step was not the first.
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
@@ -19,9 +19,14 @@ def skips_on_device(optimizer: Optimizer) -> bool:
 
 
 def step(optimizer: Optimizer, found_inf: Tensor) -> Any:
-    """Call `optimizer.step()` so that nothing changes if `found_inf` (float32, shape (), 0. or 1.) is 1.
+    """Call `optimizer.step()` so that nothing changes if `found_inf` is 1.
 
-    It is passed by the attributes that torch.amp.GradScaler uses. The gradients are unscaled already.
+    Args:
+        optimizer: one that `skips_on_device`. Its gradients are unscaled already.
+        found_inf: float32, shape (), 0. or 1. The optimizer finds it where torch.amp.GradScaler puts it.
+
+    Returns:
+        The return value of `optimizer.step()`.
     """
     without_momentum = _params_without_momentum(optimizer)
     optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -33,8 +38,7 @@ def step(optimizer: Optimizer, found_inf: Tensor) -> Any:
         del optimizer.found_inf  # type: ignore[attr-defined]
     with torch.no_grad():
         for param in without_momentum:
-            # A skipped first step of fused SGD leaves this buffer as it was allocated, with whatever was
-            # there.
+            # A skipped first step of fused SGD leaves this buffer as it was allocated, uninitialised.
             buffer = optimizer.state[param]["momentum_buffer"]
             buffer.masked_fill_(found_inf.to(buffer.device, non_blocking=True).bool(), 0.0)
     return result

@@ -1,4 +1,7 @@
-"""Loss scalers for loops that unscale by hand; `FP16_Optimizer` has its own (`apex_compat.fp16_utils.policy`)."""
+"""Holds the loss scalers for loops that unscale by hand.
+
+`FP16_Optimizer` does not use them; `apex_compat.fp16_utils.policy` has its own.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,22 +28,27 @@ class LossScaler:
 
     @property
     def loss_scale(self) -> float:
-        """The factor by which `backward` multiplies the loss."""
+        """Return the factor by which `backward` multiplies the loss."""
         return self.cur_scale
 
     def has_overflow(self, params: Iterable[Tensor]) -> bool:
-        """Return False: a static scale does not look."""
+        """Return False. A static scale does not look."""
         return False
 
     def update_scale(self, overflow: bool) -> None:
-        """Do nothing: a static scale does not react to overflow."""
+        """Do nothing. A static scale does not react to overflow."""
 
     def scale_gradient(self, module: nn.Module, grad_in: Any, grad_out: Any) -> tuple[Tensor | None, ...]:
-        """Return `grad_in` times the scale; for nn.Module.register_full_backward_hook."""
+        """Return `grad_in` times the scale, None where it is None. It is a hook for register_full_backward_hook."""
         return tuple(None if grad is None else grad * self.loss_scale for grad in grad_in)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        """Backpropagate `loss` (one floating point number), cast to float32, times the scale."""
+        """Backpropagate `loss`, cast to float32, times the scale.
+
+        Raises:
+            TypeError: `loss` is not a tensor.
+            ValueError: `loss` is not one floating point number that requires grad.
+        """
         torch.autograd.backward(checked_loss(loss).float() * self.loss_scale, retain_graph=retain_graph)
 
 
@@ -55,11 +63,11 @@ class DynamicLossScaler(LossScaler):
             ...  # unscale by 1 / scaler.loss_scale, step
         scaler.update_scale(overflow)
 
-    For each update, of which the first has the number 0:
+    Each update has a number, the first 0:
 
-    1. overflow: scale = max(scale / scale_factor, 1), and this update is remembered as the last overflow;
-    2. otherwise, if the number of updates since the last overflow (or the start) is a multiple of
-       `scale_window`: scale = scale * scale_factor, at most 2**127.
+    1. On overflow, scale = max(scale / scale_factor, 1), and this update is the last overflow.
+    2. Otherwise the updates since the last overflow, or the start, are counted. At each multiple of
+       `scale_window`, scale = min(scale * scale_factor, 2**127).
 
     Args:
         init_scale: the first scale, from 2**-100 to 2**127.
@@ -69,7 +77,7 @@ class DynamicLossScaler(LossScaler):
     Attributes:
         cur_scale: the scale, a float.
         cur_iter: the number of the next update.
-        last_overflow_iter: the number of the last update with an overflow; -1: there was none.
+        last_overflow_iter: the number of the last update with an overflow; -1 if there was none.
     """
 
     def __init__(self, init_scale: float = 2**32, scale_factor: float = 2.0, scale_window: int = 1000) -> None:
@@ -81,12 +89,12 @@ class DynamicLossScaler(LossScaler):
 
     @torch.no_grad()
     def has_overflow(self, params: Iterable[Tensor]) -> bool:
-        """Return whether a gradient of `params` has an inf or nan. Waits for the device once per device."""
+        """Return True if a gradient of `params` holds an inf or nan. This waits once for each device."""
         grads = [gradients.dense(param.grad) for param in params if param.grad is not None]
         return gradients.any_nonfinite(grads)
 
     def update_scale(self, overflow: bool) -> None:
-        """Apply the policy of the class."""
+        """Move the scale as the class describes."""
         if overflow:
             self.cur_scale = max(self.cur_scale / self.scale_factor, 1.0)
             self.last_overflow_iter = self.cur_iter

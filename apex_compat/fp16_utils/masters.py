@@ -1,4 +1,4 @@
-"""Master weights: which parameters have one, and how gradients and weights pass between master and model."""
+"""Keeps the master weights, and passes gradients and weights between masters and model."""
 
 from itertools import chain
 from typing import Any
@@ -15,15 +15,17 @@ class Masters:
     """The master weights of an optimizer's half-precision parameters.
 
     In the optimizer's groups each float16 or bfloat16 parameter is replaced by its master, a leaf tensor in
-    fp32. It is so for frozen parameters (requires_grad=False, no gradient) too, which may be unfrozen later:
-    until then nothing is written to them, and their masters follow what they are given, such as a moving average
-    or pretrained weights. An fp32 parameter stays where it is and is its own master.
+    fp32. An fp32 parameter stays where it is and is its own master.
 
-    The gradients in the model stand at some loss scale, and those of fp32 parameters at 1 once they were
-    unscaled in place. This class keeps account of it, so that a further backward pass adds like to like.
+    A frozen parameter (requires_grad=False, no gradient) has a master too, since it may be unfrozen later. Until
+    then nothing is written to the parameter. Its master follows what the parameter is given, such as a moving
+    average or pretrained weights.
+
+    The gradients in the model stand at some loss scale. Those of fp32 parameters stand at 1 once they are
+    unscaled in place. This class keeps account of both, so that a further backward pass adds like to like.
 
     Args:
-        optimizer: its groups and state are changed as described.
+        optimizer: the wrapped optimizer. Its groups and state are changed as described.
         device: where the loss scale is.
     """
 
@@ -44,7 +46,7 @@ class Masters:
             self.adopt(group)
 
     def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of `group`, to be added to the optimizer, with a list of parameters.
+        """Return a copy of `group` with a list of parameters, to be added to the optimizer.
 
         Raises:
             TypeError: a parameter is not float16, bfloat16 or float32.
@@ -60,7 +62,11 @@ class Masters:
         return {**group, "params": listed}
 
     def adopt(self, group: dict[str, Any]) -> None:
-        """Replace the half-precision parameters in `group` (the optimizer's) and move their state in fp32."""
+        """Replace the half-precision parameters in `group` by masters, and move their state to these in fp32.
+
+        Args:
+            group: one of the optimizer's own groups.
+        """
         masters: dict[Tensor, Tensor] = {}
         state_moved = False
         # In place: LBFGS keeps a reference to this list.
@@ -87,11 +93,11 @@ class Masters:
         self._own = [p for p in self._all_params() if id(p) not in known]
 
     def _all_params(self) -> list[Tensor]:
-        """Return what the optimizer updates, in its order, a repeated parameter (torch warns of it) once."""
+        """Return the tensors that the optimizer updates, in its order. A parameter given twice is there once."""
         return list(dict.fromkeys(p for group in self._optimizer.param_groups for p in group["params"]))
 
     def all_grads(self) -> list[Tensor]:
-        """Return the gradients that the optimizer will see, in its order; of sparse ones the values."""
+        """Return the gradients that the optimizer will see, in its order; the values of sparse ones."""
         return [gradients.dense(p.grad) for p in self._all_params() if p.grad is not None]
 
     def by_group(self) -> list[list[Tensor]]:
@@ -100,25 +106,33 @@ class Masters:
         return [[master.detach() for master in group] for group in self._master_groups]
 
     def trainable_by_group(self) -> list[list[Tensor]]:
-        """Return those that apex.fp16_utils would have made: none of a parameter with requires_grad=False."""
+        """Return the masters of parameters that require grad, detached, group by group.
+
+        apex.fp16_utils made no others.
+        """
         pairs = (zip(*groups, strict=True) for groups in zip(self._half_groups, self._master_groups, strict=True))
         return [[master.detach() for half, master in group if half.requires_grad] for group in pairs]
 
     @torch.no_grad()
     def load(self, targets: list[list[Tensor]], saved: list[list[Tensor]]) -> None:
-        """Copy `saved` into the masters `targets` (as of `by_group`), and all masters into the model."""
+        """Copy `saved` into `targets`, then all masters into the model.
+
+        Args:
+            targets: masters as `by_group` or `trainable_by_group` returned them.
+            saved: tensors of the same shapes.
+        """
         gradients.copy_values(list(chain.from_iterable(targets)), list(chain.from_iterable(saved)))
         gradients.copy_values(self._half, self._masters)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Round the masters to the model's half-precision parameters, but for those that were frozen at the update."""
+        """Copy the masters, rounded, to the parameters that were not frozen at the last update."""
         pairs = [(h, m) for h, m in zip(self._half, self._masters, strict=True) if h not in self._frozen]
         gradients.copy_values([half for half, _ in pairs], [master for _, master in pairs])
 
     @torch.no_grad()
     def _follow_frozen(self) -> None:
-        """Give masters what their frozen parameters were given; one that still rounds to it keeps its bits."""
+        """Copy frozen parameters to their masters. A master that still rounds to its parameter keeps its bits."""
         for half, master in zip(self._half, self._masters, strict=True):
             if half in self._frozen or _is_frozen(half):
                 master.copy_(torch.where(master.to(half.dtype) == half, master, half.float()))
@@ -127,8 +141,12 @@ class Masters:
     def zero_model_grads(self, drop: bool) -> None:
         """Zero the gradients of the model's half-precision parameters, or set them to None.
 
-        Sparse ones are dropped: their indices would stay, and on the CPU torch cannot add to them in float16. So are
-        those of parameters that were frozen since: momentum and weight decay move weights for zeros.
+        Sparse gradients are always dropped: their indices would stay, and on the CPU torch cannot add to them in
+        float16. The gradients of parameters that were frozen since are dropped too: momentum and weight decay
+        would move weights for zeros.
+
+        Args:
+            drop: True sets all to None.
         """
         for param in self._half:
             sparse = param.grad is not None and param.grad.layout != torch.strided
@@ -140,10 +158,13 @@ class Masters:
 
     @torch.no_grad()
     def bring_grads_to(self, scale: Tensor) -> None:
-        """Make what earlier backward passes left in the model's gradients stand at `scale`.
+        """Multiply the gradients that earlier backward passes left in the model so that they stand at `scale`.
 
-        Nothing is touched in the usual course of things, when the gradients were dropped or zeroed after the
-        last step. Without this, a second `backward` would add gradients times the scale to unscaled ones.
+        Nothing is multiplied where the gradients were dropped or zeroed after the last step. Without this, a
+        second `backward` would add gradients times the scale to unscaled ones.
+
+        Args:
+            scale: float32, shape ().
         """
         for params, old_scale in ((self._half, self._half_grads_scale), (self._own, self._own_grads_scale)):
             if old_scale is not None and old_scale is not scale:
@@ -156,12 +177,12 @@ class Masters:
         """Copy the half gradients to the masters and unscale all gradients.
 
         Args:
-            scale: float32, shape (): what gradients of unknown origin stand at.
-            check: look for inf and nan.
+            scale: float32, shape (): where gradients that did not come through `bring_grads_to` stand.
+            check: True looks for inf and nan.
 
         Returns:
-            1. if there was one, before or after unscaling, else 0.: float32, shape (), on the device of
-               `scale`.
+            float32, shape (), on the device of `scale`: 1. if there was an inf or nan before or after
+            unscaling, else 0.
         """
         if not all(map(_is_frozen, self._frozen)):  # one was unfrozen
             self._follow_frozen()

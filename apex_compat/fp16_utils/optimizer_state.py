@@ -1,4 +1,4 @@
-"""Checks of a state dict before any of it is loaded."""
+"""Checks a whole state dict before any of it is loaded."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -19,17 +19,27 @@ KEYS = (
     "fp32_from_fp16",
 )
 
-# State of torch's optimizers that has one number for each number of its parameter.
+# The state of torch's optimizers that has one number for each number of its parameter.
 ELEMENTWISE = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum"}
 
 
 def checked(
     state: Any, optimizer: Optimizer, masters: Sequence[list[list[Tensor]]], device: torch.device
 ) -> tuple[StaticScale | DynamicScale, list[list[Tensor]]]:
-    """Raise TypeError or ValueError unless all of `state` fits `optimizer` and one of the `masters`.
+    """Check that `state` fits `optimizer` and one of `masters`.
+
+    Args:
+        state: as `FP16_Optimizer.state_dict` returns it.
+        optimizer: the wrapped optimizer.
+        masters: lists of masters, group by group, any of which may be in the state.
+        device: where the loss scale goes.
 
     Returns:
-        The loss scale policy that `state` describes, on `device`; the first of `masters` that it fits.
+        The loss scale policy that `state` describes, and the first of `masters` that it fits.
+
+    Raises:
+        TypeError: a value has another type.
+        ValueError: a key is missing or unknown, a value is out of range, or groups or shapes differ.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state_dict is a {type(state).__name__}; it must be a dict with the keys {KEYS}")

@@ -1,8 +1,8 @@
-"""How the loss scale of `FP16_Optimizer` moves: static, or dynamic as apex.amp's scaler really ran.
+"""Moves the loss scale of `FP16_Optimizer`: static, or dynamic as apex.amp's scaler really ran.
 
-Both policies keep the scale in a 0-dim float32 tensor on the parameters' device and update it there, so that
-a training step never waits for the device. An update replaces that tensor and leaves the old one as it was: a
-scale read earlier stays what it was when it was read.
+Both policies keep the scale in a float32 tensor of shape () on the parameters' device. They update it there, so
+that a training step never waits for the device. An update replaces that tensor: a scale that was read earlier
+keeps its value.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from torch import Tensor
 from apex_compat.fp16_utils.checks import SMALLEST_SCALE, checked_count, checked_factor, checked_scale
 
 LARGEST_COUNT = 2**31 - 1
-"""Of good updates, in int32; with a longer window the scale never grows."""
+"""Bounds the count of good updates, an int32. With a longer window the scale never grows."""
 
 
 class StaticScale:
-    """A loss scale that only its owner changes.
+    """A loss scale that changes by `set` alone.
 
     Attributes:
         scale: float32, shape (), on the parameters' device.
@@ -29,7 +29,7 @@ class StaticScale:
         self.scale = torch.full((), scale, dtype=torch.float32, device=device)
 
     def update(self, found_inf: Tensor) -> None:
-        """Do nothing: a static scale does not react to overflow."""
+        """Do nothing. A static scale does not react to overflow."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return {"loss_scale": float}."""
@@ -43,10 +43,10 @@ class StaticScale:
 class DynamicScale:
     """A loss scale that shrinks on overflow and grows after `scale_window` updates in a row without one.
 
-    The policy of apex.amp's scaler, with `scale_factor` honoured. For each update:
+    This is the policy of apex.amp's scaler, with `scale_factor` honoured. An update does this:
 
-    1. overflow: scale = max(scale / scale_factor, min_loss_scale), and the count of good updates is 0;
-    2. otherwise the count grows by one; when it reaches `scale_window`,
+    1. On overflow, scale = max(scale / scale_factor, min_loss_scale), and the count of good updates is 0.
+    2. Otherwise the count grows by one. When it reaches `scale_window`,
        scale = min(scale * scale_factor, max_loss_scale), and the count is 0.
 
     The scale starts at `init_scale`, moved into [min_loss_scale, max_loss_scale].
@@ -56,12 +56,15 @@ class DynamicScale:
         init_scale: the first scale, from 2**-100 to 2**127.
         scale_factor: greater than 1.
         scale_window: a positive int, in updates.
-        min_loss_scale: None stands for 2**-100: the scale never reaches 0, from which it could not come back.
+        min_loss_scale: None stands for 2**-100. The scale never reaches 0, from which it could not come back.
         max_loss_scale: not below `min_loss_scale`.
 
     Attributes:
         scale: float32, shape (), on `device`.
-        good_updates: int32, shape (), on `device`: updates without overflow since the scale last moved.
+        good_updates: int32, shape (), on `device`; the updates without overflow since the scale last moved.
+
+    Raises:
+        TypeError, ValueError: an argument is not such a number.
     """
 
     dynamic = True
@@ -94,7 +97,11 @@ class DynamicScale:
         return SMALLEST_SCALE if self.min_loss_scale is None else self.min_loss_scale
 
     def update(self, found_inf: Tensor) -> None:
-        """Apply the policy. found_inf: float32, shape (), 0. or 1., on the scale's device."""
+        """Move the scale as the class describes.
+
+        Args:
+            found_inf: float32, shape (), on the scale's device; 1. for an overflow, else 0.
+        """
         overflow = found_inf.bool()
         count = self.good_updates + 1
         grows = count >= min(self.scale_window, LARGEST_COUNT)
@@ -115,7 +122,7 @@ class DynamicScale:
         }
 
     def set(self, value: float) -> None:
-        """Make `value` the scale; the count of good updates goes on."""
+        """Make `value` the scale. The count of good updates goes on."""
         self.scale = torch.full_like(self.scale, value)
 
 
@@ -125,9 +132,14 @@ DYNAMIC_ARGS = ("init_scale", "scale_factor", "scale_window", "min_loss_scale", 
 def new_policy(dynamic: bool, static_scale: Any, args: Any, device: torch.device) -> StaticScale | DynamicScale:
     """Build the policy that a caller described by the arguments of `FP16_Optimizer`.
 
+    Args:
+        dynamic: as `dynamic_loss_scale`.
+        static_scale: as `static_loss_scale`; ignored where `dynamic`.
+        args: as `dynamic_loss_args`; ignored unless `dynamic`.
+        device: where the scale goes.
+
     Raises:
-        TypeError, ValueError: `static_loss_scale`, or else `dynamic_loss_args` or one of them, is not
-            allowed.
+        TypeError, ValueError: the argument that counts is not allowed.
     """
     if not dynamic:
         return StaticScale(checked_scale("static_loss_scale", static_scale), device)
@@ -140,10 +152,10 @@ def new_policy(dynamic: bool, static_scale: Any, args: Any, device: torch.device
 
 
 def policy_from_state(state: Any, device: torch.device) -> StaticScale | DynamicScale:
-    """Build the policy that `state_dict()` of either class described.
+    """Build the policy that the `state_dict` of either class describes.
 
     Raises:
-        TypeError: `state` is not such a dict; a scaler object out of a checkpoint of apex is the usual case.
+        TypeError: `state` is not a dict. It is usually a scaler object out of a checkpoint of apex.
         ValueError: a key is missing or unknown, or a value is out of range.
     """
     if not isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""What makes a wrapper around a torch optimizer a torch optimizer itself."""
+"""Makes a wrapper around a torch optimizer a torch optimizer itself."""
 
 from typing import Any, NoReturn
 
@@ -8,11 +8,11 @@ from torch.optim import Optimizer
 class OptimizerWrapper(Optimizer):
     """An optimizer whose groups, state and defaults are those of the one it wraps.
 
-    Schedulers accept it, and step and state-dict hooks can be registered with it. Hooks of the wrapped
-    optimizer fire as well, when that is called.
+    Schedulers accept it. Step and state-dict hooks can be registered with it. Hooks of the wrapped optimizer
+    fire when the wrapped optimizer is called. A subclass defines `_get_state` and `_set_state`.
 
     Args:
-        optimizer: what to wrap.
+        optimizer: the optimizer to wrap.
 
     Attributes:
         optimizer: the wrapped optimizer.
@@ -26,7 +26,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups; "params" holds the masters."""
+        """Return the wrapped optimizer's groups, themselves and not copies."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -35,7 +35,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The wrapped optimizer's per-parameter state, with the masters as keys."""
+        """Return the wrapped optimizer's state by parameter."""
         return self.optimizer.state
 
     @state.setter
@@ -44,15 +44,13 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's defaults for new groups."""
+        """Return the wrapped optimizer's defaults for new groups."""
         return self.optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a bit-exact resume needs, in tensors and plain values.
 
-        Keys: "loss_scaler" (dict of numbers), "dynamic_loss_scale", "overflow",
-        "first_closure_call_this_step", "optimizer_state_dict", "fp32_from_fp16" (a list of fp32 tensors per
-        group; they are the masters themselves).
+        State-dict hooks run before and after; the last ones may change or replace the dict.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -63,13 +61,10 @@ class OptimizerWrapper(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; call it after the model's `load_state_dict`.
-
-        The masters win: they are restored, and the model's half-precision weights are made from them. Whether
-        the scale is dynamic, and its policy, come from the state too.
+        """Restore what `state_dict` returned. Load hooks run before and after.
 
         Raises:
-            TypeError, ValueError: a key is missing or unknown, or groups or shapes differ; nothing has
+            TypeError, ValueError: a key is missing or unknown, or groups or shapes differ. Nothing has
                 changed then.
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -86,4 +81,4 @@ class OptimizerWrapper(Optimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> NoReturn:
-        raise RuntimeError("FP16_Optimizer cannot be pickled or copied; save and load its state_dict()")
+        raise RuntimeError(f"{type(self).__name__} cannot be pickled or copied; save and load its state_dict()")

@@ -1,4 +1,4 @@
-"""A corpus as token ids, and the batches that a language model trains on."""
+"""The corpus as token ids, and the batches that a language model trains on."""
 
 from array import array
 from collections import defaultdict
@@ -37,7 +37,7 @@ class Dictionary:
 
 
 class Corpus:
-    """The corpus that `data` names (see `corpora.read`, whose UsageError it raises), read and numbered.
+    """The corpus that `data` names, read and numbered; raises the UsageError of `corpora.read`.
 
     Every line ends in the word <eos>, also a blank one and a last one without a newline. Words are numbered
     in order of first appearance over train, valid and test.
@@ -66,8 +66,8 @@ class Corpus:
 def _token_ids(text: str, numbers: defaultdict[str, int]) -> Tensor:
     """Number the words of `text`; `numbers` gives an unseen word the next number by itself.
 
-    No Python statement runs for each word or line, which makes this fast. Words exist as strings for the
-    length of a piece only, and their ids take 4 bytes each, which keeps the memory low.
+    No Python statement runs for each word or line, so this is fast. Memory stays low: words exist as strings while
+    their piece is read, and an id takes 4 bytes.
     """
     ids = array("i")
     start = 0
@@ -86,10 +86,10 @@ def batchify(data: Tensor, batch_size: int, device: str | torch.device, split: s
 
     data   whole numbers of any dtype, shape (tokens,)
     split  "train", "valid" or "test", for the error
-    Returns the dtype of `data` on `device`, shape (tokens // batch_size, batch_size): column j is the j-th part of the
-    text, read downwards; up to batch_size - 1 tokens at the end are left out.
+    Returns a tensor of shape (tokens // batch_size, batch_size) on `device`, in the dtype of `data`. Column j is the
+    j-th part of the text, read downwards. Up to batch_size - 1 tokens at the end are left out.
 
-    Raises UsageError where that is fewer than 2 rows: a token and its successor to predict.
+    Raises UsageError where there would be fewer than 2 rows: a token and its successor to predict.
     """
     rows = len(data) // batch_size
     if rows < 2:

@@ -1,29 +1,26 @@
-"""The trainers under Sacred: the options of lm/config.py as the configuration of an Experiment.
+"""The trainers under Sacred: the options of `lm.options` as the configuration of an Experiment.
 
 Imported only where a command line asks for it. Sacred parses and shows the configuration, keeps its observers
 informed, and has a run's `main` run with the flags that say the same as the configuration.
 """
 
-import argparse
 import os
 import re
-import runpy
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm.data import corpora
-from lm.options.config import parse_args
-from lm.options.optimizers import DEFAULT_LR, default_lr
-from lm.options.options import make_parser
+from lm.options.config import merge
+from lm.options.options import DEFAULT_LR, Options, checked, option_of, options_of
+from lm.options.resolve import default_lr
 from lm.training.description import git_commit
 from roundoff import processes
-from roundoff.cli import OneLineParser, as_flags
 from roundoff.errors import RunError, UsageError
 from roundoff.runs.listeners import listening
+from roundoff.runs.meter import curves
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred's own matter, not a user's
@@ -36,16 +33,16 @@ with warnings.catch_warnings():
     from sacred.utils import SacredError
 
 NAMES = {"data": "dataset", "model": "model_type"}
-"""What this front calls an option that has another name elsewhere."""
+"""Option -> its name in this front, if that is another one."""
 
 DEFAULTS = {"batch_size": 32, "dataset": "./data", "lr": DEFAULT_LR["sgd"], "seed": 257, "tied": True}
-"""The defaults that this front has of its own."""
+"""Option -> default, if this front has one of its own."""
 
 FIRST = (
     *("batch_size", "bptt", "clip", "dataset", "dropout", "emsize", "epochs", "log_interval", "lr", "model_type"),
     *("nhid", "nlayers", "save", "seed", "tied"),
 )
-"""What print_config shows before all else."""
+"""The options that print_config shows first."""
 
 
 class ConfigError(SacredError):
@@ -57,20 +54,21 @@ class ConfigError(SacredError):
         super().__init__(message, print_traceback=False, print_usage=False)
 
 
-class Options:
+class Configuration:
     """The options of a trainer as a source of Sacred's configuration: name, default and comment of each."""
 
-    def __init__(self, parser: OneLineParser) -> None:
-        self.options = {NAMES.get(name, name): option for name, option in parser.options().items()}
+    def __init__(self, script: str) -> None:
+        self.script = script
+        self.names = {NAMES.get(name, name): name for name in options_of(script)}
         self.defaults = {
-            name: DEFAULTS.get(name, _plain(parser.get_default(option.dest))) for name, option in self.options.items()
+            name: DEFAULTS.get(name, _plain(options_of(script)[ours].default)) for name, ours in self.names.items()
         }
-        self.comments = {name: (option.help or "") % vars(option) for name, option in self.options.items()}
+        self.comments = {name: option_of(options_of(script)[ours]).help for name, ours in self.names.items()}
         self.comments["dataset"] += "; or a folder of such folders"
         self.asked: set[str] = set()
 
     def __call__(self, fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
-        """The configuration, where `fixed` wins over the defaults."""
+        """Return the configuration, where `fixed` wins over the defaults."""
         asked = fixed or {}
         self.asked = set(asked)
         adamw = asked.get("use_optimizer") is True or asked.get("optimizer") == "adamw"
@@ -79,33 +77,31 @@ class Options:
         summary.docs.update(self.comments)
         return summary
 
-    def flags(self, config: dict[str, Any]) -> list[str]:
-        """The command line that says the same as `config`.
+    def options(self, config: dict[str, Any]) -> Options:
+        """Return the options that `config` gives.
 
-        To resume a run, only what was asked for: the rest is as that run has it.
+        To resume a run, only what was asked for counts: the rest is as that run has it.
 
         Raises:
-            UsageError: some value is no option's.
+            UsageError: some value is no option's, or options contradict each other.
         """
-        values = {name: config[name] for name in self.options}
+        values = {ours: config[name] for name, ours in self.names.items()}
         if values["resume"] is not None:
-            values = {name: value for name, value in values.items() if name in self.asked}
-        if values.get("dataset") is not None:
-            values["dataset"] = corpora.find(str(values["dataset"]))
-        return as_flags(self.options, values)
+            values = {ours: config[name] for name, ours in self.names.items() if name in self.asked}
+        if values.get("data") is not None:
+            values["data"] = corpora.find(str(values["data"]))
+        return merge(self.script, checked(self.script, values))
 
 
 def _plain(default: Any) -> Any:
-    if default is argparse.SUPPRESS:
-        return None
     return str(default) if isinstance(default, Path) else default
 
 
 class Observed:
-    """A Listener that hands on to a Sacred run what is recorded.
+    """A listener that hands on to a Sacred run what is recorded.
 
-    Metrics are `train.<name>` by step, once a log interval, and `valid.<name>` by epoch; the info has the run
-    directory and `result.json`; the best model is an artifact.
+    Metrics are `train.<name>` by step, once an interval, and `valid.<name>` by epoch. The info has the run directory
+    and `result.json`. The best model is an artifact.
     """
 
     def __init__(self, run: Run) -> None:
@@ -116,7 +112,7 @@ class Observed:
     def start(self, directory: Path, config: dict[str, Any], step: int) -> None:
         """Note where the run's files are."""
         self.run.info["run_dir"] = str(directory.absolute())
-        self.directory, self.model = directory, Path(config["save"])
+        self.directory, self.model = directory, Path(config["options"]["save"])
 
     def interval(self, row: dict[str, Any]) -> None:
         """Log the training."""
@@ -127,9 +123,8 @@ class Observed:
         self._log("valid", {name.removeprefix("valid_"): value for name, value in row.items()}, row["epoch"])
 
     def _log(self, part: str, row: dict[str, Any], step: int) -> None:
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                self.run.log_scalar(f"{part}.{name}", value, step)
+        for name, value in curves(row).items():
+            self.run.log_scalar(f"{part}.{name}", value, step)
 
     def result(self, row: dict[str, Any]) -> None:
         """Keep the result and the model."""
@@ -163,13 +158,13 @@ def print_config(_run: Run) -> None:
     print(_format_config(rest, _run.config_modifications).partition("\n")[2])
 
 
-def make_experiment(script_file: str, description: str | None) -> Experiment:
-    """The trainer `script_file` (its `__file__`, and its `__doc__` for the help) as an Experiment."""
+def make_experiment(main: Callable[[Options], int], script_file: str, description: str | None) -> Experiment:
+    """Return an Experiment that calls `main`, of the trainer `script_file` (its `__file__`; `__doc__` is the help)."""
     path = Path(script_file).resolve()
     experiment = Trainer(path.stem, base_dir=str(path.parent), save_git_info=False)
     experiment.doc = description or ""
-    options = Options(make_parser(path.stem, description))
-    experiment.configurations.append(options)
+    configuration = Configuration(path.stem)
+    experiment.configurations.append(configuration)
     experiment.save_git_info = git_commit() is not None  # of one file: Sacred would list the repository for each
     experiment.add_source_file(str(path))
     experiment.save_git_info = False
@@ -189,7 +184,7 @@ def make_experiment(script_file: str, description: str | None) -> Experiment:
             raise ConfigError(f"--seed {seed!r} is not a whole number of at least 0 and below 2**32, as numpy's is")
         if command_name == "train":
             try:
-                parse_args(script_file, description, options.flags(config))
+                configuration.options(config)
             except UsageError as error:
                 raise ConfigError(str(error)) from None
         return {}
@@ -198,35 +193,26 @@ def make_experiment(script_file: str, description: str | None) -> Experiment:
     def train(_run: Run) -> float | None:
         """Train, and return the perplexity on the test text."""
         observed = Observed(_run)
-        with listening(observed), _command_line([script_file, *options.flags(_run.config)]):
-            runpy.run_path(script_file, run_name=path.stem)["main"]()
+        with listening(observed):
+            main(configuration.options(_run.config))
         return observed.test_ppl
 
     return experiment
 
 
-@contextmanager
-def _command_line(words: list[str]) -> Iterator[None]:
-    before, sys.argv = sys.argv, words
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
 def _own_sources() -> list[Path]:
-    """The files of this project that are loaded, so that observers keep what really ran."""
+    """Return the files of this project that are loaded, so that observers keep what really ran."""
     modules = [module for name, module in sys.modules.items() if re.match(r"(lm|roundoff|apex_compat)(\.|$)", name)]
     return sorted({Path(module.__file__) for module in modules if module.__file__})
 
 
-def run(script_file: str, description: str | None, argv: list[str]) -> int:
+def run(main: Callable[[Options], int], script_file: str, description: str | None, argv: list[str]) -> int:
     """Do what the command line `argv` asks of Sacred; return the exit code.
 
     Raises:
         UsageError, RunError: see `fit`. Sacred's own errors end the process with 1.
     """
-    experiment = make_experiment(script_file, description)
+    experiment = make_experiment(main, script_file, description)
     unobserved = ["--unobserved"] if processes.rank() > 0 else []
     # Sacred's colours are for terminals that want them.
     with colorama.colorama_text(strip=True if os.environ.get("NO_COLOR") else None):

@@ -1,10 +1,10 @@
-"""Runs the precision modes, each as its trainer's own command in a process of its own, and keeps what has ended.
+"""The runs of a comparison: each is its trainer's own command in a process of its own. What has ended is kept.
 
-All of a comparison is below one folder: `compare.json` (what was asked for), and for each mode and seed
-`runs/<label>-<seed>` (the run directory, with model.pt) and `runs/<label>-<seed>.log` (what the trainer printed).
+A comparison has one folder. `compare.json` there says what was asked for. For each mode and seed there are the run
+directory `runs/<label>-<seed>`, with model.safetensors in it, and the trainer's output `runs/<label>-<seed>.log`.
 """
 
-import fcntl
+import json
 import os
 import shutil
 import signal
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,56 +22,63 @@ import torch
 
 from lm.data import corpora
 from lm.launch.progress import Progress
-from lm.options.command_line import expand, without
-from lm.options.config import parse_args
+from lm.options.command_line import make_parser, read_command_line
+from lm.options.config import merge
 from lm.options.modes import MODES
-from lm.options.options import make_parser
+from lm.options.options import as_values, checked, flag, words
 from roundoff.errors import RunError, UsageError, printable
-from roundoff.runs.files import write_atomically
+from roundoff.runs.files import lock, unlock, write_atomically
 from roundoff.runs.jsonfile import read_object, to_json
 from roundoff.terminal import say
 from roundoff.verdict.types import Failure
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent
-OWN_FLAGS = (
-    *("--run-dir", "--resume", "--save"),
-    *("--fp16", "--dtype", "--dynamic-loss-scale", "--no-fp16", "--no-dynamic-loss-scale"),
-)
-"""What distinguishes the runs of a comparison, and so cannot be given to all of them."""
+OWN = ("run_dir", "resume", "save", "fp16", "dtype", "dynamic_loss_scale")
+"""The options in which the runs of a comparison differ. They cannot be given to all of them."""
+PLACES = ("run_dir", "save")
+"""Options that say where a run's files are. The folder of a comparison may be moved."""
 POLL = 0.1  # seconds between two looks at the processes
 GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes and Slurm give as many
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to make.
+    """A run to make.
 
     Attributes:
         label: of the mode, a key of `MODES`.
         seed: of the run.
-        flags: of the trainer, equal for every job of a comparison.
+        options: of the trainer, checked, equal for every job of a comparison.
         run_dir: where its records and its model go.
     """
 
     label: str
     seed: int
-    flags: Sequence[str]
+    options: Mapping[str, Any]
     run_dir: Path
 
     @property
     def command(self) -> list[str]:
-        """What is run, word by word."""
-        script, *mode = MODES[self.label]
-        where = ["--run-dir", str(self.run_dir), "--save", str(self.run_dir / "model.pt")]
-        return [sys.executable, str(SCRIPTS / script), *mode, *self.flags, "--seed", str(self.seed), *where]
+        """Return the command line as a list."""
+        return [sys.executable, str(SCRIPTS / f"{MODES[self.label].script}.py"), *words(self.all_options())]
+
+    def all_options(self) -> dict[str, Any]:
+        """Return the options of this run: those of its mode and of the comparison, its seed and its places."""
+        places = {"run_dir": self.run_dir, "save": self.save}
+        return {**MODES[self.label].options, **self.options, "seed": self.seed, **places}
+
+    @property
+    def save(self) -> Path:
+        """Return the place of the model."""
+        return self.run_dir / "model.safetensors"
 
     @property
     def log(self) -> Path:
-        """What the trainer says, on stdout and stderr."""
+        """Return the place of what the trainer prints on stdout and stderr."""
         return self.run_dir.with_name(f"{self.run_dir.name}.log")
 
     def result(self) -> dict[str, Any] | None:
-        """`result.json`; None unless the directory holds this very run, and its end."""
+        """Return the content of result.json; None unless the directory holds this very run, and its end."""
         try:
             result = read_object(self.run_dir / "result.json")
             return result if self.started() and isinstance(result["status"], str) else None
@@ -79,16 +86,16 @@ class Job:
             return None
 
     def started(self) -> bool:
-        """Whether the directory holds the beginning of this very run, wherever the comparison lay then."""
+        """Return whether the directory holds the beginning of this very run, wherever the comparison lay then."""
         try:
-            script, *words = read_object(self.run_dir / "config.json")["environment"]["command"]
-            same = Path(script).name == Path(self.command[1]).name
-            return same and _without_places(words) == _without_places(self.command[2:])
+            stored = read_object(self.run_dir / "config.json")["options"]
+            expected = merge(MODES[self.label].script, self.all_options())
+            return _without_places(stored) == _without_places(json.loads(to_json(as_values(expected))))
         except (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
     def failure(self, exit_code: int) -> Failure:
-        """This job as one that went wrong, with the last line that it said."""
+        """Return the failure of this job, with the last line that it printed."""
         said = self.log.read_bytes()[-4096:].decode(errors="replace") if self.log.exists() else ""
         message = (said.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
         if exit_code < 0:
@@ -96,39 +103,34 @@ class Job:
         return Failure(self.label, self.seed, self.command, exit_code, message)
 
 
-def _without_places(words: list[str]) -> list[str]:
-    return without(without(words, "--run-dir"), "--save")
+def _without_places(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in PLACES}
 
 
-def check_flags(modes: Sequence[str], flags: Sequence[str]) -> tuple[int, list[str], str]:
-    """Read the trainers' `flags` as each of `modes` would; return the seed, the flags without it, and the device.
-
-    The flags of a --config file take its place. A corpus that has to be fetched is fetched, so that not every trainer
-    does.
+def check_flags(modes: Sequence[str], argv: Sequence[str]) -> tuple[int, dict[str, Any], str]:
+    """Read the trainers' flags `argv` as each of `modes` would; return the seed, the other options, and the device.
 
     Raises:
         UsageError: some trainer would refuse them, or they are for one run and not for all.
     """
-    _refuse_own(flags)
-    flags = expand(make_parser(Path(MODES[modes[0]][0]).stem, None), list(flags))
-    _refuse_own(flags)
+    given = read_command_line(make_parser(None, None), None, list(argv))
+    for name in given:
+        if name in OWN:
+            raise UsageError(f"{flag(name)} after -- is set by compare.py itself, for each mode; leave it out")
+        if name == "onnx_export":
+            raise UsageError(
+                f"{flag(name)} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR"
+            )
     for label in modes:
-        script, *mode = MODES[label]
-        args = parse_args(script, None, [*mode, *flags])
+        mode = MODES[label]
+        args = merge(mode.script, checked(mode.script, {**mode.options, **given}))
     corpora.read(args.data)
-    return args.seed, without(flags, "--seed"), args.device
-
-
-def _refuse_own(flags: Sequence[str]) -> None:
-    for word in flags:
-        if word.partition("=")[0] in OWN_FLAGS:
-            raise UsageError(f"{word} after -- is set by compare.py itself, for each mode; leave it out")
-        if word.partition("=")[0] == "--onnx-export":
-            raise UsageError(f"{word} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR")
+    given.pop("seed", None)
+    return args.seed, given, args.device
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
-    """What each of the `jobs` runs at a time gets into its environment: a GPU, or its share of the CPU's threads."""
+    """Return the environment of each of the `jobs` runs at a time: a GPU, or its share of the CPU's threads."""
     if jobs > 1 and device == "cpu":
         return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}] * jobs
     if jobs > 1 and device == "cuda" and (count := torch.cuda.device_count()) > 1:
@@ -139,32 +141,30 @@ def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
 
 
 @contextmanager
-def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int]:
+def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int | None]:
     """Make the folder `out` for the runs of `plan`, or find those that it holds; nobody else may use it meanwhile.
 
-    Gives the file descriptor of a lock, for the trainers to inherit: they hold it too, should this process be killed.
+    Gives the file descriptor of a lock, for the trainers to inherit. They hold the folder too, should this process be
+    killed. Windows lets no process inherit a descriptor: there each trainer holds its own run directory alone.
 
     Raises:
         UsageError: `out` holds something else or the runs of another plan, is in use, or cannot be written.
     """
-    try:
-        _check_plan(out, plan)
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / "runs", os.O_RDONLY)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_atomically(out / "compare.json", lambda file: file.write((to_json(plan, indent=2) + "\n").encode()))
-        except BaseException:
-            os.close(lock)
-            raise
-    except BlockingIOError:
-        raise UsageError(f"--out {out} is in use by another compare.py or its trainers; wait for their end") from None
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
-    try:
-        yield lock
-    finally:
-        os.close(lock)
+            _check_plan(out, plan)
+            (out / "runs").mkdir(parents=True, exist_ok=True)
+            taken = lock(out / "runs")
+            stack.callback(unlock, taken)
+            text = to_json(plan, indent=2) + "\n"
+            write_atomically(out / "compare.json", lambda file: file.write(text.encode()))
+        except BlockingIOError:
+            raise UsageError(
+                f"--out {out} is in use by another compare.py or its trainers; wait for their end"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+        yield taken
 
 
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -173,7 +173,9 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
     try:
         before = read_object(out / "compare.json")
         changed = [
-            f"{name} {printable(before[name])}, now {value}" for name, value in plan.items() if before[name] != value
+            f"{name} {printable(before[name])}, now {value}"
+            for name, value in json.loads(to_json(plan)).items()
+            if before[name] != value
         ]
     except (UsageError, OSError, LookupError):
         raise UsageError(f"--out {out} holds something else than runs of compare.py; give a new directory") from None
@@ -181,7 +183,7 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
         raise UsageError(f"--out {out} was made with {'; '.join(changed)}; give the same again, or a new directory")
 
 
-def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: int) -> list[Failure]:
+def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: int | None) -> list[Failure]:
     """Run `jobs`, as many at a time as there are `environments`, but not those that have ended already.
 
     A job that fails leaves the others alone. Ctrl-C, SIGTERM and SIGHUP end all processes; what has ended stays.
@@ -218,14 +220,15 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: 
 
 
 class _Process:
-    """A running job."""
+    """A job that runs."""
 
-    def __init__(self, job: Job, environment: dict[str, str], lock: int) -> None:
+    def __init__(self, job: Job, environment: dict[str, str], lock: int | None) -> None:
         self.job = job
         self.start = time.monotonic()
         command = job.command
         if job.started():
-            command = [*command[:2], "--resume", str(job.run_dir), *command[-2:]]  # --save is where the folder is now
+            places = {"resume": job.run_dir, "save": job.save}  # the folder may have been moved
+            command = [*command[:2], *words(places)]
         elif job.run_dir.exists():
             shutil.rmtree(job.run_dir)
         with job.log.open("ab") as log:
@@ -235,11 +238,11 @@ class _Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
-                pass_fds=[lock],
+                pass_fds=[] if lock is None or os.name == "nt" else [lock],
             )
 
     def seconds(self) -> float:
-        """How long it has been running."""
+        """Return the seconds since its start."""
         return time.monotonic() - self.start
 
 
@@ -256,7 +259,7 @@ def _ended(job: Job, exit_code: int, how: str) -> list[Failure]:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set: each would leave the trainers running. A second SIGINT raises.
+    """Give an event that SIGINT, SIGTERM and SIGHUP set. Each would leave the trainers running. A second SIGINT raises.
 
     SIGTERM and SIGHUP stay ignored where they are, as under nohup.
     """
@@ -267,7 +270,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    others = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    others = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *others)}
     try:
         yield stopped

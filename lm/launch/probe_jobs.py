@@ -1,6 +1,6 @@
-"""Probes the initial and the final weights of a comparison's reference, each by probe.py in a process of its own.
+"""The probes of a comparison: of the reference's initial and final weights, each by probe.py in a process of its own.
 
-What they find is below the comparison's folder: `probes/<label>-<seed>-initial` and `-final`, with a log beside each.
+The results are below the comparison's folder: `probes/<label>-<seed>-initial` and `-final`, with a log beside each.
 """
 
 import sys
@@ -11,10 +11,9 @@ from typing import Any
 
 from lm.launch import jobs as launch
 from lm.launch.jobs import Job, comparison_folder, run_jobs
-from lm.launch.probing.sources import OF_JOB, loss_scales
-from lm.options.options import make_parser
-from lm.training.checkpoint import command_of
-from roundoff.cli import as_flags
+from lm.launch.probing.sources import job_options
+from lm.options.config import stored_options
+from lm.options.options import words
 from roundoff.errors import UsageError
 from roundoff.gradients.result import read_probe
 from roundoff.gradients.statistics import LEAST_BATCHES
@@ -27,22 +26,24 @@ BATCHES = 32
 
 @dataclass(frozen=True)
 class ProbeJob(Job):
-    """One probe to make; `flags` are those of probe.py that say what is probed.
+    """A probe to make; `options` are of the trainers, for fresh weights.
 
     Attributes:
         modes: labels of the modes to probe.
+        flags: of probe.py, that say what is probed.
     """
 
     modes: Sequence[str]
+    flags: Sequence[str]
 
     @property
     def command(self) -> list[str]:
-        """What is run, word by word."""
+        """Return the command line as a list."""
         script = [sys.executable, str(launch.SCRIPTS / "probe.py")]
         return [*script, "--modes", ",".join(self.modes), "--out", str(self.run_dir), *self.flags]
 
     def found(self) -> dict[str, Any] | None:
-        """What the probe found; None unless the directory holds this very one."""
+        """Return the content of probe.json; None unless the directory holds this very probe."""
         try:
             result = read_probe(self.run_dir / "probe.json")
         except UsageError:
@@ -51,11 +52,11 @@ class ProbeJob(Job):
         return result if same and list(result["modes"]) == list(self.modes) else None
 
     def result(self) -> dict[str, Any] | None:
-        """How the probe ended; None where it did not."""
+        """Return how the probe ended; None if it did not."""
         return None if self.found() is None else {"status": "finished"}
 
     def started(self) -> bool:
-        """A probe cannot be gone on with."""
+        """Return False: a probe cannot be resumed."""
         return False
 
 
@@ -85,20 +86,13 @@ def run_probes(out: Path, comparison: Comparison) -> list[Probe]:
 
 
 def _jobs(out: Path, run: Run, modes: list[str]) -> list[ProbeJob]:
-    config, folder = run.config, out / "probes"
-    options = make_parser("main", None).options()
-    rows = config["corpus"]["train_tokens"] // config["batch_size"]
-    job = {name: config[name] for name in OF_JOB if name in config}
-    job |= loss_scales(config["script"], command_of(run.path, config["script"]))
-    batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // config["bptt"])))]
-    fresh = [
-        *batches,
-        "--data",
-        config["data"],
-        "--",
-        *as_flags(options, job),
-    ]
+    job, folder = run.config["job"], out / "probes"
+    script = run.config["options"]["script"]
+    options = job_options(script, stored_options(run.path, script))
+    rows = job["corpus"]["train_tokens"] // job["batch_size"]
+    batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // job["bptt"])))]
+    fresh = [*batches, "--data", run.config["options"]["data"], "--", *words(options)]
     return [
-        ProbeJob(f"probe {when}", run.seed, flags, folder / f"{run.label}-{run.seed}-{when}", modes)
+        ProbeJob(f"probe {when}", run.seed, options, folder / f"{run.label}-{run.seed}-{when}", modes, flags)
         for when, flags in (("initial", fresh), ("final", [*batches, "--run", str(run.path)]))
     ]

@@ -1,6 +1,5 @@
 """The language model. It knows no precision mode: dtypes follow from its weights and from autocast."""
 
-import argparse
 import math
 from typing import Any
 
@@ -11,7 +10,6 @@ from lm.model.decoder_loss import decoder_loss
 from lm.model.kernels import compute_dtype, linear
 from lm.model.recurrent import GRU, LSTM, RNN
 from lm.model.transformer import Transformer, positions
-from roundoff.errors import UsageError
 
 KINDS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")
 INIT_RANGE = 0.1
@@ -87,7 +85,7 @@ class RNNModel(nn.Module):
         nn.init.uniform_(self.decoder.weight, -INIT_RANGE, INIT_RANGE)
 
     def init_hidden(self, batch_size: int) -> Hidden:
-        """Zeros in the dtype that the recurrent layers return here; call it in the mode's forward context.
+        """Return zeros in the dtype that the recurrent layers return here; call it in the mode's forward context.
 
         Under CPU autocast a GRU given an fp32 state would stay in fp32, and no longer be the half mode asked for.
         """
@@ -99,7 +97,7 @@ class RNNModel(nn.Module):
         return (zeros, zeros) if isinstance(self.rnn, nn.LSTM) else zeros
 
     def forward(self, tokens: Tensor, hidden: Hidden, targets: Tensor | None = None) -> tuple[Tensor, Hidden]:
-        """Scores of each next word, or how well they foretell `targets`.
+        """Return the scores of each next word, or how well they foretell `targets`.
 
         Args:
             tokens: int64, shape (bptt, batch).
@@ -117,7 +115,7 @@ class RNNModel(nn.Module):
         return decoder_loss(output.flatten(0, 1), decoder.weight, decoder.bias, targets), hidden
 
     def features(self, tokens: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """What the decoder is given, of shape (bptt, batch, width), and the new state; arguments as of `forward`."""
+        """Return the decoder's input, of shape (bptt, batch, width), and the new state; arguments as of `forward`."""
         embedded = self.encoder(tokens)
         if isinstance(self.rnn, Transformer):
             embedded = embedded * math.sqrt(embedded.size(-1))  # else the positions would drown it
@@ -139,28 +137,8 @@ def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: 
     return RNN(emsize, nhid, nlayers, nonlinearity=nonlinearity, dropout=dropout)
 
 
-def check_model_flags(args: argparse.Namespace) -> None:
-    """Raise UsageError where `RNNModel` would refuse these flags."""
-    if args.model == "Transformer":
-        if args.emsize % args.nhead:
-            raise UsageError(
-                f"--nhead {args.nhead} with --emsize {args.emsize}: heads share the width of the embeddings; "
-                "give a multiple of their number"
-            )
-    elif args.tied and args.emsize != args.nhid:
-        raise UsageError(
-            f"--tied with --emsize {args.emsize} and --nhid {args.nhid}: tied weights need both to be equal"
-        )
-
-
-def make_model(args: argparse.Namespace, ntokens: int) -> RNNModel:
-    """The model of these flags, for a vocabulary of `ntokens`."""
-    sizes = args.emsize, args.nhid, args.nlayers
-    return RNNModel(args.model, ntokens, *sizes, args.dropout, args.tied, args.nhead, args.bptt)
-
-
 def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-    """Mean cross entropy in nats a word (fp32, shape ()), and the new state.
+    """Return the mean cross entropy in nats a word (fp32, shape ()), and the new state.
 
     `model` is an RNNModel, or wraps one; the other arguments are those of `RNNModel.forward`.
     """
@@ -169,7 +147,7 @@ def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hi
 
 
 def detach(hidden: Hidden) -> Hidden:
-    """`hidden` without its history, so that gradients stop at the batch's first word.
+    """Return `hidden` without its history, so that gradients stop at the batch's first word.
 
     What is not finite starts anew at 0, as all of it does in each epoch: one bad batch must not spoil every later one.
     """

@@ -1,7 +1,7 @@
 """--onnx-export: the trained model as a file for other runtimes, which onnxruntime has run before it is there."""
 
-import argparse
 import importlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ TOLERANCE = 1e-4
 2e-7 of it over 8 units, and by the square root of their number more."""
 
 
-def check_onnx_export(args: argparse.Namespace) -> None:
-    """Refuse what `export_onnx` could not do at the end of the run.
+def check_onnx_export(path: Path, save: Path) -> None:
+    """Raise UsageError if `export_onnx` could not write `path` at the end of the run whose model goes to `save`.
 
     Raises:
         UsageError: a package is not installed, or the file is that of --save.
@@ -34,23 +34,24 @@ def check_onnx_export(args: argparse.Namespace) -> None:
                 "needs that was started with the flag, or leave the flag out: --resume with the finished run and "
                 "--onnx-export writes the file later"
             ) from None
-    if args.onnx_export.resolve() == args.save.resolve():
-        raise UsageError(f"--onnx-export and --save are both {args.save}; give each a file of its own")
+    if path.resolve() == save.resolve():
+        raise UsageError(f"--onnx-export and --save are both {save}; give each a file of its own")
 
 
-def export_onnx(args: argparse.Namespace, model: RNNModel, vocabulary: list[str]) -> None:
-    """Write `model` to `args.onnx_export`, with fp32 numbers equal to its weights; see `lm.model.onnx_graph.build`.
+def export_onnx(path: Path, model: RNNModel, vocabulary: list[str], words: int, save: Path) -> None:
+    """Write `model` to `path` as ONNX, in fp32; see `lm.model.onnx_graph.build`.
+
+    Its output for `words` words is checked first. `save` is where the model itself is, for the error.
 
     Raises:
         RunError: it cannot be built or written, or onnxruntime's output is not that of the model.
     """
     from lm.model.onnx_graph import OPSET, build
 
-    path = args.onnx_export
     try:
         model = in_fp32(model.options, model.state_dict()).eval()
         content = build(model, vocabulary).SerializeToString()
-        difference = _difference(content, model, words=args.bptt)
+        difference = _difference(content, model, words)
         if not difference <= TOLERANCE:
             raise ValueError(f"onnxruntime's numbers differ from the model's own by {difference:.1e} of the largest")
         write_atomically(path, lambda file: file.write(content))
@@ -58,7 +59,7 @@ def export_onnx(args: argparse.Namespace, model: RNNModel, vocabulary: list[str]
         reason = (isinstance(error, OSError) and error.strerror) or printable(" ".join(str(error).split()), 160)
         message = (
             f"--onnx-export {path}: {reason or type(error).__name__}; all else of the run is there, its model in "
-            f"{args.save}: to try again, --resume it with --onnx-export"
+            f"{save}: to try again, --resume it with --onnx-export"
         )
         raise RunError(own(message)) from None
     say(f"| {path}: ONNX opset {OPSET}, fp32; onnxruntime is within {difference:.1e} of the model's largest numbers")
@@ -66,7 +67,7 @@ def export_onnx(args: argparse.Namespace, model: RNNModel, vocabulary: list[str]
 
 @torch.no_grad()
 def _difference(content: bytes, model: RNNModel, words: int) -> float:
-    """The largest one of onnxruntime's logits and new state from the model's own, over the largest number among those.
+    """Return how far onnxruntime's logits and new state are from the model's own, over the largest of these numbers.
 
     It is that of two columns of `words` random words after a random state; nan where a number is not finite.
     """

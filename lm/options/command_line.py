@@ -1,50 +1,78 @@
-"""From the words of a command line to flags: those of a --config file, of the run to resume, or Sacred's."""
+"""The command line of a trainer, and the TOML file that --config names: each becomes a mapping of options."""
 
 import argparse
-import difflib
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.training.checkpoint import command_of
-from roundoff.cli import OneLineParser, as_flags
+from lm.options.options import SCRIPTS, Option, checked, flag, option_of, options_of
+from roundoff.cli import OneLineParser, Switch, add_version
 from roundoff.errors import UsageError, printable
 
-MAY_CHANGE = ("epochs", "log_interval", "checkpoint_interval", "tensorboard", "data", "save", "onnx_export")
-"""What a resumed run may be given anew: where it ends, what it shows, and where its files are now."""
+
+def make_parser(script: str | None, description: str | None) -> OneLineParser:
+    """Return the parser of the trainer `script`, such as "main_amp"; None: of the options of all trainers.
+
+    The result of parsing has the options that are given and no others.
+    """
+    name = script or SCRIPTS[0]
+    parser = OneLineParser(
+        prog=f"{name}.py",
+        description=description,
+        epilog=f"With Sacred: {name}.py [COMMAND] [with NAME=VALUE...] [-F DIR], where COMMAND is print_config, "
+        f"save_config, print_dependencies or none to train; {name}.py help shows them all.",
+        allow_abbrev=False,  # an abbreviation of today is ambiguous with the next new flag
+        argument_default=argparse.SUPPRESS,
+    )
+    add_version(parser)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        help="take options from there, such as batch-size = 32 or tied = true; the command line wins",
+    )
+    groups: dict[str, Any] = {}
+    for name, f in options_of(script).items():
+        facts = option_of(f)
+        group = groups.get(facts.group) or groups.setdefault(facts.group, parser.add_argument_group(facts.group))
+        _add(group, name, facts, f.default)
+    return parser
 
 
-def read_flags(parser: OneLineParser, script: str, argv: list[str]) -> argparse.Namespace:
-    """`argv` parsed, on top of the flags of the run to resume and of the --config file where there are such.
+def _add(group: Any, name: str, facts: Option, default: Any) -> None:
+    spellings = list(dict.fromkeys((flag(name), f"--{name.replace('_', '-')}")))
+    if facts.kind is bool:
+        group.add_argument(*spellings, action=Switch, help=facts.help)
+        return
+    shown = facts.otherwise or default
+    explained = facts.help if shown is None else f"{facts.help} (default: {shown})"
+    group.add_argument(
+        *spellings, type=facts.kind, choices=facts.choices, metavar=facts.metavar, help=explained.replace("%", "%%")
+    )
 
-    The result has `argv`, the flags that lead to it without that file, and `changed`, whether they are others than
-    the resumed run had.
+
+def read_command_line(parser: OneLineParser, script: str | None, argv: list[str]) -> dict[str, Any]:
+    """Return the options that `argv` gives, and those of its --config file that it does not give itself.
 
     Raises:
-        UsageError: some flag or value is wrong, wherever it comes from, or is not that of the run to resume.
+        UsageError: some option or value is wrong, wherever it comes from.
     """
-    argv = expand(parser, argv)
-    for word in argv:
-        if not _is_text(word):
-            raise UsageError(f"{printable(word)} is not UTF-8, as a run's records are; give the file another name")
-    given = parser.parse_args(argv)
-    given.argv, given.changed = argv, False
-    if given.resume is None:
-        return given
-    flags = command_of(given.resume, script)
-    before, args = parser.parse_args(flags), parser.parse_args([*flags, *argv])
-    differing = [name for name, value in vars(args).items() if vars(before).get(name) != value and name != "resume"]
-    for name in differing:
-        if name not in MAY_CHANGE:
+    given = vars(parser.parse_args([_with_dashes(word) for word in argv]))
+    path = given.pop("config", None)
+    given = given if path is None else read_config_file(path, script) | given
+    for name, value in given.items():
+        if not _is_text(str(value)):
             raise UsageError(
-                f"--resume {given.resume} with --{name.replace('_', '-')} {getattr(args, name)}: the run was started "
-                f"with {vars(before).get(name, 'the default')}; leave the flag out, or start a new run"
+                f"{flag(name)} {printable(value)} is not UTF-8, as a run's records are; give the file another name"
             )
-    args.argv = [*flags, *without(argv, "--resume")] if differing else flags
-    args.changed = bool(differing)
-    return args
+    return given
+
+
+def _with_dashes(word: str) -> str:
+    """Spell a flag with "-", as the parser has it: both spellings are taken."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[a-z0-9_-]+", name) else word
 
 
 def _is_text(word: str) -> bool:
@@ -55,30 +83,15 @@ def _is_text(word: str) -> bool:
     return True
 
 
-def without(argv: list[str], flag: str) -> list[str]:
-    """`argv` without each `flag` and its value."""
-    words = iter(argv)
-    rest = []
-    for word in words:
-        if word == flag:
-            next(words, None)
-        elif not word.startswith(f"{flag}="):
-            rest.append(word)
-    return rest
+def read_config_file(path: Path, script: str | None) -> dict[str, Any]:
+    """Return the options in a TOML file, which has a line for each.
 
-
-def expand(parser: OneLineParser, argv: list[str]) -> list[str]:
-    """`argv` with the content of the --config file, where one is given, before it as flags.
-
-    The file is TOML: a line for each option, named as on the command line without its leading dashes, with "-" or "_";
-    paths in it are relative to the working directory.
+    They are named as on the command line without its leading dashes, with "-" or "_"; paths in it are relative to the
+    working directory.
 
     Raises:
-        UsageError: it cannot be read, or it says what no flag does.
+        UsageError: it cannot be read, or it says what no option does.
     """
-    path: Path | None = getattr(parser.parse_args(argv), "config", None)
-    if path is None:
-        return argv
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -86,59 +99,6 @@ def expand(parser: OneLineParser, argv: list[str]) -> list[str]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--config {path} is no TOML file: {error}") from None
     try:
-        flags = to_flags(parser, content)
-        parser.parse_args(flags)
+        return checked(script, content)
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from None
-    return [*flags, *without(argv, "--config")]
-
-
-def to_flags(parser: OneLineParser, content: Mapping[str, Any]) -> list[str]:
-    """The flags that say the same as `content`: a value, or None, for each name, which is spelt with "-" or "_".
-
-    Raises:
-        UsageError: a name is no option's or is there twice, or a value is no option's.
-    """
-    options = parser.options()
-    values = {}
-    for key, value in content.items():
-        name = key.replace("-", "_")
-        if name not in options:
-            raise UsageError(f"there is no option {key!r}; {_nearest(name, list(options))}")
-        if name in values:
-            raise UsageError(f"{key!r} stands there twice, with - and with _")
-        values[name] = value
-    return as_flags(options, values)
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-
-
-def is_for_sacred(parser: OneLineParser, argv: list[str]) -> bool:
-    """Whether a command line is one of Sacred's: no flag takes a bare word, nor has one letter but -h."""
-    if not argv:
-        return False
-    first = argv[0]
-    if re.fullmatch("-[A-Za-z]", first):
-        return first != "-h"
-    return not first.startswith("-") or ("with" in argv and not parser.knows(first))
-
-
-def run_sacred(script_file: str, description: str | None, argv: list[str]) -> int:
-    """Do what the command line `argv` asks of Sacred; return the exit code.
-
-    Raises:
-        UsageError: Sacred is not installed, or the run was refused.
-    """
-    try:
-        from lm.extras import sacred_front
-    except ModuleNotFoundError as error:
-        if error.name not in ("sacred", "colorama", "pkg_resources"):  # what the extra installs
-            raise
-        raise UsageError(
-            f"{argv[0]!r} is for Sacred, which is not installed: pip install 'roundoff[sacred]'; "
-            "for the flags that need nothing else, see --help"
-        ) from None
-    return sacred_front.run(script_file, description, argv)

@@ -1,4 +1,4 @@
-"""Which device a command line asks for."""
+"""The device that a command line asks for."""
 
 import argparse
 
@@ -19,7 +19,7 @@ def add_device_options(parser: argparse._ActionsContainer) -> None:
 
 
 def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
-    """The device that --device `name` and --cuda ask for, as torch spells it; "cpu" where neither is given.
+    """Return the device that --device `name` and --cuda ask for, as torch spells it; "cpu" if neither is given.
 
     Each of several `processes` on this machine takes a GPU of its own.
 
@@ -51,7 +51,7 @@ def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> 
 
 
 def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
-    """The device that --accel asks for beside --device `name` and --cuda: the one that torch names.
+    """Return the device that --accel asks for beside --device `name` and --cuda: the one that torch names.
 
     The rest is as for `find_device`.
 
@@ -68,7 +68,7 @@ def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1
     return find_device(name or found.type, cuda=cuda, processes=processes)  # which refuses --cuda beside another kind
 
 
-def device_of(args: argparse.Namespace, processes: int = 1) -> str:
-    """The device that the options of `add_device_options` ask for; the rest is as for the functions above."""
-    find = find_accelerator if args.accel else find_device
-    return find(getattr(args, "device", None), cuda=args.cuda, processes=processes)
+def device_of(device: str | None, *, cuda: bool, accel: bool, processes: int = 1) -> str:
+    """Return the device that --device, --cuda and --accel ask for; the rest is as for the functions above."""
+    find = find_accelerator if accel else find_device
+    return find(device, cuda=cuda, processes=processes)

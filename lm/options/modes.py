@@ -1,40 +1,62 @@
-"""The precision modes by name, as the command lines that ask the trainers for them."""
+"""The precision modes: each one's name, trainer, options and dtype, and the modes that it must equal, once."""
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
-MODES: dict[str, list[str]] = {
-    "fp32": ["main.py"],
-    "manual": ["main.py", "--fp16"],
-    "fp16-optimizer": ["main_fp16_optimizer.py", "--fp16"],
-    "fp16-optimizer-dynamic": ["main_fp16_optimizer.py", "--fp16", "--dynamic-loss-scale"],
-    "amp-fp16": ["main_amp.py"],
-    "amp-bf16": ["main_amp.py", "--dtype", "bfloat16"],
-    "amp-fp32": ["main_amp.py", "--dtype", "float32"],
-    "fp16-optimizer-fp32": ["main_fp16_optimizer.py"],
+from lm.options.options import Options
+
+FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
+FP16_STATIC = ("manual", "fp16-optimizer")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to manage precision.
+
+    Attributes:
+        name: in `compare.py --modes`, in config.json and in reports.
+        script: the trainer, such as "main_amp".
+        options: of the trainer, that make it train in this mode.
+        dtype: of the products.
+        equals: modes whose training losses must be the same to the bit, on one machine and where loss scales are
+            powers of two; this mode among them. In fp16 the loss scales must be equal besides.
+    """
+
+    name: str
+    script: str
+    options: dict[str, Any]
+    dtype: str
+    equals: tuple[str, ...] = ()
+
+
+MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("fp32", "main", {}, "float32", FP32),
+        Mode("manual", "main", {"fp16": True}, "float16", FP16_STATIC),
+        Mode("fp16-optimizer", "main_fp16_optimizer", {"fp16": True}, "float16", FP16_STATIC),
+        Mode("fp16-optimizer-dynamic", "main_fp16_optimizer", {"fp16": True, "dynamic_loss_scale": True}, "float16"),
+        Mode("amp-fp16", "main_amp", {}, "float16"),
+        Mode("amp-bf16", "main_amp", {"dtype": "bfloat16"}, "bfloat16"),
+        Mode("amp-fp32", "main_amp", {"dtype": "float32"}, "float32", FP32),
+        Mode("fp16-optimizer-fp32", "main_fp16_optimizer", {}, "float32", FP32),
+    )
 }
 DEFAULT_MODES = ("fp32", "manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 
-_LABELS = {
-    ("main", "fp32"): "fp32",
-    ("main", "fp16"): "manual",
-    ("main_fp16_optimizer", "fp16-static"): "fp16-optimizer",
-    ("main_fp16_optimizer", "fp16-dynamic"): "fp16-optimizer-dynamic",
-    ("main_fp16_optimizer", "fp32-static"): "fp16-optimizer-fp32",
-    ("main_amp", "float16"): "amp-fp16",
-    ("main_amp", "bfloat16"): "amp-bf16",
-    ("main_amp", "float32"): "amp-fp32",
-}
 
-
-def label(config: dict[str, Any]) -> str:
-    """The name of the mode that a run's `config.json` describes; script and mode where it has no name."""
-    script, mode = str(config.get("script")), str(config.get("mode"))
-    return _LABELS.get((script, mode), f"{script}-{mode}")
+def mode_of(options: Options) -> Mode:
+    """Return the mode in which a run with these options trains; one that is not in `MODES` is called by its script."""
+    asked = options.script, options.dtype, options.dynamic_loss_scale
+    for mode in MODES.values():
+        if (mode.script, mode.dtype, mode.options.get("dynamic_loss_scale", False)) == asked:
+            return mode
+    return Mode(f"{options.script}-{options.dtype}-dynamic", options.script, {}, options.dtype)
 
 
 def mode_names(text: str) -> list[str]:
-    """An argparse type: names of modes, separated by commas."""
+    """Read names of modes, separated by commas; an argparse type."""
     names = text.split(",")
     for name in names:
         if name not in MODES:

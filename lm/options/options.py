@@ -1,218 +1,305 @@
-"""Every flag and every default of the three trainers, once."""
+"""Every option of the three trainers, once: its name, type, default, bounds and help."""
 
 import argparse
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from lm.data.corpora import BUILT_IN, DEFAULT
 from lm.model.language_model import KINDS
-from lm.options.command_line import MAY_CHANGE
-from lm.options.device import add_device_options
-from lm.options.optimizers import DEFAULT_LR, TRANSFORMER_LR
-from roundoff.cli import HelpFormatter, OneLineParser, Switch, add_version, finite_above_0, number, whole
+from roundoff.cli import finite_above_0, number, whole
+from roundoff.errors import UsageError
 
-FP16_STATIC_LOSS_SCALE = 128.0
+SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
 DTYPES = ("float16", "bfloat16", "float32")
+FP16_STATIC_LOSS_SCALE = 128.0
 
+DEFAULT_LR = {"sgd": 20.0, "adamw": 0.001}
+"""Optimizer -> learning rate. AdamW's steps have that size whatever the size of the gradient: 20 is far off."""
+TRANSFORMER_LR = 5.0
+"""The learning rate of plain SGD for a Transformer, as the PyTorch example advises."""
 
-# Bounded so that fp32 holds its reciprocal too.
+# The bounds leave the reciprocal of the scale in the range of fp32 too.
 loss_scale = number(float, 2.0**-100, 2.0**127, what="a number above 0, from 2**-100 to 2**127")
 
 
-def make_parser(script: str, description: str | None) -> OneLineParser:
-    """The command line of the trainer `script`, such as "main_amp".
+@dataclass(frozen=True)
+class Option:
+    """How one option is read and shown.
 
-    An option added here is one of the shell, of a --config file, of Sacred and of config.json.
+    Attributes:
+        group: heading of the option in --help.
+        kind: reads a text, or raises argparse.ArgumentTypeError. `bool` makes a switch.
+        help: what --help, Sacred and the documentation say.
+        metavar: name of the value in --help.
+        choices: the values that are allowed; None allows all that `kind` reads.
+        scripts: the trainers that have the option.
+        otherwise: what --help says of a default that follows from other options.
+        may_change: whether a resumed run may be given another value.
+        alias: the option is another way to ask for one that is in `Options` too, so a resumed run ignores it.
     """
-    parser = OneLineParser(
-        prog=f"{script}.py",
-        description=description,
-        epilog=f"With Sacred: {script}.py [COMMAND] [with NAME=VALUE...] [-F DIR], where COMMAND is print_config, "
-        f"save_config, print_dependencies or none to train; {script}.py help shows them all.",
-        allow_abbrev=False,  # an abbreviation of today is ambiguous with the next new flag
-        formatter_class=HelpFormatter,
-    )
-    add_version(parser)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=argparse.SUPPRESS,
-        metavar="FILE.toml",
-        help="take options from there, such as batch-size = 32 or tied = true; the command line wins",
-    )
-    _add_data(parser)
-    _add_model(parser)
-    _add_training(parser)
-    _add_precision(parser, script)
-    _add_records(parser)
-    return parser
+
+    group: str
+    kind: Callable[[str], Any]
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    scripts: tuple[str, ...] = SCRIPTS
+    otherwise: str | None = None
+    may_change: bool = False
+    alias: bool = False
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        default=DEFAULT,
+def option(group: str, kind: Callable[[str], Any], default: Any, help: str, **facts: Any) -> Any:
+    """Declare a field of `Options`."""
+    return field(default=default, metadata={"option": Option(group, kind, help, **facts)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of one run of a trainer.
+
+    `lm.options.config` makes it. None means absent. In what `parse_args` and `make_args` return, `optimizer`, `lr`,
+    `dtype` and `device` are never absent, and an absent `static_loss_scale` means a dynamic one.
+    """
+
+    script: str
+
+    data: str = option(
+        "data",
+        str,
+        DEFAULT,
+        f"folder with train.txt, valid.txt and test.txt; {BUILT_IN} is text that comes with Python",
         metavar="FOLDER",
-        help="folder with train.txt, valid.txt and test.txt; the default one is fetched where it is missing; "
-        f"{BUILT_IN} is text that comes with Python",
+        may_change=True,
     )
-    group.add_argument(
-        "--batch_size", "--batch-size", type=whole, default=20, metavar="COLUMNS", help="columns of text side by side"
-    )
-    group.add_argument("--bptt", type=whole, default=35, metavar="WORDS", help="words that gradients flow back through")
+    batch_size: int = option("data", whole, 20, "columns of text side by side", metavar="COLUMNS")
+    bptt: int = option("data", whole, 35, "words that gradients flow back through", metavar="WORDS")
 
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="LSTM", choices=KINDS, help="kind of layer")
-    group.add_argument("--emsize", type=whole, default=200, metavar="UNITS", help="size of the word embeddings")
-    group.add_argument("--nhid", type=whole, default=200, metavar="UNITS", help="hidden units a layer")
-    group.add_argument(
-        "--nlayers", type=whole, default=2, metavar="LAYERS", help="layers between embedding and decoder"
-    )
-    group.add_argument(
-        "--nhead", type=whole, default=2, metavar="HEADS", help="of the attention; only a Transformer has them"
-    )
-    group.add_argument(
-        "--dropout",
-        type=number(float, 0, 1, below=True),
-        default=0.2,
+    model: str = option("model", str, "LSTM", "kind of layer", choices=KINDS)
+    emsize: int = option("model", whole, 200, "size of the word embeddings", metavar="UNITS")
+    nhid: int = option("model", whole, 200, "hidden units a layer", metavar="UNITS")
+    nlayers: int = option("model", whole, 2, "layers between embedding and decoder", metavar="LAYERS")
+    nhead: int = option("model", whole, 2, "heads of the attention; only a Transformer has them", metavar="HEADS")
+    dropout: float = option(
+        "model",
+        number(float, 0, 1, below=True),
+        0.2,
+        "probability of dropping a unit in training",
         metavar="PROBABILITY",
-        help="probability of dropping a unit in training",
     )
-    group.add_argument("--tied", action=Switch, help="share the embedding with the decoder")
+    tied: bool = option("model", bool, False, "share the embedding with the decoder")
 
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--optimizer",
+    optimizer: str = option(
+        "training",
+        str,
+        None,
+        "plain SGD, or AdamW with its weight decay of 0.01",
         choices=tuple(DEFAULT_LR),
-        default=argparse.SUPPRESS,
-        help="plain SGD, or AdamW with its weight decay of 0.01 (default: sgd)",
+        otherwise="sgd",
     )
-    group.add_argument("--use-optimizer", action=Switch, help="the same as --optimizer adamw")
-    group.add_argument(
-        "--lr",
-        type=finite_above_0,
-        default=argparse.SUPPRESS,
+    use_optimizer: bool = option("training", bool, False, "the same as --optimizer adamw", alias=True)
+    lr: float = option(
+        "training",
+        finite_above_0,
+        None,
+        "initial learning rate",
         metavar="RATE",
-        help=f"initial learning rate (default: {DEFAULT_LR['sgd']:g} for sgd, {TRANSFORMER_LR:g} if it trains a "
-        f"Transformer; {DEFAULT_LR['adamw']:g} for adamw)",
+        otherwise=f"{DEFAULT_LR['sgd']:g} for sgd, {TRANSFORMER_LR:g} if it trains a Transformer; "
+        f"{DEFAULT_LR['adamw']:g} for adamw",
     )
-    group.add_argument(
-        "--clip",
-        type=number(float, 0, above=True),
-        default=0.25,
+    clip: float = option(
+        "training",
+        number(float, 0, above=True),
+        0.25,
+        "largest L2 norm of all gradients together; inf for no clipping",
         metavar="NORM",
-        help="largest L2 norm of all gradients together; inf for no clipping",
     )
-    group.add_argument(
-        "--epochs", type=whole, default=40, metavar="EPOCHS", help="passes over the training text, at most"
+    epochs: int = option(
+        "training", whole, 40, "passes over the training text, at most", metavar="EPOCHS", may_change=True
     )
-    group.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=1111, metavar="NUMBER", help="seed of every random number"
+    seed: int = option("training", number(int, 0, 2**63 - 1), 1111, "seed of every random number", metavar="NUMBER")
+    max_steps: int | None = option(
+        "training", whole, None, "stop after this many batches, then evaluate", metavar="STEPS"
     )
-    group.add_argument("--max-steps", type=whole, metavar="STEPS", help="stop after this many batches, then evaluate")
-    group.add_argument(
-        "--dry-run",
-        action=Switch,
-        help="one batch of training and of each evaluation, to see that all works",
+    dry_run: bool = option(
+        "training", bool, False, "one batch of training and of each evaluation, to see that all works"
     )
-    group.add_argument(
-        "--max-skipped",
-        type=whole,
-        default=50,
+    max_skipped: int = option(
+        "training",
+        whole,
+        50,
+        "give up after this many steps in a row with a non-finite loss or gradient",
         metavar="STEPS",
-        help="give up after this many steps in a row with a non-finite loss or gradient",
     )
-    add_device_options(group)
-    group.add_argument("--deterministic", action=Switch, help="allow no operation that can differ between runs")
+    cuda: bool = option("training", bool, False, "the same as --device cuda", alias=True)
+    accel: bool = option("training", bool, False, "run on this machine's accelerator: CUDA, XPU or MPS", alias=True)
+    device: str = option("training", str, None, "cpu, cuda, cuda:N, xpu or mps", metavar="DEVICE", otherwise="cpu")
+    deterministic: bool = option("training", bool, False, "allow no operation that can differ between runs")
 
-
-def _add_precision(parser: argparse.ArgumentParser, script: str) -> None:
-    group = parser.add_argument_group("precision")
-    amp = script == "main_amp"
-    group.add_argument(
-        "--fp16",
-        action=Switch,
-        help="the same as --dtype float16" if amp else "train with half weights",
+    fp16: bool = option(
+        "precision", bool, False, "train with half weights; of main_amp.py: the same as --dtype float16"
     )
-    if amp:
-        group.add_argument(
-            "--dtype",
-            choices=DTYPES,
-            default=argparse.SUPPRESS,
-            help="of products under autocast; float32 means no autocast (default: float16)",
-        )
-    if script == "main_fp16_optimizer":
-        group.add_argument("--dynamic-loss-scale", action=Switch, help="supersedes --static-loss-scale")
-        group.add_argument(
-            "--fp16-utils", choices=("own", "apex"), default="own", help="this project's, or an old apex's"
-        )
-    static_default = "dynamic in float16, else 1" if amp else f"{FP16_STATIC_LOSS_SCALE:g} with --fp16, else 1"
-    group.add_argument(
-        "--static-loss-scale",
-        type=loss_scale,
+    dtype: str = option(
+        "precision",
+        str,
+        None,
+        "dtype of products under autocast; float32 means no autocast",
+        choices=DTYPES,
+        scripts=("main_amp",),
+        otherwise="float16",
+    )
+    dynamic_loss_scale: bool = option(
+        "precision", bool, False, "supersedes --static-loss-scale", scripts=("main_fp16_optimizer",)
+    )
+    fp16_utils: str = option(
+        "precision",
+        str,
+        "own",
+        "this project's, or an old apex's",
+        choices=("own", "apex"),
+        scripts=("main_fp16_optimizer",),
+    )
+    static_loss_scale: float | None = option(
+        "precision",
+        loss_scale,
+        None,
+        "factor that the loss is multiplied by; powers of two are exact",
         metavar="FACTOR",
-        default=argparse.SUPPRESS,
-        help=f"factor that the loss is multiplied by; powers of two are exact (default: {static_default})",
+        otherwise=f"{FP16_STATIC_LOSS_SCALE:g} with --fp16, else 1; of main_amp.py: dynamic in float16, else 1",
     )
-    group.add_argument(
-        "--init-scale",
-        type=loss_scale,
-        default=2.0**16,
-        metavar="FACTOR",
-        help="a dynamic loss scale starts here",
-    )
-    group.add_argument(
-        "--scale-window",
-        type=whole,
-        default=2000,
+    init_scale: float = option("precision", loss_scale, 2.0**16, "a dynamic loss scale starts here", metavar="FACTOR")
+    scale_window: int = option(
+        "precision",
+        whole,
+        2000,
+        "a dynamic loss scale doubles after this many steps in a row without overflow",
         metavar="STEPS",
-        help="a dynamic loss scale doubles after this many steps in a row without overflow",
     )
-    group.add_argument("--tf32", action=Switch, help="let a GPU round fp32 products to TF32 (CUDA only)")
+    tf32: bool = option("precision", bool, False, "let a GPU round fp32 products to TF32 (CUDA only)")
 
-
-def _add_records(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("records")
-    group.add_argument(
-        "--log-interval",
-        type=whole,
-        default=200,
+    log_interval: int = option(
+        "records",
+        whole,
+        200,
+        "batches from one line of the log to the next",
         metavar="BATCHES",
-        help="batches from one line of the log to the next",
+        may_change=True,
     )
-    group.add_argument(
-        "--tensorboard",
-        action=Switch,
-        help="write event files into the run directory too, for tensorboard --logdir runs",
+    tensorboard: bool = option(
+        "records",
+        bool,
+        False,
+        "write event files into the run directory too, for tensorboard --logdir runs",
+        may_change=True,
     )
-    group.add_argument("--save", type=Path, default=Path("model.pt"), metavar="FILE", help="the best model goes here")
-    group.add_argument(
-        "--onnx-export",
-        type=Path,
+    save: Path = option(
+        "records", Path, Path("model.safetensors"), "the best model goes here", metavar="FILE", may_change=True
+    )
+    onnx_export: Path | None = option(
+        "records",
+        Path,
+        None,
+        "write it as ONNX too, with the same weights in fp32, checked with onnxruntime against the model itself",
         metavar="FILE",
-        help="write it as ONNX too, with the same weights in fp32, checked with onnxruntime against the model itself",
+        may_change=True,
     )
-    group.add_argument(
-        "--run-dir",
-        type=Path,
-        metavar="DIR",
-        default=argparse.SUPPRESS,
-        help="records of this run go here (default: runs/<script>-<mode>-<time>)",
+    run_dir: Path | None = option(
+        "records", Path, None, "records of this run go here", metavar="DIR", otherwise="runs/<mode>-<time>"
     )
-    group.add_argument(
-        "--checkpoint-interval",
-        type=whole,
+    checkpoint_interval: int | None = option(
+        "records",
+        whole,
+        None,
+        "write a checkpoint after this many steps too, not only after each epoch and when the run is stopped",
         metavar="STEPS",
-        help="write checkpoint.pt after this many steps too, not only after each epoch and when the run is stopped",
+        may_change=True,
     )
-    group.add_argument(
-        "--resume",
-        type=Path,
+    resume: Path | None = option(
+        "records",
+        Path,
+        None,
+        "go on with the run recorded there, from its last checkpoint and with its flags; flags given again must agree, "
+        "but for --data, --epochs, --log-interval, --tensorboard, --save, --onnx-export, --checkpoint-interval",
         metavar="RUN_DIR",
-        help="go on with the run recorded there, from its last checkpoint and with its flags; flags given again must "
-        f"agree, but for --{', --'.join(name.replace('_', '-') for name in MAY_CHANGE)}",
     )
+
+
+def options_of(script: str | None) -> dict[str, Field[Any]]:
+    """Return the options of the trainer `script`, in the order of --help; None: of all trainers."""
+    found = {f.name: f for f in fields(Options) if "option" in f.metadata}
+    return {name: f for name, f in found.items() if script is None or script in option_of(f).scripts}
+
+
+def option_of(f: "Field[Any]") -> Option:
+    """Return the facts of the option that the field `f` holds."""
+    found: Option = f.metadata["option"]
+    return found
+
+
+MAY_CHANGE = tuple(name for name, f in options_of(None).items() if option_of(f).may_change)
+"""What a resumed run may be given anew: where it ends, what it shows, and where its files are now."""
+
+
+def flag(name: str) -> str:
+    """Return the option `name` as the command line has it."""
+    return "--batch_size" if name == "batch_size" else f"--{name.replace('_', '-')}"
+
+
+def words(values: Mapping[str, Any]) -> list[str]:
+    """Return `values`, by option, as the words of a command line, to start a process with."""
+    found = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            found.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
+        elif value is not None:
+            found.append(f"{flag(name)}={value}")
+    return found
+
+
+def checked(script: str | None, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `content`, a value for each name, with every value as `Options` holds it and without those that are None.
+
+    Names are spelt with "-" or "_".
+
+    Raises:
+        UsageError: a name is no option's or is there twice, or a value is no option's.
+    """
+    known = options_of(script)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"there is no option {key!r}; {advice}")
+        if name in values:
+            raise UsageError(f"{key!r} stands there twice, with - and with _")
+        values[name] = None if value is None else _checked(name, option_of(known[name]), value)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _checked(name: str, facts: Option, value: Any) -> Any:
+    where = f"argument {flag(name)}:"
+    if facts.kind is bool:
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} {value!r} is neither true nor false")
+        return value
+    if isinstance(value, dict | list | tuple):
+        raise UsageError(f"{where} {value!r} is not one value")
+    text = str(value)  # a number from a file is judged as the same digits on a command line are
+    if facts.choices is not None and text not in facts.choices:
+        raise UsageError(f"{where} invalid choice: {text!r} (choose from {', '.join(facts.choices)})")
+    try:
+        return facts.kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{where} {error}") from None
+
+
+def as_values(options: Options) -> dict[str, Any]:
+    """Return `options` as config.json holds them: plain values, without the run that was resumed."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    del values["resume"]
+    return values

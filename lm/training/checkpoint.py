@@ -1,32 +1,32 @@
-"""checkpoint.pt: everything that lets a run go on to the bit, and the reading of it, which trusts nothing."""
+"""The checkpoint of a run: all that lets it go on to the bit, and the reading of it, which trusts nothing."""
 
+import json
 import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from roundoff.errors import BadFileError, UsageError, printable
-from roundoff.runs.directory import FILES, machine
-from roundoff.runs.files import write_atomically
-from roundoff.runs.jsonfile import read_object
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.directory import FILES
+from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.runs.reading import machine
+from roundoff.runs.tensor_file import load_tensors, save_tensors
 from roundoff.terminal import say
 
-FORMAT = "roundoff checkpoint 1"
-FILE = "checkpoint.pt"
-PREVIOUS = "checkpoint.previous.pt"
-DAMAGED = "checkpoint.damaged.pt"
-NO_RUN = {"-h", "--help", "--version"}
-"""Flags that start none."""
+FORMAT = "roundoff checkpoint 2"
+FILE = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
+DAMAGED = "checkpoint.damaged.safetensors"
+OLD = "checkpoint.pt"
+"""The checkpoint of a version whose checkpoints were pickles."""
 
 
 @dataclass
 class Position:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         lr: of the next step.
@@ -75,20 +75,18 @@ def check_not_of_the_run(flag: str, path: Path, run_dir: Path | None) -> None:
     `run_dir` is None for a new directory below runs/.
     """
     run = Path(os.path.realpath("runs" if run_dir is None else run_dir))
-    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, PREVIOUS, DAMAGED))
+    files = () if run_dir is None else (os.path.realpath(run / name) for name in (*FILES, FILE, PREVIOUS, DAMAGED))
     if os.path.realpath(path) in {str(run), *map(str, run.parents), *files}:
         raise UsageError(f"{flag} {path} is the run's own, or a folder of it; give another name")
 
 
 def write_checkpoint(directory: Path, content: dict[str, Any]) -> None:
-    """Make `content` the run's checkpoint.pt, and keep the one before it."""
-    write_atomically(
-        directory / FILE, lambda file: torch.save(content | {"format": FORMAT}, file), keep=directory / PREVIOUS
-    )
+    """Make `content` the run's checkpoint, and keep the one before it."""
+    save_tensors(directory / FILE, content, FORMAT, keep=directory / PREVIOUS)
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any] | None:
-    """The run's last checkpoint, or the one before it where that is damaged; None before the first one.
+    """Return the run's last checkpoint, or the one before it where that is damaged; None before the first one.
 
     Raises:
         UsageError: those that are there cannot be used.
@@ -100,9 +98,9 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
         if not os.path.lexists(path):
             continue
         try:
-            content = load_tensors(path)
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise BadFileError("no checkpoint of this project")
+            content: dict[str, Any] = load_tensors(path, FORMAT)
+            if not isinstance(content, dict):
+                raise BadFileError("it holds no state of a run")
         except (BadFileError, FileNotFoundError) as error:  # no such file: a link to one that is gone
             damaged.append(str(path))
             problem = f"{path} cannot be used ({error})" if len(damaged) == 1 else problem
@@ -115,6 +113,10 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
         return content
     if damaged:
         raise UsageError(f"--resume: {problem}; delete {' and '.join(damaged)} to start the run from its beginning")
+    if (directory / OLD).exists():
+        raise UsageError(
+            f"--resume: {directory / OLD} was written by an older version, whose files are not read; start a new run"
+        )
     return None
 
 
@@ -138,42 +140,26 @@ def check_like(value: Any, template: Any, where: str) -> None:
         raise ValueError(f"{where} is {str(value)[:20]}")
 
 
-def command_of(directory: Path, script: str) -> list[str]:
-    """The flags that the run in `directory` was started with.
-
-    Raises:
-        UsageError: it holds no run of `script`.
-    """
-    where = f"--resume {printable(directory)}"
-    if not (directory / "config.json").exists():
-        raise UsageError(f"{where} holds no run (there is no config.json); give a run directory")
-    try:
-        config = read_object(directory / "config.json")
-        ran, flags = config["script"], config["environment"]["command"][1:]
-    except OSError as error:
-        raise UsageError(f"{where}: cannot read config.json ({error.strerror})") from None
-    except (LookupError, TypeError):
-        flags = None
-    if not isinstance(flags, list) or not all(type(flag) is str for flag in flags) or NO_RUN & set(flags):
-        raise UsageError(f"{where}: config.json holds no command line of a trainer; start a new run")
-    if ran != script:
-        raise UsageError(f"{where} holds a run of {printable(ran, 40)}, not of {script}.py; use that script")
-    return flags
-
-
 def status_of(directory: Path) -> str | None:
-    """How the run ended: "finished", "interrupted" or "diverged"; None where it has not, or nothing says so."""
+    """Return how the run ended: "finished", "interrupted" or "diverged"; None if it has not, or nothing says so."""
     status = _entry(directory / "result.json", "status")
     return status if isinstance(status, str) else None
 
 
 def processes_of(directory: Path) -> Any:
-    """How many processes the run had when its config.json was written."""
-    return _entry(directory / "config.json", "processes")
+    """Return how many processes the run had when its config.json was written."""
+    environment = _entry(directory / "config.json", "environment")
+    return environment.get("processes") if isinstance(environment, dict) else None
+
+
+def has_options(directory: Path, options: Any) -> bool:
+    """Return whether the run's config.json holds these options."""
+    recorded: Any = _entry(directory / "config.json", "options")
+    return bool(recorded == json.loads(to_json(options)))
 
 
 def moved(directory: Path, config: dict[str, Any]) -> str:
-    """What of the machine is not what the run's config.json says, and `config` does; "" where it is the same."""
+    """Return the facts of the machine that `config` and the run's config.json do not share; "" if there are none."""
     try:
         before = machine(read_object(directory / "config.json"))
     except (OSError, UsageError, LookupError, AttributeError, RecursionError):

@@ -1,35 +1,48 @@
-"""What `config.json` says of a run: its flags, and what it really is."""
+"""The description of a run in `config.json`: its options, and what they came to."""
 
-import argparse
-import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import roundoff
 from lm.data.corpus import Corpus
 from lm.model.language_model import RNNModel
+from lm.options.modes import mode_of
+from lm.options.options import Options, as_values
 from roundoff import processes
 from roundoff.device import device_name
+from roundoff.runs.environment import versions
+
+JOB = (
+    *("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied"),
+    *("batch_size", "bptt", "optimizer", "lr", "clip", "epochs", "max_steps", "dry_run"),
+)
+"""Options that must be equal where two runs train the same job."""
 
 
-def describe(args: argparse.Namespace, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
-    """Every flag, and the machine, the versions, the corpus and the dtypes that really ran."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "changed", "argv")}
-    return flags | {
-        "processes": processes.world_size(),
-        "device_name": device_name(args.device),
-        "environment": environment([f"{args.script}.py", *args.argv]),
-        "dtypes": dtypes,
+def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
+    """Return what config.json says: the job, the precision, the seed, the environment, and every option."""
+    mode = mode_of(args)
+    several = processes.world_size() > 1  # each on a GPU of its own
+    return {
+        "job": {"corpus": corpus_facts(corpus), **{name: getattr(args, name) for name in JOB}},
+        "precision": {
+            "mode": mode.name,
+            "dtype": args.dtype,
+            "loss_scale": args.static_loss_scale,
+            "dtypes": dtypes,
+            "equals": list(mode.equals),
+        },
+        "seed": args.seed,
+        "environment": environment([Path(sys.argv[0]).name, *sys.argv[1:]])
+        | {"device": device_name(args.device), "processes": processes.world_size(), "tf32": args.tf32},
+        "options": as_values(args) | ({"device": args.device.partition(":")[0]} if several else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "corpus": corpus_facts(corpus),
     }
 
 
 def corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    """Name, digests and sizes."""
+    """Return the name, the digests and the sizes of a corpus."""
     return {
         "name": corpus.name,
         "sha256": corpus.sha256,
@@ -42,23 +55,15 @@ def corpus_facts(corpus: Corpus) -> dict[str, Any]:
 
 
 def environment(command: list[str]) -> dict[str, Any]:
-    """Versions of torch, Python and this project, its git commit where it runs from a checkout, and the system.
+    """Return versions and system, this project's git commit where it runs from a checkout, and `command`.
 
-    `command` is the script's name and its flags; `--resume` reads them again.
+    `command` is what the user ran: the script's name and its words.
     """
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "roundoff": roundoff.__version__,
-        "git_commit": git_commit(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "command": command,
-    }
+    return versions() | {"git_commit": git_commit(), "command": command}
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this is; None where it is none, or git does not say."""
+    """Return the commit of this checkout; None where this is no checkout, or git does not say."""
     here = Path(__file__).resolve().parent.parent.parent
     if not (here / ".git").exists():  # installed; a repository further up is not this project's
         return None

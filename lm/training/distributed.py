@@ -1,6 +1,6 @@
-"""One run in several processes, started by torchrun: what each of them sees of the others.
+"""Distributed training: one run in several processes, started by torchrun.
 
-In a single process everything here does nothing, or is the identity.
+In a single process each function does nothing, or returns what it is given.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from roundoff.errors import RunError
 from roundoff.processes import rank, world_size
 
 TIMEOUT = timedelta(minutes=5)
-"""How long a process waits for the others; writing a checkpoint to a slow disk must fit into it."""
+"""How long a process waits for the others. Writing a checkpoint to a slow disk must fit into it."""
 ROLL_CALL = 3.0  # seconds that the others have to say that they are alive
 STORE_TIMEOUT = timedelta(seconds=3)  # for torchrun's store, which is there before any process
 
@@ -73,7 +73,7 @@ def barrier() -> None:
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Let rank 0 do alone what is in the block, then the others."""
+    """Let rank 0 run the block alone, then the others."""
     if rank() > 0:
         barrier()
     yield
@@ -82,31 +82,31 @@ def rank_0_first() -> Iterator[None]:
 
 
 def destroy_process_group() -> None:
-    """Part from the others."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """`model`, whose gradients are, after backward, the means over all processes, in the dtype of its weights.
+    """Return `model` so that backward gives it the mean gradients of all processes, in the dtype of its weights.
 
-    An inf or nan in one process's gradient is one in every process's then: all skip the same steps.
+    An inf or nan in one process's gradient is then one in every process's: all skip the same steps.
     """
     return DistributedDataParallel(model) if world_size() > 1 else model
 
 
 def shard(data: Tensor) -> Tensor:
-    """This process's share of the columns of `data`, shape (rows, columns / world_size)."""
+    """Return this process's share of the columns of `data`, shape (rows, columns / world_size)."""
     if world_size() == 1:
         return data
     return data.chunk(world_size(), dim=1)[rank()].contiguous()
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of each of `values` (fp32) over all processes.
+    """Return the mean of each of `values` (fp32) over all processes.
 
-    It is summed in float64: there the sum does not depend on its order, which with more than two processes depends
-    on a value's place among the others.
+    The sum is in float64, where it does not depend on the order of its terms. With more than two processes, that
+    order depends on a value's place among the others.
     """
     if world_size() == 1:
         return values
@@ -116,7 +116,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def broadcast(value: float) -> float:
-    """Rank 0's `value`: a decision that hangs on it must be the same everywhere."""
+    """Return rank 0's `value`: a decision that depends on it must be the same everywhere."""
     if world_size() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64)
@@ -125,7 +125,7 @@ def broadcast(value: float) -> float:
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of each process, in the order of ranks; on others than rank 0, an empty list."""
+    """Return the `value` of each process in the order of ranks; on other ranks than 0, an empty list."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if rank() == 0 else None
@@ -134,9 +134,9 @@ def gather(value: Any) -> list[Any]:
 
 
 class Maximum:
-    """The largest value that any process has given, known to all of them at the same step.
+    """Finds the largest value that any process has given, and tells all of them at the same step.
 
-    The answer is one call old, so that nobody waits for a message under way, and no GPU at all.
+    The answer is one call old. So no process waits for a message under way, and none for a GPU.
     """
 
     def __init__(self) -> None:
@@ -156,9 +156,9 @@ class Maximum:
 
 
 def once(text: str, say: Callable[[], object]) -> None:
-    """Call `say`, which says `text`, in the first of all processes that asks for it; in the others return after it.
+    """Call `say`, which says `text`, in the first process that asks for it; in the others, return after that.
 
-    It can be asked before `init_process_group`, and where others have gone.
+    This works before `init_process_group` too, and where other processes have gone.
     """
     if world_size() == 1:
         say()
@@ -177,7 +177,7 @@ def once(text: str, say: Callable[[], object]) -> None:
 
 
 def lost(error: RuntimeError) -> RunError | None:
-    """The error to show where `error` came of another process that has gone or hangs, naming it; else None."""
+    """Return an error that names the process that has gone or hangs, if `error` came of one; else None."""
     if world_size() == 1 or not _is_of_communication(error):
         return None
     _hang_up()
@@ -194,13 +194,14 @@ def _is_of_communication(error: RuntimeError) -> bool:
 
 
 def _hang_up() -> None:
-    """Break the connections to the other processes, all but that to the store.
+    """Break the connections to the other processes, but not the one to the store.
 
     A process fails at once only if the one that it waits for has gone. Those that wait for this one must not find
     out when it ends, or the roll call would miss them.
     """
     store = int(os.environ["MASTER_PORT"])
-    for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+    descriptors = Path("/dev/fd")  # Windows has none
+    for descriptor in [int(path.name) for path in descriptors.iterdir()] if descriptors.exists() else []:
         with suppress(OSError):  # no longer open, or not connected
             if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as connection:
@@ -210,7 +211,7 @@ def _hang_up() -> None:
 
 
 def _roll_call() -> list[int]:
-    """The ranks that do not answer; through the store, which torchrun keeps, whoever has died."""
+    """Return the ranks that do not answer, by way of the store. torchrun keeps the store, whoever has died."""
     if _store is None:
         return []
     missing = [n for n in range(world_size()) if n != rank()]
@@ -226,5 +227,5 @@ def _roll_call() -> list[int]:
 
 
 def first_line(error: Exception) -> str:
-    """What `error` says, in short."""
+    """Return the first line of `error`, in short."""
     return (str(error).splitlines() or [type(error).__name__])[0][:120]

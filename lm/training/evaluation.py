@@ -1,4 +1,4 @@
-"""The loss of a model over a whole text."""
+"""Evaluation: the loss of a model over a whole text."""
 
 from collections.abc import Callable
 
@@ -20,9 +20,9 @@ def evaluate(
     max_batches: int | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean cross entropy in nats a word over `source` (shape (rows, columns)), summed in float64.
+    """Return the mean cross entropy in nats a word over `source` (shape (rows, columns)), summed in float64.
 
-    `between` is called before each batch. The model's gradients are dropped, for their memory.
+    `between` is called before each batch. The model loses its gradients, for their memory.
     """
     model.eval()
     model.zero_grad()

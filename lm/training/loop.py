@@ -1,47 +1,43 @@
 """The training loop. It knows no precision mode: everything that depends on one is behind `Precision`."""
 
-import argparse
 import math
 import sys
 import time
 from contextlib import suppress
-from typing import Any
 
 from torch import Tensor
 
 from lm.data.corpus import Corpus, batchify, get_batch
-from lm.model.language_model import Hidden, RNNModel, detach, next_word_loss
+from lm.model.language_model import RNNModel, detach, next_word_loss
 from lm.model.model_file import save_model
 from lm.model.onnx_file import export_onnx
+from lm.options.options import Options
 from lm.training import distributed
-from lm.training.checkpoint import Position, check_not_of_the_run, write_checkpoint
+from lm.training.checkpoint import write_checkpoint
 from lm.training.description import describe
 from lm.training.divergence import diverged
 from lm.training.evaluation import evaluate
-from lm.training.log import Log
-from lm.training.restart import go_on
+from lm.training.preflight import settle, try_once
+from lm.training.run_start import start_run
 from lm.training.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.training.train_state import take_state
-from lm.training.trial import settle, try_once
 from roundoff import processes
 from roundoff.device import peak_memory_bytes
 from roundoff.errors import RunError
 from roundoff.precision import Precision
 from roundoff.program import own
-from roundoff.runs.directory import RunDirectory, perplexity
-from roundoff.runs.files import check_writable
 from roundoff.terminal import progress_bar, say
 
 EVAL_BATCH_SIZE = 10
 ANNEAL_FACTOR = 4.0
 
 
-def fit(args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Precision) -> int:
+def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) -> int:
     """Train, keep the best model, test it, and record the run; return the exit code.
 
     Raises:
         UsageError: the text is too short for the batch, this machine cannot run the dtype, a place for the
-            results cannot be written, or the run to resume cannot be. Nothing was written then.
+            results cannot be written, or the run cannot be resumed. Nothing was written then.
         RunError: the run diverged, its disk is full, or another process of it is lost.
         Terminated: SIGTERM has come; the run can be resumed.
     """
@@ -57,9 +53,9 @@ def fit(args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Pr
 
 
 class Training:
-    """One run from its first batch, or from its checkpoint, to the test perplexity; see `fit`."""
+    """Takes one run from its first batch, or from its checkpoint, to the test perplexity; see `fit`."""
 
-    def __init__(self, args: argparse.Namespace, corpus: Corpus, model: RNNModel, precision: Precision) -> None:
+    def __init__(self, args: Options, corpus: Corpus, model: RNNModel, precision: Precision) -> None:
         self.args = args
         self.corpus = corpus
         self.model = model
@@ -70,25 +66,11 @@ class Training:
         self.eval_batches = 1 if args.dry_run else None
         self.max_steps: int = 1 if args.dry_run else args.max_steps or sys.maxsize
         self.dtypes = try_once(model, precision, args)
-        self.at = Position(lr=args.lr)
-        self.hidden: Hidden | None = None
-        self.best_weights: dict[str, Tensor] | None = None
         self.stop = StopSignals()
         distributed.own_random_numbers(args.seed)
-        writes = processes.rank() == 0
-        for flag, path in {"--save": args.save, "--onnx-export": args.onnx_export}.items():
-            if writes and path is not None:
-                check_not_of_the_run(flag, path, args.run_dir)
-                if args.run_dir is None or args.run_dir != path.parent:  # that directory is made, and tried, next
-                    check_writable(flag, path)
         config = describe(args, corpus, model, self.dtypes)
-        if args.resume is not None:
-            go_on(self, config, writes)
-        elif writes:
-            self.records = RunDirectory.create(args.run_dir, f"{args.script}-{args.mode}", config, distributed.mean)
-        else:
-            self.records = RunDirectory(None, distributed.mean)
-        self.records.start(config)
+        self.records, start = start_run(args, corpus, model, precision, config)
+        self.at, self.hidden, self.best_weights = start
         self.parallel_model = distributed.data_parallel(model)
         settle(self.parallel_model, model, precision, args)
         self.clock = time.monotonic()
@@ -120,11 +102,12 @@ class Training:
             except RuntimeError as error:
                 raise distributed.lost(error) or error from None
             if self.args.onnx_export is not None and processes.rank() == 0:  # the run is over: nothing can spoil it
-                export_onnx(self.args, self.model, self.corpus.dictionary.idx2word)
+                words = self.corpus.dictionary.idx2word
+                export_onnx(self.args.onnx_export, self.model, words, self.args.bptt, self.args.save)
         return 0
 
     def train(self) -> bool:
-        """All epochs, until the last one, --max-steps or an interrupt; return whether it was that."""
+        """Train all epochs, up to the last one, --max-steps or an interrupt; return whether an interrupt came."""
         try:
             while not self.is_trained():
                 if self.train_epoch():
@@ -141,40 +124,41 @@ class Training:
         return False
 
     def is_trained(self) -> bool:
-        """Whether no step and no validation is left."""
+        """Return whether no step and no validation is left."""
         return self.at.epoch > self.args.epochs or (self.records.steps >= self.max_steps and self.at.batch == 0)
 
     def train_epoch(self) -> bool:
-        """The rest of one pass over the training text; return whether an interrupt came."""
+        """Train the rest of one pass over the training text; return whether an interrupt came."""
         args, records, at = self.args, self.records, self.at
         starts = range(0, len(self.train_data) - 1, args.bptt)[: at.batch + self.max_steps - records.steps]
-        log = Log(records, at.epoch, len(self.train_data) // args.bptt, at.words)
+        batches = len(self.train_data) // args.bptt
         flush_interval = min(args.log_interval, args.max_skipped)
         self.model.train()
         self.clock = time.monotonic()
+        records.begin_interval()
         stop = 0
         with progress_bar(starts[at.batch :], f"epoch {at.epoch}", at.batch, len(starts)) as bar:
             for i in bar:
                 self.train_step(i)
                 save = args.checkpoint_interval and records.steps % args.checkpoint_interval == 0
+                end_of_interval = at.batch % args.log_interval == 0
                 # Once steps are skipped, each one is looked at: the run must end while the bad gradients are there.
-                if at.skipped_in_a_row or save or at.batch % flush_interval == 0 or at.batch % args.log_interval == 0:
-                    log.add(self.flush())
-                if at.batch % args.log_interval == 0:
-                    log.line(at.batch, at.words)
+                if at.skipped_in_a_row or save or at.batch % flush_interval == 0 or end_of_interval:
+                    self.flush()
+                if end_of_interval:
+                    records.end_interval(batch=at.batch, batches=batches)
                 if save:
                     self.write_checkpoint()
                 if stop := self.stop.poll():
                     break
-        log.add(self.flush())
-        if log.steps:
-            log.end(at.words)
+        self.flush()
+        records.end_interval(batch=at.batch, batches=batches)
         if stop == TERMINATE:
             raise Terminated
         return stop == INTERRUPT
 
     def train_step(self, i: int) -> None:
-        """One batch, starting at row `i`."""
+        """Take the step of one batch, which starts at row `i`."""
         tokens, targets = get_batch(self.train_data, i, self.args.bptt)
         self.model.zero_grad()
         with self.precision.forward():
@@ -182,19 +166,20 @@ class Training:
             loss, self.hidden = next_word_loss(self.parallel_model, tokens, targets, hidden)
         self.precision.backward(loss)
         result = self.precision.step(self.args.clip)
-        self.records.step(self.at.epoch, self.at.lr, loss.detach(), result)
+        words = targets.numel() * processes.world_size()
+        self.records.step(loss.detach(), result, epoch=self.at.epoch, lr=self.at.lr, tokens=words)
         self.at.batch += 1
-        self.at.words += targets.numel() * processes.world_size()
+        self.at.words += words
         self.at.training_seconds += self.tick()
 
     def tick(self) -> float:
-        """Seconds since the last call, which the epoch has taken too."""
+        """Return the seconds since the last call, and add them to those of the epoch."""
         before, self.clock = self.clock, time.monotonic()
         self.at.epoch_seconds += self.clock - before
         return self.clock - before
 
     def evaluate(self, data: Tensor) -> float:
-        """The model's loss on `data` now; SIGTERM is heard between two batches."""
+        """Return the model's loss on `data` now; SIGTERM is heard between two batches."""
         between = self.stop.end_if_terminated
         return evaluate(self.model, self.precision, data, self.args.bptt, self.eval_batches, between)
 
@@ -203,18 +188,12 @@ class Training:
         loss = distributed.broadcast(self.evaluate(self.valid_data))
         self.tick()
         at = self.at
-        self.records.epoch(at.epoch, loss, at.lr, at.epoch_seconds)
-        say("-" * 89)
-        say(
-            f"| end of epoch {at.epoch:3d} | time: {at.epoch_seconds:5.2f}s | valid loss {loss:5.2f} "
-            f"| valid ppl {perplexity(loss):8.2f}"
-        )
-        say("-" * 89)
+        self.records.epoch(loss, epoch=at.epoch, lr=at.lr, seconds=at.epoch_seconds)
         self.keep_or_anneal(loss)
         at.epoch, at.batch, at.epoch_seconds, self.hidden = at.epoch + 1, 0, 0.0, None
 
-    def flush(self) -> list[dict[str, Any]]:
-        """Write the rows of the steps since the last time; raise RunError where too many in a row came to nothing."""
+    def flush(self) -> None:
+        """Write the rows of the steps since the last call; raise RunError where too many in a row came to nothing."""
         rows = self.records.flush()
         self.at.training_seconds += self.tick()  # a GPU's steps take theirs here, where they are waited for
         for row in rows:
@@ -222,7 +201,6 @@ class Training:
             self.at.skipped_in_a_row = 0 if good else self.at.skipped_in_a_row + 1
             if self.at.skipped_in_a_row >= self.args.max_skipped:
                 raise RunError(diverged(self.args, self.model, row))
-        return rows
 
     def keep_or_anneal(self, valid_loss: float) -> None:
         """Save the model where it is the best so far; divide the learning rate where it is not."""
@@ -241,7 +219,7 @@ class Training:
             save_model(self.args.save, self.model, self.corpus.dictionary.idx2word)
 
     def write_checkpoint(self) -> None:
-        """Write checkpoint.pt; all processes take part."""
+        """Write a checkpoint; all processes take part."""
         state = take_state(self.model, self.precision, self.at, self.hidden, self.best_weights)
         if self.records.path is not None:
             records = self.records.state()
@@ -249,16 +227,12 @@ class Training:
         self.clock = time.monotonic()
 
     def finish(self, status: str) -> None:
-        """Test the best model, say so, and write the result."""
+        """Test the best model, and record the result."""
         if self.best_weights is None:  # stopped before the first validation: the model so far is the best one
             self.save_model()
         else:
             self.model.load_state_dict(self.best_weights)
-        test_loss = self.evaluate(self.test_data)
-        say("=" * 89)
-        say(f"| End of training | test loss {test_loss:5.2f} | test ppl {perplexity(test_loss):8.2f}")
-        say("=" * 89)
-        self.write_result(status, test_loss)
+        self.write_result(status, self.evaluate(self.test_data))
 
     def write_result(self, status: str, test_loss: float | None) -> None:
         """Write `result.json`."""

@@ -1,4 +1,4 @@
-"""How a trainer ends, in one process or in several."""
+"""The end of a trainer, in one process or in several: an exit code, and one line on stderr if something failed."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from roundoff import program
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run `main` as `roundoff.program.exit_code` does; of an error that all processes find, print one line."""
+    """Run `main` as `roundoff.program.exit_code` does; print an error that all processes find only once."""
     return program.exit_code(main, _complain_once)
 
 

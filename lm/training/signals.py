@@ -1,4 +1,4 @@
-"""How a run is asked to stop: Ctrl-C (SIGINT) ends it early, SIGTERM, which clusters send, at once but resumable."""
+"""Signals that stop a run: Ctrl-C (SIGINT) ends it early; SIGTERM, which clusters send, at once but resumable."""
 
 import signal
 import threading
@@ -12,14 +12,14 @@ TERMINATE = 2
 
 
 class Terminated(SystemExit):
-    """SIGTERM has come. Uncaught it ends the process with 143, as a shell counts an end by that signal."""
+    """SIGTERM has come. Uncaught, it ends the process with 143, a shell's code for an end by that signal."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 class StopSignals:
-    """Between `with` and its end, a signal is only remembered, so that no step is cut in two.
+    """Remembers signals between `with` and its end, so that no step is cut in two.
 
     A second SIGINT raises KeyboardInterrupt at once, wherever the program is.
     """
@@ -45,10 +45,10 @@ class StopSignals:
         self._asked = max(self._asked, TERMINATE if number == signal.SIGTERM else INTERRUPT)
 
     def poll(self) -> int:
-        """0, INTERRUPT or TERMINATE; the same in every process of a distributed run, which all must ask."""
+        """Return 0, INTERRUPT or TERMINATE. All processes of a distributed run must ask, and get the same answer."""
         return self._maximum(self._asked)
 
     def end_if_terminated(self) -> None:
-        """Raise Terminated once SIGTERM has come; every process of a distributed run must ask."""
+        """Raise Terminated once SIGTERM has come; all processes of a distributed run must ask."""
         if self.poll() == TERMINATE:
             raise Terminated

@@ -1,7 +1,7 @@
-"""All that a run is between two steps, as plain values and tensors, taken and put back to the bit."""
+"""The train state: all that a run is between two steps, as values and tensors, taken and put back to the bit."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from roundoff.errors import printable
 from roundoff.precision import Precision
 
 
+class TrainState(NamedTuple):
+    """What a run is between two steps, beside its model, its precision and its random generators.
+
+    Attributes:
+        position: how far the run is.
+        hidden: before the next batch; None at the first batch of an epoch.
+        best_weights: on the CPU, those with the lowest validation loss; None before the first validation.
+    """
+
+    position: Position
+    hidden: Hidden | None = None
+    best_weights: dict[str, Tensor] | None = None
+
+
 def take_state(
     model: RNNModel,
     precision: Precision,
@@ -22,7 +36,7 @@ def take_state(
     hidden: Hidden | None,
     best_weights: dict[str, Tensor] | None,
 ) -> dict[str, Any]:
-    """The state of a run, on rank 0 that of all processes; they must all ask. Tensors are not copied.
+    """Return the state of a run, on rank 0 that of all processes; they must all ask. Tensors are not copied.
 
     hidden        before the next batch, whose shape is (nlayers, columns of this process, nhid); None at the first,
                   an empty list for a model that has none
@@ -40,16 +54,14 @@ def take_state(
     }
 
 
-def restore_state(
-    state: dict[str, Any], model: RNNModel, precision: Precision, batch_size: int
-) -> tuple[Position, Hidden | None, dict[str, Tensor] | None]:
+def restore_state(state: dict[str, Any], model: RNNModel, precision: Precision, batch_size: int) -> TrainState:
     """Put `state` back into `model`, `precision` and the random generators; return the rest of it.
 
     With another number of processes than it was taken in, each takes its columns of the hidden state, and the
     generators of those that were not there before stay as a new run has them.
 
     Raises:
-        ValueError: `state` is not that of such a run; what was put back until then stays.
+        ValueError: `state` is not the state of such a run; what was put back until then stays.
     """
     try:
         with precision.forward():
@@ -75,7 +87,7 @@ def restore_state(
             _set_random_states(states, model)  # those of all, so that all find a mistake, or none
             mine = states if rank == processes.rank() else mine
         _set_random_states(mine, model)
-        return position, _my_hidden(state["hidden"], model), state["best_weights"]
+        return TrainState(position, _my_hidden(state["hidden"], model), state["best_weights"])
     except Exception as error:  # the content of a hostile checkpoint can make any of these fail in any way
         reason = printable(" ".join(str(error).split()), 160)
         raise ValueError(f"its checkpoint is not of this run ({reason})") from None
@@ -97,7 +109,7 @@ def _my_hidden(saved: list[Tensor] | None, model: RNNModel) -> Hidden | None:
 
 
 def _random_states(model: RNNModel) -> dict[str, Tensor]:
-    """Dropout draws from the generator of the device that the model is on; sampling and start-up from the CPU's."""
+    """Return the generators' states: dropout draws on the model's device, sampling and start-up on the CPU."""
     device = model.decoder.weight.device
     states = {"cpu": torch.get_rng_state()}
     of_device = get_random_state(device)

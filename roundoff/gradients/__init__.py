@@ -1,1 +1,1 @@
-"""What does a mode do to the gradient?"""
+"""Measure what a precision mode does to the gradient: error, bias, lost elements, and the loss scales that serve."""

@@ -1,4 +1,7 @@
-"""What follows from a probe's figures, as sentences; each has its figure. Reads nothing but the result."""
+"""Conclude from a probe's figures: which loss scales serve, and sentences of advice, each with its figure.
+
+Every function reads a result, which is what probe.json holds, and nothing else.
+"""
 
 from typing import Any
 
@@ -6,20 +9,25 @@ MARGIN = 4
 """Binades that a static scale keeps below overflow: a factor of 16, for gradients that grow."""
 
 
-def window(result: dict[str, Any]) -> dict[str, int] | None:
-    """`low` and `high`, exponents of static loss scales.
+def conclude(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields `window`, `scale` and `advice` of probe.json, given all figures."""
+    return {"window": window(result), "scale": take(result), "advice": advise(result)}
 
-    All between flush less than the limit of every tensor, and `MARGIN` binades above each of them nothing overflows.
+
+def window(result: dict[str, Any]) -> dict[str, int] | None:
+    """Return `low` and `high`, exponents of the static loss scales that serve; None where none does.
+
+    A scale serves if it flushes less than the limit of every tensor, and nothing overflows `MARGIN` binades above it.
     """
     serving = [k for k in result["scales"]["k"] if _is_safe(result, k) and not _blockers(result, k)]
     return {"low": serving[0], "high": serving[-1]} if serving else None
 
 
 def take(result: dict[str, Any]) -> int | None:
-    """The exponent of the static loss scale to take.
+    """Return the exponent of the static loss scale to take; None where every scale is too near to overflow.
 
-    The middle of the window, which leaves room for gradients that grow or shrink; without one, the largest that keeps
-    its distance from overflow, which flushes least.
+    It is the middle of the window, which leaves room for gradients that grow or shrink. Without a window it is the
+    largest that keeps its distance from overflow, which flushes least.
     """
     found = window(result)
     if found is not None:
@@ -28,12 +36,12 @@ def take(result: dict[str, Any]) -> int | None:
 
 
 def advise(result: dict[str, Any]) -> list[str]:
-    """The sentences, most important first."""
+    """Return the sentences, most important first."""
     return [*_static(result), *_dynamic(result), *_half(result), *_bias(result), *_stagnation(result)]
 
 
 def _shares(result: dict[str, Any], share: str, k: int) -> dict[str, float]:
-    """Tensor -> predicted share at the loss scale 2**k."""
+    """Return tensor -> predicted share at the loss scale 2**k."""
     index = k - result["scales"]["k"][0]
     return {name: shares[share][index] for name, shares in result["scales"]["predicted"].items()}
 
@@ -44,7 +52,7 @@ def _is_safe(result: dict[str, Any], k: int) -> bool:
 
 
 def _blockers(result: dict[str, Any], k: int) -> dict[str, float]:
-    """Tensor -> flushed share at 2**k, of those that the limit forbids; the worst first."""
+    """Return tensor -> flushed share at 2**k, of the tensors that the limit forbids; the worst first."""
     flushed = {n: s for n, s in _shares(result, "flushed", k).items() if s >= result["flush_limit"]}
     return dict(sorted(flushed.items(), key=lambda item: -item[1]))
 
@@ -97,19 +105,12 @@ def _dynamic(result: dict[str, Any]) -> list[str]:
 
 
 def _of_dtype(result: dict[str, Any], dtype: str, figure: str) -> dict[str, float]:
-    """Mode -> figure of the total, of modes whose products are in `dtype`."""
+    """Return mode -> figure of the total, of modes whose products are in `dtype`."""
     return {
         name: mode["total"][figure]
         for name, mode in result["modes"].items()
-        if computes_in(name, mode) == dtype and mode["total"][figure] is not None
+        if mode["computes"] == dtype and mode["total"][figure] is not None
     }
-
-
-def computes_in(name: str, mode: dict[str, Any]) -> str:
-    """The dtype of a mode's products."""
-    if mode["weights"] != "float32":
-        return str(mode["weights"])
-    return {"amp-fp16": "float16", "amp-bf16": "bfloat16"}.get(name, "float32")
 
 
 def _half(result: dict[str, Any]) -> list[str]:

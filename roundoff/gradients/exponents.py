@@ -1,8 +1,8 @@
-"""How much of a gradient each loss scale 2**k would flush or overflow in fp16, all from one histogram.
+"""Predict how much of a gradient each loss scale 2**k flushes or overflows in fp16, all from one histogram.
 
-fp16 has normal numbers from 2**-14 and subnormal ones from 2**-24. A product with 2**k, which is exact, is rounded to
-the nearest, ties to even (IEEE 754-2008, 4.3.1): to 0 up to 2**-25, to 2**-14 from 2**-14 - 2**-25, and to inf from
-65,520 = 2**16 - 2**4. These bounds lie at three places in a binade, whatever k is, so it is counted in four classes.
+fp16 has normal numbers from 2**-14 and subnormal ones from 2**-24. A product with 2**k is exact, and then rounded to
+the nearest, ties to even (IEEE 754-2008, 4.3.1). It becomes 0 up to 2**-25, 2**-14 from 2**-14 - 2**-25, and inf from
+65,520 = 2**16 - 2**4. These bounds lie at three places in a binade, whatever k is. So a binade has four classes.
 """
 
 import torch
@@ -20,8 +20,8 @@ class Exponents:
     """Counts the magnitudes that it is shown, by binade and within it.
 
     Attributes:
-        counts: int64, shape (256, 4). Row e + 127 is of magnitudes 2**e * (1 + f), 0 <= f < 1; in it are counted those
-            of f = 0; of f below 1 - 2**-10; from there on; and from 1 - 2**-11 on.
+        counts: int64, shape (256, 4). Row e + 127 counts magnitudes 2**e * (1 + f), 0 <= f < 1. Its classes are f = 0;
+            f below 1 - 2**-10; f from there on; and f from 1 - 2**-11 on.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Exponents:
             self.counts += added
 
     def shares(self, k: int) -> tuple[float, float, float]:
-        """How much of what was counted would be flushed, subnormal and overflow as fp16 at the loss scale 2**k."""
+        """Return the shares of what was counted that fp16 flushes, makes subnormal and overflows at the scale 2**k."""
         total = int(self.counts.sum())
         if total == 0:
             return 0.0, 0.0, 0.0
@@ -56,5 +56,5 @@ class Exponents:
 
 
 def predict(exponents: Exponents) -> dict[str, list[float]]:
-    """The shares of `Exponents.shares` for each of `KS`."""
+    """Return the shares of `Exponents.shares` for each of `KS`."""
     return dict(zip(SHARES, map(list, zip(*map(exponents.shares, KS), strict=True)), strict=True))

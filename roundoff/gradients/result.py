@@ -1,19 +1,23 @@
-"""probe.json: all that a probe found, as one JSON object. Numbers are finite; null stands where there is none.
+"""Write and read probe.json: all that a probe found, as one JSON object.
+
+Numbers are finite; null stands where there is none.
 
 format          `FORMAT`
 environment     as in a run's config.json: torch, python, command and so on
-data, corpus    --data, and the corpus as in config.json
-model           `RNNModel.options`
-weights         kind ("fresh", "checkpoint", "run"), path, epoch, steps (null where they do not apply)
-seed, batches, batch_size, bptt, lr, clip (null: none), flush_limit
+about           a sentence that says what was probed
+job             what was probed, by names of the client's own
+seed            of all that is drawn
+batches         how many
+lr, clip        of the update whose stagnation is counted; null for no lr, and for no clipping
+flush_limit     the share of a gradient that a loss scale that serves may flush
 seconds, peak_memory_bytes
 tensors         in forward order: name, kind ("parameter", "boundary"), numel (of one batch), and of the reference's
                 gradient: gradient (norm of the mean over batches), noise (standard deviation between batches: the
                 root of the summed variances of its elements), noise_error (standard error of that); the last three
-                are null for boundaries, whose elements are other words in each batch
+                are null for boundaries, whose elements belong to other examples in each batch
 total           gradient, noise and noise_error of all parameters together
-modes           name -> script, loss_scale, dtype (of the gradients), weights (their dtype), total (`VALUES`) and
-                tensors (name -> `VALUES`)
+modes           name -> description, loss_scale, computes (dtype of the products), dtype (of the gradients), weights
+                (their dtype), total (`VALUES`) and tensors (name -> `VALUES`)
 scales          k: exponents of the loss scales 2**k; predicted: tensor -> a share for each k, from the reference's
                 gradients alone; measured: some of these scales as run, each with mode, k and tensors (name -> shares)
 window          low and high: exponents of the static scales that serve; null where none does
@@ -32,16 +36,16 @@ from roundoff.runs.jsonfile import read_object, to_json
 
 FORMAT = "lm-precision probe 1"
 MAX_BYTES = 2**24
-"""Of probe.json: 80 kB for the default model, 200 bytes a tensor, mode and scale."""
+"""The most that a probe.json may have: 80 kB for a small model, 200 bytes a tensor, mode and scale."""
 
 SHARES = ("flushed", "subnormal", "overflowed")
-"""Of the elements that are not zero in the reference; from 0 to 1."""
+"""Shares of the elements that are not 0 in the reference, from 0 to 1."""
 
 VALUES = (
     *("error_to_noise", "error_to_noise_error", "bias", "bias_error", "bias_flushed"),
     *(*SHARES, "stagnated"),
 )
-"""What is known of a tensor in a mode.
+"""The figures of a tensor in a mode.
 
 error_to_noise  root mean square error of the unscaled gradient over the reference's `noise`
 bias            norm of the mean error over norm of the mean gradient of the reference; each with its standard error
@@ -106,8 +110,9 @@ def _fields(**fields: Check) -> Check:
 _values = _fields(**{name: _or_null(_is_share if name in (*SHARES, "stagnated") else _is_amount) for name in VALUES})
 _spread = dict.fromkeys(("gradient", "noise", "noise_error"), _or_null(_is_amount))
 _mode = _fields(
-    script=_is_text,
+    description=_is_text,
     loss_scale=_is_amount,
+    computes=_is_text,
     dtype=_is_text,
     weights=_is_text,
     total=_values,
@@ -120,23 +125,13 @@ _scales = _fields(
         _fields(mode=_is_text, k=_is_exponent, tensors=_map(_fields(**dict.fromkeys(SHARES, _or_null(_is_share)))))
     ),
 )
-_weights = _fields(
-    kind=_among("fresh", "checkpoint", "run"),
-    path=_or_null(_is_text),
-    epoch=_or_null(_is_count),
-    steps=_or_null(_is_count),
-)
 _RESULT: dict[str, Check] = {
     "environment": _is_object,
-    "data": _is_text,
-    "corpus": _is_object,
-    "model": _is_object,
-    "weights": _weights,
+    "about": _is_text,
+    "job": _is_object,
     "seed": _is_count,
     "batches": _is_count,
-    "batch_size": _is_count,
-    "bptt": _is_count,
-    "lr": _is_amount,
+    "lr": _or_null(_is_amount),
     "clip": _or_null(_is_amount),
     "flush_limit": _is_amount,
     "seconds": _is_amount,
@@ -164,13 +159,13 @@ def write_probe(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_probe(path: Path) -> dict[str, Any]:
-    """What `write_probe` wrote: every field of this module's docstring is there and of its type.
+    """Read what `write_probe` wrote: every field of this module's docstring is there and of its type.
 
-    So every tensor that is named in `modes` or `scales` is one of `tensors`, every tensor has its `VALUES` in each
-    mode, and every list of shares is as long as `scales["k"]`, which counts upwards.
+    So every tensor that is named in `modes` or `scales` is one of `tensors`. Every tensor has its `VALUES` in each
+    mode. Every list of shares is as long as `scales["k"]`, which counts upwards.
 
     Raises:
-        UsageError: there is no such file, it cannot be read, or it is none of these.
+        UsageError: there is no such file, it cannot be read, or its content is something else.
     """
     wanted = "give a probe.json that probe.py wrote"
     try:

@@ -1,11 +1,11 @@
-"""What gradients of several batches say of noise and bias, with how far that can be trusted.
+"""Estimate noise and bias from the gradients of several batches, each with its standard error.
 
-All of it follows from inner products between batches. They are kept as sketches (Charikar, Chen, Farach-Colton,
-"Finding frequent items in data streams", 2002): a random sign for each element, and a sum of signed elements for each
-bucket. The inner product of two sketches has that of the vectors as its mean, and a standard deviation of at most
-sqrt(2 / buckets) times the product of their norms; a tensor that has no more elements than buckets is kept as it is.
-Standard errors are the jackknife's (Efron and Stein, "The jackknife estimate of variance", 1981): each batch is left
-out once.
+All figures follow from inner products between batches. Gradients are kept as sketches (Charikar, Chen, Farach-Colton,
+"Finding frequent items in data streams", 2002). A sketch has a random sign for each element, and a sum of signed
+elements for each bucket. The inner product of two sketches has that of the vectors as its mean. Its standard deviation
+is at most sqrt(2 / buckets) times the product of their norms. A tensor of no more elements than buckets is kept whole.
+Standard errors are the jackknife's (Efron and Stein, "The jackknife estimate of variance", 1981), which leaves each
+batch out once.
 """
 
 import math
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 
 SKETCHES = 1 << 17
-"""Numbers in all sketches of a tensor together, unless that is under 256 a batch: then 256 a batch."""
+"""Numbers in all sketches of a tensor together, but at least 256 a batch."""
 
 LEAST_BATCHES = 3
-"""With one left out, two are needed for a deviation."""
+"""The fewest batches: with one left out, a deviation takes two."""
 
 
 class Estimate(NamedTuple):
-    """A figure and its standard error, each None where it does not exist."""
+    """Holds a figure and its standard error, each None where it does not exist."""
 
     value: float | None
     error: float | None
 
 
 class Sketch:
-    """The random signs of a tensor of this shape, which is taken as a matrix.
+    """Sketches tensors of one shape, which are taken as matrices.
 
     Args:
-        shape: of the tensor.
+        shape: of the tensors.
         batches: how many sketches will be kept.
-        generator: of the signs.
+        generator: draws the signs.
     """
 
     def __init__(self, shape: torch.Size, batches: int, generator: torch.Generator) -> None:
@@ -51,11 +51,11 @@ class Sketch:
         self.size = self._fold * self.columns
 
     def zeros(self) -> Tensor:
-        """An empty sketch, float64."""
+        """Return an empty sketch, float64."""
         return torch.zeros(self._fold, self.columns, dtype=torch.float64)
 
     def add(self, sketch: Tensor, values: Tensor, rows: slice | Tensor) -> None:
-        """Add the sketch of a tensor that is 0 but for its `rows`, a slice or their numbers, which are `values`."""
+        """Add to `sketch` that of a tensor whose `rows` (a slice, or their numbers) are `values`, and its others 0."""
         if self._signs is not None:
             values = values * self._signs[rows]
         if isinstance(rows, Tensor):
@@ -68,21 +68,21 @@ class Sketch:
         sketch[: len(values) - whole] += values[whole:]
 
     def slices(self, elements: int) -> list[slice]:
-        """All rows of the tensor in slices of about `elements` elements, for `add`."""
+        """Return all rows of a tensor as slices of about `elements` elements, for `add`."""
         rows = len(self._signs) if self._signs is not None else self._fold
         step = self._fold * max(1, elements // self.size)
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def gram(sketches: Tensor) -> Tensor:
-    """Inner products between `sketches`, of shape (batches, ...); float64, shape (batches, batches)."""
+    """Return the inner products between `sketches`, shape (batches, ...), as float64, shape (batches, batches)."""
     wide = sketches.flatten(1).double()
     return wide @ wide.t()
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of vectors v_1 to v_n, or of several such families at once: tensors of equal shape, float64.
+    """Holds sums over vectors v_1 to v_n, or over several such families at once: tensors of equal shape, float64.
 
     Attributes:
         square_of_sum: |v_1 + ... + v_n|**2.
@@ -96,47 +96,47 @@ class Moments:
 
     @classmethod
     def of(cls, products: Tensor) -> Self:
-        """From the inner products."""
+        """Return the moments of all vectors, given their inner products."""
         return cls(products.sum(), products.trace(), len(products))
 
     @classmethod
     def without_each(cls, products: Tensor) -> Self:
-        """Of all vectors but one, for each one."""
+        """Return the moments of all vectors but one, for each one."""
         squares = products.diagonal()
         return cls(products.sum() - 2 * products.sum(1) + squares, products.trace() - squares, len(products) - 1)
 
     def variance(self) -> Tensor:
-        """Sum over the elements of their sample variance."""
+        """Return the sum of the elements' sample variances."""
         return ((self.sum_of_squares - self.square_of_sum / self.n) / (self.n - 1)).clamp(min=0.0)
 
     def mean_square(self) -> Tensor:
-        """|mean|**2 of these vectors."""
+        """Return |mean|**2 of these vectors."""
         return self.square_of_sum.clamp(min=0.0) / self.n**2
 
     def square_of_mean(self) -> Tensor:
-        """Estimate of |mean|**2 of what they were drawn from, without what their scatter adds; it can be negative."""
+        """Estimate |mean|**2 of what they were drawn from, without what their scatter adds; it can be negative."""
         return (self.square_of_sum - self.sum_of_squares) / (self.n * (self.n - 1))
 
 
 def jackknife(values: Tensor) -> float:
-    """Standard error of a figure whose value without each one of the batches is `values`."""
+    """Return the standard error of a figure whose values without one batch, for each batch, are `values`."""
     n = len(values)
     return math.sqrt((n - 1) / n * float((values - values.mean()).square().sum()))
 
 
 def norm_of_mean(reference: Tensor) -> float:
-    """|mean gradient| over the batches whose inner products are `reference`."""
+    """Return |mean gradient| over the batches whose inner products are `reference`."""
     return math.sqrt(float(Moments.of(reference).mean_square()))
 
 
 def noise(reference: Tensor) -> Estimate:
-    """Standard deviation between the batches whose inner products are `reference`, of all elements together."""
+    """Return the deviation of all elements together between the batches whose inner products are `reference`."""
     without = Moments.without_each(reference).variance().sqrt()
     return _finite(float(Moments.of(reference).variance().sqrt()), jackknife(without))
 
 
 def error_to_noise(squares: Tensor, reference: Tensor) -> Estimate:
-    """Root mean square error over noise.
+    """Return the root mean square error over the noise.
 
     Args:
         squares: |error|**2 of each batch, float64, shape (batches,).
@@ -149,10 +149,10 @@ def error_to_noise(squares: Tensor, reference: Tensor) -> Estimate:
 
 
 def bias(errors: Tensor, reference: Tensor) -> Estimate:
-    """|mean error| over |mean gradient|, without what errors that average out add to the first.
+    """Return |mean error| over |mean gradient|, without what errors that average out add to the first.
 
-    Its error leads upwards to the root of the square plus the square's standard error: bias**2 + s is
-    (bias + error)**2. The bias can be told from 0 where its square exceeds 2 s.
+    Its square has the standard error s. The error of the bias leads upwards: (bias + error)**2 is bias**2 + s. The bias
+    can be told from 0 where its square exceeds 2 s.
 
     Args:
         errors: inner products of the errors.
@@ -166,5 +166,5 @@ def bias(errors: Tensor, reference: Tensor) -> Estimate:
 
 
 def _finite(value: float, error: float) -> Estimate:
-    """Without what a division by 0 gave."""
+    """Return an estimate in which what a division by 0 gave is None."""
     return Estimate(*(number if math.isfinite(number) else None for number in (value, error)))

@@ -1,4 +1,4 @@
-"""What is counted of one tensor in one mode, batch after batch."""
+"""Count one tensor's gradients in one mode, batch after batch."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from roundoff.gradients.result import SHARES
 from roundoff.gradients.statistics import Sketch, gram
 
 CACHED_ELEMENTS = 1 << 18
-"""Looked at together: 2 MB in float64, which stay in a CPU's cache."""
+"""How many elements are looked at together: 2 MB in float64, which stay in a CPU's cache."""
 
 
 class Shares:
-    """How many elements a mode flushed, made subnormal and let overflow, of those that the reference has.
+    """Counts the elements that a mode flushed, made subnormal and let overflow, of those that the reference has.
 
     Args:
-        dtype: in which the mode computes them; its range decides what is subnormal.
+        dtype: of the mode's products; its range decides what is subnormal.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -39,16 +39,16 @@ class Shares:
             self.present += part.numel() if mask is None else int(torch.count_nonzero(mask))
 
     def shares(self) -> dict[str, float]:
-        """Of all that was counted, from 0 to 1."""
+        """Return the shares of all that was counted, from 0 to 1."""
         return {name: count / max(1, self.present) for name, count in self.counts.items()}
 
 
 class Tally(Shares):
-    """The shares of a parameter's gradient, and its errors.
+    """Counts the shares of a parameter's gradient, and keeps its errors.
 
     Args:
-        dtype: as of `Shares`.
-        sketch: of tensors of this shape.
+        dtype: as for `Shares`.
+        sketch: for tensors of this shape.
         batches: how many there will be.
 
     Attributes:
@@ -63,7 +63,7 @@ class Tally(Shares):
         self._flushed = torch.zeros(batches, sketch.size)
 
     def compare(self, batch: int, gradient: Tensor, scale: float, reference: Tensor, rows: Tensor | None) -> None:
-        """Count the gradient of batch `batch`, still multiplied by `scale`; both have those `rows` (None: all)."""
+        """Count the gradient of batch `batch`, still multiplied by `scale`; both gradients have `rows` (None: all)."""
         errors, lost = self._sketch.zeros(), self._sketch.zeros()
         for part, where in parts(self._sketch, rows):
             expected = as_matrix(reference)[part]
@@ -81,19 +81,19 @@ class Tally(Shares):
         self._errors[batch], self._flushed[batch] = errors.flatten(), lost.flatten()
 
     def errors(self) -> Tensor:
-        """Inner products of the errors of all batches."""
+        """Return the inner products of the errors of all batches."""
         return gram(self._errors)
 
     def flushed_errors(self) -> Tensor:
-        """Inner products of the errors that are left where only the flushed elements are wrong."""
+        """Return the inner products of the errors that there are if only the flushed elements are wrong."""
         return gram(self._flushed)
 
 
 class Gradients:
-    """The reference's gradients of one parameter in all batches.
+    """Keeps the reference's gradients of one parameter in all batches.
 
     Args:
-        sketch: of tensors of this shape.
+        sketch: for tensors of this shape.
         batches: how many there will be.
     """
 
@@ -102,19 +102,19 @@ class Gradients:
         self._sketches = torch.zeros(batches, sketch.size)
 
     def add(self, batch: int, gradient: Tensor, rows: Tensor | None) -> None:
-        """Keep the gradient of batch `batch`, which has those `rows` (None: all)."""
+        """Keep the gradient of batch `batch`, which has `rows` (None: all)."""
         sketch = self._sketch.zeros()
         for part, where in parts(self._sketch, rows):
             self._sketch.add(sketch, as_matrix(gradient)[part], where)
         self._sketches[batch] = sketch.flatten()
 
     def products(self) -> Tensor:
-        """Inner products between batches."""
+        """Return the inner products between batches."""
         return gram(self._sketches)
 
 
 class Stagnation:
-    """How many updates are smaller than half a unit in the last place of the weight, rounded to `dtype`."""
+    """Counts the updates that are smaller than half a unit in the last place of their weight, rounded to `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -133,18 +133,18 @@ class Stagnation:
 
 
 def parts(sketch: Sketch, rows: Tensor | None) -> list[tuple[slice, slice | Tensor]]:
-    """Rows of a gradient that has `rows` of a tensor (None: all), and where in the tensor they are."""
+    """Return parts of a gradient that has `rows` of a tensor (None: all), and where in the tensor each part is."""
     if rows is not None:
         return [(slice(None), rows)]
     return [(part, part) for part in sketch.slices(CACHED_ELEMENTS)]
 
 
 def pieces(tensor: Tensor, elements: int = CACHED_ELEMENTS) -> Iterator[Tensor]:
-    """The elements of `tensor`, so many at a time; parts of it, where it is contiguous."""
+    """Return the elements of `tensor`, `elements` at a time; parts of its memory where it is contiguous."""
     flat = tensor.reshape(-1)
     return (flat[start : start + elements] for start in range(0, len(flat), elements))
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """`tensor` with its first dimension as rows and the others as columns."""
+    """Return `tensor` with its first dimension as rows and the others as columns."""
     return tensor.reshape(len(tensor), -1)

@@ -9,7 +9,7 @@ from roundoff.report.comparison_panels import panels
 from roundoff.report.elements import bullets, flat, listed, place_of, sample, switches, text, write_page
 from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
-from roundoff.report.summary import COLUMNS, device, problems, row
+from roundoff.report.summary import COLUMNS, problems, row
 from roundoff.runs.reading import Run
 from roundoff.verdict.types import Comparison, ModeSummary
 
@@ -65,7 +65,7 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
     if not runs:
         return f"{labels}: no run left anything to compare."
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
-    devices = ", ".join(dict.fromkeys(str(device(run)) for run in runs))
+    devices = ", ".join(dict.fromkeys(run.device for run in runs))
     return (
         f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
         f"The reference is {comparison.reference}; losses are in nats a word; modes whose mean test losses surely "
@@ -75,8 +75,7 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
 
 def _job(run: Run) -> str:
     """Return the plain values of the run's job in brackets; nothing without any."""
-    job = run.config.get("job", {})
-    plain = [f"{printable(name, 30)} {printable(value, 60)}" for name, value in job.items() if _is_plain(value)]
+    plain = [f"{printable(name, 30)} {printable(value, 60)}" for name, value in run.job.items() if _is_plain(value)]
     return f" ({', '.join(plain)})" if plain else ""
 
 

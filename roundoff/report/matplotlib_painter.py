@@ -181,12 +181,13 @@ def _(item: Band, axis: Any, depth: float) -> None:
 @_draw.register
 def _(item: Marks, axis: Any, depth: float) -> None:
     colour = "#000000" if item.mode is None else style(item.mode).colour
-    look: dict[str, Any] = {
+    shapes: dict[str, dict[str, Any]] = {
         "mode": {"marker": MARKERS[style(item.mode or 0).marker], "markersize": 4.5},
         "cross": {"marker": "x", "markersize": 6, "markeredgewidth": 1.6},
         "triangle": {"marker": CARETDOWN, "markersize": 8, "clip_on": False},  # stands on its tip
-    }[item.shape]
-    look |= {"color": colour, "linestyle": "", "alpha": 1.0 if item.strong else THIN, "zorder": depth}
+    }
+    alpha = 1.0 if item.strong else THIN
+    look = shapes[item.shape] | {"color": colour, "linestyle": "", "alpha": alpha, "zorder": depth}
     if item.bars is None:
         axis.plot(item.x, item.y, **look)
     else:

@@ -121,12 +121,6 @@ def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
             yield f"{mode.label} with seed {failure.seed}: failed with exit code {failure.exit_code}: {failure.message}"
 
 
-def device(run: Run) -> str | None:
-    """Return the name of the device that ran."""
-    found: str | None = run.config.get("environment", {}).get("device", run.config.get("device_name"))
-    return found
-
-
 def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
     """Yield a line for each fault of the files that could be passed over, with the run's path."""
     for mode in modes:
@@ -176,8 +170,8 @@ def _run(run: Run) -> dict[str, Any]:
         "path": run.path,
         "seed": run.seed,
         "status": run.status,
-        "device_name": device(run),
-        "environment": run.config.get("environment"),
+        "device_name": run.device,
+        "environment": run.config["environment"],
         "epochs": [row | {"train_loss": means.get(row["epoch"])} for row in run.epochs],
         "test_loss": None if run.result is None else run.result["test_loss"],
         "steps": len(run.steps["step"]),

@@ -1,116 +1,165 @@
 """The run directory: everything that is known of a run afterwards, as files that any program can read.
 
-`config.json` is written when training starts, `steps.jsonl` and `epochs.jsonl` grow with it, `result.json` is
-written at its end; `resume.py` has `checkpoint.pt`. JSON has no inf or nan: such values stand as the strings
-"inf", "-inf" and "nan", which Python's float() and JavaScript's Number() (but for "inf") read back.
+`config.json` is written when training starts. `steps.jsonl` and `epochs.jsonl` grow with it. `result.json` is written
+at its end. JSON has no inf or nan: such values stand as the strings "inf", "-inf" and "nan", which Python's float()
+and JavaScript's Number() (but for "inf") read back.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from roundoff import processes
 from roundoff.errors import UsageError
 from roundoff.precision import StepResult
-from roundoff.runs.files import lock, naming, remove_leftovers, sync, write_atomically
+from roundoff.runs.environment import environment
+from roundoff.runs.files import lock, naming, remove_leftovers, sync, unlock, write_atomically
 from roundoff.runs.jsonfile import to_json
 from roundoff.runs.listeners import Listener, current_listeners
+from roundoff.runs.meter import Derived, Meter, losses
 
 LINES = ("steps.jsonl", "epochs.jsonl")
-FILES = ("config.json", *LINES, "result.json", "checkpoint.pt")
+FILES = ("config.json", *LINES, "result.json")
 START = dict.fromkeys(("steps", "skipped", *LINES), 0)
 """The `RunDirectory.state` of a run that has recorded nothing."""
 
 
 class RunDirectory:
-    """Writes the records of one run into its directory, which nobody else may write to until `close`.
+    """Writes the record of one run, and tells listeners of it.
 
-    Steps are kept on the device until `flush` fetches them all with a single wait, in one tensor: as one for each
-    number they would lie in the holes that large tensors leave for the next step. `create` and `reopen` make one.
+        with RunDirectory("runs/bf16-1", job={"model": "cnn", "lr": 0.05}, mode="bf16", seed=1) as run:
+            for batch in data:
+                ...
+                run.step(loss, result)
+            run.finish(test_loss=test_loss)
+
+    No other process may write to the directory until `close`. Steps stay on the device until `flush` fetches them all
+    with a single wait. They are one tensor there: as one for each number they would lie in the holes that large
+    tensors leave for the next step. In a distributed run, the process of rank 0 writes, and `path` is None in others.
 
     Args:
-        path: of the directory; None writes nothing, for the processes of a run whose rank is not 0.
+        path: the directory. A new run makes it; it may be there, but hold no run. None: `runs/<name>-<time>`.
+        job: what must be equal for two runs to be compared, such as the model and the learning rate.
+        mode: name of the precision mode.
+        seed: of the run.
+        config: the whole of `config.json`, in place of `job`, `mode` and `seed`.
+        name: of a directory without a path; by default the mode.
+        resume: go on with the run that the directory holds. `go_back` must follow.
+        listeners: hear of all that is recorded, after those of the `listening` blocks around `start`.
+        derived: figures that follow from a mean loss, to be recorded beside it, such as {"ppl": perplexity}.
         average: returns the mean over all processes of each of the losses (fp32, shape (steps,)) that it is given.
+        interval: number of steps after which `step` flushes and ends an interval; None: the caller does both.
 
-    Attributes:
-        listeners: hear of all that is recorded from `start` on; see `roundoff.runs.listeners`.
+    Raises:
+        UsageError: the directory is in use or cannot be written, or a new run's holds a run already.
     """
 
-    def __init__(self, path: Path | None, average: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        self.path = path
-        self.steps = 0
-        self.skipped = 0
-        self.listeners: list[Listener] = []
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        job: Mapping[str, Any] | None = None,
+        mode: str = "",
+        seed: int = 0,
+        config: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        resume: bool = False,
+        listeners: Iterable[Listener] = (),
+        derived: Derived | None = None,
+        average: Callable[[Tensor], Tensor] = lambda values: values,
+        interval: int | None = 100,
+    ) -> None:
+        given = {"job": job or {}, "precision": {"mode": mode}, "seed": seed}
+        self.config = dict(config) if config is not None else given | {"environment": environment()}
+        self.path: Path | None = None
+        self.steps = self.skipped = 0
+        self.ended = False
+        self._lock: int | None = None
+        self._listeners = list(listeners)
+        self._derived = derived or {}
+        self._average = average
+        self._interval = interval
         self._pending: list[dict[str, Any]] = []
         self._values = torch.empty(0, 4)
-        self._average = average
-        self._lock = None if path is None else lock(path)
+        self._tokens = 0
+        self._epoch, self._epoch_start = 1, time.monotonic()
+        self._meter = Meter(self._derived)
+        if processes.rank() > 0:
+            return
+        if resume and path is not None:
+            self._reopen(Path(path))
+        else:
+            self._create(None if path is None else Path(path), name or mode)
 
-    @classmethod
-    def create(
-        cls,
-        path: Path | None,
-        name: str,
-        config: dict[str, Any],
-        average: Callable[[Tensor], Tensor] = lambda values: values,
-    ) -> Self:
-        """The directory of a new run: `path`, which must not hold one yet, or by default `runs/<name>-<time>`.
-
-        `config.json` is its first file: from then on the run can be resumed.
-
-        Raises:
-            UsageError: the directory holds a run already or is in use, or cannot be made or written to.
-        """
+    def _create(self, path: Path | None, name: str) -> None:
+        """Take the directory of a new run. `config.json` is its first file: from then on the run can be resumed."""
         where = "runs" if path is None else f"--run-dir {path}"
         with _clear_errors(where, "write there", "give another directory"):
             new = path is None or not path.exists()
             path = _new_directory(name) if path is None else path
             path.mkdir(parents=True, exist_ok=True)
-            records = cls(path, average)
+            self._lock = lock(path)
             try:
                 if any(os.path.lexists(path / file) for file in FILES):
                     raise UsageError(
                         f"--run-dir {path} holds a run already; give a new one, or --resume {path} to go on with it"
                     )
-                records.write_config(config)
+                self.path = path
+                self.write_config()
                 for file in LINES:
                     (path / file).touch()
             except BaseException:
                 if new:
                     with suppress(OSError):
                         path.rmdir()
-                records.close()
+                self.close()
                 raise
-        return records
 
-    @classmethod
-    def reopen(cls, path: Path, average: Callable[[Tensor], Tensor] = lambda values: values) -> Self:
-        """The directory of a run that goes on; `go_back` must follow.
+    def _reopen(self, path: Path) -> None:
+        with _clear_errors(f"--resume {path}", "open it", "give a run directory"):
+            self._lock = lock(path)
+        self.path = path
+        remove_leftovers(path)
 
-        Raises:
-            UsageError: another process is at it, or it cannot be opened.
-        """
-        where = f"--resume {path}"
-        with _clear_errors(where, "open it", "give a run directory"):
-            records = cls(path, average)
-        for file in FILES:
-            remove_leftovers(path / file)
-        return records
+    def start(self) -> None:
+        """Tell the listeners that training begins, or goes on from here."""
+        if self.path is None:
+            return
+        self._listeners = [*current_listeners(), *self._listeners]
+        for listener in self._listeners:
+            listener.start(self.path, self.config, self.steps)
 
     def close(self) -> None:
         """Let others write to the directory."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        unlock(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.begin_interval()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Record a run as interrupted that ends without `finish`; a full disk does not hide its reason."""
+        try:
+            if not self.ended:
+                with suppress(OSError):
+                    self.flush()
+                    self.end_interval()
+                    self.write_result("interrupted", None)
+        finally:
+            self.close()
 
     def state(self) -> dict[str, int]:
-        """How much has been recorded, for `go_back`; by then it is on the disk."""
+        """Return how much has been recorded, for `go_back`; by then it is on the disk."""
         lengths = {}
         for name in LINES:
             lengths[name] = 0
@@ -121,7 +170,7 @@ class RunDirectory:
         return {"steps": self.steps, "skipped": self.skipped} | lengths
 
     def go_back(self, state: dict[str, int]) -> None:
-        """Forget what was recorded after `state`, a line that a crash cut in two included.
+        """Forget what was recorded after `state`, with a line that a crash cut in two.
 
         Raises:
             ValueError: less than that has been recorded.
@@ -138,30 +187,52 @@ class RunDirectory:
                 file.truncate(state[name])
         (self.path / "result.json").unlink(missing_ok=True)  # that of an interrupted run, or of fewer epochs
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self) -> None:
         """Write `config.json`."""
-        self._write("config.json", config)
+        self._write("config.json", self.config)
 
-    def start(self, config: dict[str, Any]) -> None:
-        """Tell the listeners that training begins, or goes on from here."""
-        if self.path is not None:
-            self.listeners = current_listeners(config)
-            for listener in self.listeners:
-                listener.start(self.path, config, self.steps)
+    def step(
+        self,
+        loss: Tensor | float,
+        result: StepResult | None = None,
+        *,
+        grad_norm: Tensor | float = math.nan,
+        loss_scale: Tensor | float = 1.0,
+        applied: Tensor | bool = True,
+        epoch: int | None = None,
+        lr: float = math.nan,
+        tokens: int = 0,
+    ) -> None:
+        """Keep the row of one step.
 
-    def step(self, epoch: int, lr: float, loss: Tensor, result: StepResult) -> None:
-        """Keep the row of one step; `loss` is fp32 of shape ()."""
+        Args:
+            loss: fp32, shape ().
+            result: of the optimizer's step, in place of the three that follow.
+            grad_norm: of all gradients, before clipping.
+            loss_scale: that the loss was multiplied by.
+            applied: whether the weights were updated.
+            epoch: by default 1, and one more after each call of `epoch`.
+            lr: of this step.
+            tokens: that the step trained on, in all processes.
+        """
+        if result is not None:
+            grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
         self.steps += 1
         n = len(self._pending)
         if n == len(self._values):
-            kept, self._values = self._values, torch.empty(max(64, 2 * n), 4, device=loss.device)
+            device = loss.device if isinstance(loss, Tensor) else None
+            kept, self._values = self._values, torch.empty(max(64, 2 * n), 4, device=device)
             self._values[:n] = kept
-        values = (loss, result.grad_norm, result.loss_scale, result.applied)
+        values = [torch.as_tensor(v, device=self._values.device) for v in (loss, grad_norm, loss_scale, applied)]
         torch.stack([v.detach().float() for v in values], out=self._values[n])
-        self._pending.append({"step": self.steps, "epoch": epoch, "lr": lr})
+        self._pending.append({"step": self.steps, "epoch": self._epoch if epoch is None else epoch, "lr": lr})
+        self._tokens += tokens
+        if self._interval and self.steps % self._interval == 0:
+            self.flush()
+            self.end_interval()
 
     def flush(self) -> list[dict[str, Any]]:
-        """Fetch the steps since the last call from the device, append them to `steps.jsonl`, and return them."""
+        """Fetch the steps since the last call from the device, append them to `steps.jsonl`, and return their rows."""
         if not self._pending:
             return []
         values = self._values[: len(self._pending)]
@@ -182,29 +253,63 @@ class RunDirectory:
         self._pending.clear()
         self.skipped += sum(not row["applied"] for row in rows)
         self._append("steps.jsonl", rows)
+        self._meter.add(rows, self._tokens)
+        self._tokens = 0
         return rows
 
-    def interval(self, row: dict[str, Any]) -> None:
-        """Tell the listeners of the steps since the last call."""
-        for listener in self.listeners:
-            listener.interval(row)
+    def begin_interval(self) -> None:
+        """Begin an interval now, so that no validation counts in its time."""
+        self._meter.restart()
 
-    def epoch(self, epoch: int, valid_loss: float, lr: float, seconds: float) -> None:
-        """Append a row to `epochs.jsonl`; `seconds` covers training and validation."""
-        row = {"epoch": epoch, "valid_loss": valid_loss, "valid_ppl": perplexity(valid_loss), "lr": lr}
-        row["seconds"] = seconds
+    def end_interval(self, **more: Any) -> None:
+        """Tell the listeners of the steps that were flushed since the last call, if there are any, and of `more`."""
+        if self._meter.steps == 0:
+            return
+        row = self._meter.end() | more
+        if self.path is not None:
+            for listener in self._listeners:
+                listener.interval(row)
+
+    def epoch(
+        self, valid_loss: float, *, epoch: int | None = None, lr: float = math.nan, seconds: float | None = None
+    ) -> None:
+        """Append a row to `epochs.jsonl`.
+
+        Args:
+            valid_loss: mean over the validation data.
+            epoch: by default 1, and one more after each call.
+            lr: of the steps of the epoch.
+            seconds: that training and validation took; by default, since the last call.
+        """
+        if self._interval:
+            self.flush()
+            self.end_interval()
+        now = time.monotonic()
+        row: dict[str, Any] = {"epoch": self._epoch if epoch is None else epoch}
+        row |= losses(valid_loss, self._derived, "valid_")
+        row |= {"lr": lr, "seconds": now - self._epoch_start if seconds is None else seconds}
         self._append("epochs.jsonl", [row])
-        for listener in self.listeners:
-            listener.epoch(row | {"step": self.steps})
+        if self.path is not None:
+            for listener in self._listeners:
+                listener.epoch(row | {"step": self.steps})
+        self._epoch, self._epoch_start = row["epoch"] + 1, now
+        self.begin_interval()
+
+    def finish(self, test_loss: float | None = None, **figures: Any) -> None:
+        """Record that the run has come to its end, with its loss on the test data and other figures."""
+        self.flush()
+        self.end_interval()
+        self.write_result("finished", test_loss, **figures)
 
     def write_result(self, status: str, test_loss: float | None, **figures: Any) -> None:
         """Write `result.json`; `status` is "finished", "interrupted" or "diverged"."""
-        test_ppl = None if test_loss is None else perplexity(test_loss)
-        counts = {"steps": self.steps, "skipped": self.skipped}
-        row = {"status": status, "test_loss": test_loss, "test_ppl": test_ppl} | counts | figures
+        row: dict[str, Any] = {"status": status} | losses(test_loss, self._derived, "test_")
+        row |= {"steps": self.steps, "skipped": self.skipped} | figures
         self._write("result.json", row)
-        for listener in self.listeners:
-            listener.result(row)
+        self.ended = True
+        if self.path is not None:
+            for listener in self._listeners:
+                listener.result(row)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.path is None:
@@ -239,24 +344,3 @@ def _new_directory(name: str) -> Path:
             continue
         return path
     raise UsageError(f"{base} and 999 like it exist already; give --run-dir")
-
-
-def machine(config: dict[str, Any]) -> dict[str, str]:
-    """What decides the bits of a run besides its command: device, torch, and into how many parts sums are cut.
-
-    `config` is what `config.json` holds.
-    """
-    environment = config["environment"]
-    return {
-        "device": str(config["device_name"]),
-        "torch": str(environment.get("torch")),
-        "threads": str(environment.get("threads")),
-    }
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), for a mean cross entropy in nats a word; inf where it exceeds what a float can hold."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

@@ -1,9 +1,10 @@
-"""A run as event files in its own directory: `tensorboard --logdir runs` lays all runs over each other.
+"""Event files of a run, in its own directory: `tensorboard --logdir runs` lays all runs over each other.
 
-Imported only where --tensorboard asks for it.
+Import this module only where TensorBoard is asked for.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ from torch.utils.tensorboard import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
 from roundoff.runs.files import naming, sync
+from roundoff.runs.meter import curves
 
 VERSION = "brain.Event:2"  # the format whose readers heed SessionLog.START
-NOT_HPARAMS = ("device_name", "parameters", "log_interval", "checkpoint_interval", "tensorboard")
-"""What `config.json` says beside the choices that make a run what it is."""
 
 
 class EventFiles:
-    """A Listener that appends to one file for each time that the run starts or goes on.
+    """A listener that appends to one file for each time that the run starts or goes on.
 
-    Scalars are `train/<name>` once a log interval, `valid/<name>` once an epoch and `test/<name>` at the end, all by
-    step and in fp32, which is what the format holds; the hyperparameters come last, with `test/ppl` as their metric.
-    Every event is on the disk before the next step, so a checkpoint is never ahead of the curves. SummaryWriter
-    would write from a thread, whose traceback nobody wants to see on a full disk.
+    Scalars are `train/<name>` once an interval, `valid/<name>` once an epoch and `test/<name>` at the end, all by
+    step and in fp32, which is what the format holds. The hyperparameters come last: job, precision and seed, with
+    the last figure of the test as their metric. Every event is on the disk before the next step, so a checkpoint is
+    never ahead of the curves. SummaryWriter would write from a thread, whose traceback nobody wants to see on a full
+    disk.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class EventFiles:
         self.config: dict[str, Any] = {}
 
     def start(self, directory: Path, config: dict[str, Any], step: int) -> None:
-        """Begin a file, and hide what earlier ones say of the steps after `step`, which are trained again."""
+        """Begin a file, and hide what earlier files say of the steps after `step`, which are trained again."""
         count = len(list(directory.glob("events.out.tfevents.*")))
         self.path = directory / f"events.out.tfevents.{count:06}"  # readers take them in the order of their names
         self.config = config
@@ -42,19 +43,19 @@ class EventFiles:
 
     def interval(self, row: dict[str, Any]) -> None:
         """Write the training."""
-        values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
-        self._scalars("train", values, row["step"])
+        self._scalars("train", curves(row), row["step"])
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Write the validation."""
-        self._scalars("valid", {"loss": row["valid_loss"], "ppl": row["valid_ppl"]}, row["step"])
+        self._scalars("valid", _part(row, "valid_"), row["step"])
 
     def result(self, row: dict[str, Any]) -> None:
         """Write the test and the hyperparameters."""
         step, metrics = row["steps"], {}
-        if row["test_ppl"] is not None:
-            self._scalars("test", {"loss": row["test_loss"], "ppl": row["test_ppl"]}, step)
-            metrics = {"test/ppl": row["test_ppl"]}
+        if row["test_loss"] is not None:
+            values = _part(row, "test_")
+            self._scalars("test", values, step)
+            metrics = {f"test/{name}": value for name, value in list(values.items())[-1:]}
         experiment, start, end = hparams(_choices(self.config), metrics)  # type: ignore[no-untyped-call]
         for summary in (experiment, start, end) if row["status"] == "finished" else (experiment, start):
             self._write(step=step, summary=summary)
@@ -70,9 +71,12 @@ class EventFiles:
             sync(file)
 
 
+def _part(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
 def _choices(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """Those entries of `config.json` that were chosen and that TensorBoard can show: no places, and no None."""
-    kept = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
-    return {name: value for name, value in kept.items() if name not in NOT_HPARAMS} | {
-        "corpus": config["corpus"]["name"]
-    }
+    """Return what TensorBoard can show of job, precision and seed: plain values, and parts that have a name."""
+    values = {**config["job"], **config["precision"], "seed": config["seed"]}
+    named = {k: v.get("name") if isinstance(v, Mapping) else v for k, v in values.items()}
+    return {name: value for name, value in named.items() if isinstance(value, bool | int | float | str)}

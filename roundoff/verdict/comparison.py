@@ -1,27 +1,32 @@
-"""Puts runs side by side: do they train the same job, how do the modes end, and from which step on do they differ?"""
+"""Puts runs side by side: do they train the same job, how does each mode end, and where does the first bit differ?"""
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from roundoff.errors import UsageError, printable
-from roundoff.runs.directory import machine, perplexity
-from roundoff.runs.reading import Run
+from roundoff.runs.reading import Run, machine, perplexity
 from roundoff.verdict.statistics import judge
 from roundoff.verdict.types import BitEquality, Comparison, Failure, ModeSummary, Verdict
 
-SAME_IN_FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
-SAME_IN_FP16 = ("manual", "fp16-optimizer")
-
-SIZES = ("model", "emsize", "nhid", "nlayers", "tied", "dropout")
-TRAINING = ("batch_size", "bptt", "lr", "clip", "epochs", "max_steps", "dry_run")
 LENGTH = ("epochs", "max_steps", "dry_run")
-"""Those of `TRAINING` that change no step."""
+"""Fields of a job that say how long training goes. They change no step."""
 
-LATER = {"nhead": 2, "optimizer": "sgd"}
-"""What older runs do not say, and what they had."""
+WIDE = ("float32", "float64")
+"""Dtypes in which a power of two as loss scale changes no bit. Half dtypes overflow and underflow."""
+
+MOST_DIFFERENCES = 20
+
+
+class _Missing:
+    def __str__(self) -> str:
+        return "missing"
+
+
+MISSING = _Missing()
 
 
 def compare(
@@ -38,13 +43,13 @@ def compare(
     A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128".
 
     Args:
-        runs: of any modes, in the order in which the modes are wanted; none twice.
-        failures: what should have been runs.
+        runs: runs of any modes, none twice. Their order is the order of the modes.
+        failures: runs that left nothing.
         reference: label of the mode to compare with; by default "fp32" if it has a run, else the first that has one.
-        margin: of equivalence, above 0, nats.
+        margin: margin of equivalence in nats, above 0.
         expect_equal: pairs of labels whose bit-equality is asked for. They come first in `Comparison.pairs`, as
-            given; those that must agree by design follow.
-        anyway: accept runs that do not train the same job, and list the differences.
+            given; the pairs that must agree by design follow.
+        anyway: accept runs of different jobs, and list the differences.
 
     Raises:
         UsageError: a label is unknown, a mode has two runs of one seed, or the runs do not train the same job.
@@ -78,12 +83,12 @@ def compare(
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
     scales: dict[str, set[float | None]] = {}
     for run in runs:
-        scales.setdefault(run.label, set()).add(run.config["static_loss_scale"])
+        scales.setdefault(run.label, set()).add(run.loss_scale)
     return [replace(run, label=_label_with_scale(run)) if len(scales[run.label]) > 1 else run for run in runs]
 
 
 def _label_with_scale(run: Run) -> str:
-    scale = run.config["static_loss_scale"]
+    scale = run.loss_scale
     if scale is None:
         return f"{run.label}-dynamic"
     mantissa, exponent = math.frexp(scale)
@@ -110,28 +115,43 @@ def _refuse_unknown(labels: list[str], flag: str, given: Iterable[str]) -> None:
 
 
 def job_differences(runs: Sequence[Run]) -> list[str]:
-    """A line for each part of the job that the runs do not have in common, with its values and their runs."""
-    groups: dict[str, dict[str, list[Run]]] = {}
-    for run in runs:
-        for name, value in _job(run.config).items():
-            groups.setdefault(name, {}).setdefault(printable(value, 20), []).append(run)
-    return [
-        f"{name} is " + ", ".join(f"{value} in {_names(group)}" for value, group in values.items())
-        for name, values in groups.items()
-        if len(values) > 1
-    ]
+    """Return a line for each field of the job that differs between the runs, with its values and their runs."""
+    found = list(_field_differences([(run, run.job) for run in runs], ""))
+    more = len(found) - MOST_DIFFERENCES
+    return found if more <= 0 else [*found[:MOST_DIFFERENCES], f"{more} more fields of the job differ"]
 
 
-def _job(config: dict[str, Any]) -> dict[str, Any]:
-    corpus = config["corpus"]
-    job = {f"corpus sha256 of {split}": corpus["sha256"][split] for split in ("train", "valid", "test")}
-    job |= {f"corpus {name}": corpus[name] for name in ("words", "vocab_size")}
-    job |= {name: config[name] for name in SIZES + TRAINING}
-    return job | {name: config.get(name, default) for name, default in LATER.items()}
+def _field_differences(values: Sequence[tuple[Run, Any]], path: str) -> Iterator[str]:
+    if all(isinstance(value, dict) for _, value in values):
+        for name in dict.fromkeys(name for _, value in values for name in value):
+            fields = [(run, value.get(name, MISSING)) for run, value in values]
+            yield from _field_differences(fields, f"{path}.{name}" if path else str(name))
+        return
+    groups: dict[str, list[tuple[Run, Any]]] = {}
+    for run, value in values:
+        groups.setdefault(_canonical(value), []).append((run, value))
+    if len(groups) > 1:
+        shown = [f"{printable(group[0][1], 20)} in {_names([run for run, _ in group])}" for group in groups.values()]
+        yield f"{printable(path, 60)} is {', '.join(shown)}"
+
+
+def _canonical(value: Any) -> str:
+    """Return one text for all values that say the same: 20 and 20.0, nan and "nan"."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        if isinstance(value, float):
+            return int(value) if value.is_integer() else value if math.isfinite(value) else str(value)
+        return value
+
+    return "missing" if value is MISSING else json.dumps(plain(value), sort_keys=True, default=str)
 
 
 def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:
-    """A line where the modes were not run with the same seeds; a run that failed counts as run."""
+    """Return a line if the modes did not run with the same seeds; a run that failed has run."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for label, runs in modes.items():
         seeds = {run.seed for run in runs} | {failure.seed for failure in failures[label]}
@@ -148,7 +168,7 @@ def _names(runs: list[Run]) -> str:
 
 
 def finished(runs: Iterable[Run]) -> dict[int, float]:
-    """Seed -> test loss of the runs that trained to their end; an interrupted run's is of another job."""
+    """Return seed -> test loss of the finished runs; an interrupted run has trained for another length."""
     results = {run.seed: run.result for run in runs if run.result and run.status == "finished"}
     return {seed: result["test_loss"] for seed, result in results.items() if result["test_loss"] is not None}
 
@@ -193,13 +213,13 @@ def _reference_sentence(label: str, test_loss: float | None, count: int) -> str:
 
 
 def first_difference(first: Run, second: Run) -> int | None:
-    """The first step that both have and whose losses differ in a bit; nan equals nan."""
+    """Return the first step that both runs have with losses that differ in a bit; nan equals nan."""
     a, b = losses_by_step(first), losses_by_step(second)
     return next((step for step, loss in a.items() if step in b and not _same(loss, b[step])), None)
 
 
 def losses_by_step(run: Run) -> dict[int, float]:
-    """Step -> training loss, ascending."""
+    """Return step -> training loss, in ascending order."""
     return dict(zip(run.steps["step"], run.steps["loss"], strict=True))
 
 
@@ -210,31 +230,40 @@ def _same(a: float, b: float) -> bool:
 def _pairs(
     labels: list[str], expect_equal: Sequence[tuple[str, str]], modes: dict[str, list[Run]]
 ) -> list[tuple[str, str, bool]]:
-    """The pairs to report, each with whether the design says that it must agree."""
-    designed = [
-        pair
-        for group in (SAME_IN_FP32, SAME_IN_FP16)
-        for pair in combinations([label for label in group if label in labels], 2)
-        if _must_agree(modes[pair[0]] + modes[pair[1]], same_scale=group is SAME_IN_FP16)
-    ]
-    pairs = {frozenset(pair): pair for pair in [*expect_equal, *designed]}
-    musts = {frozenset(pair) for pair in designed}
+    """Return the pairs to report, each with whether it must agree by design."""
+    designed = {
+        frozenset(pair): pair
+        for label in labels
+        for pair in combinations(_equals(label, modes), 2)
+        if _must_agree(modes[pair[0]], modes[pair[1]])
+    }
     given = {frozenset(pair): pair for pair in expect_equal}
-    return [(*given.get(key, pair), key in musts) for key, pair in pairs.items()]
+    pairs = given | {key: pair for key, pair in designed.items() if key not in given}
+    return [(*pair, key in designed) for key, pair in pairs.items()]
 
 
-def _must_agree(runs: list[Run], *, same_scale: bool) -> bool:
-    """Powers of two are exact factors; fp16 can overflow and underflow besides, and so needs the same one."""
-    scales = {run.config["static_loss_scale"] for run in runs}
+def _equals(label: str, modes: dict[str, list[Run]]) -> list[str]:
+    """Return `label` and those of `modes` that it names as equal, in the order in which it names them."""
+    named = modes[label][0].equals if modes[label] else []
+    return list(dict.fromkeys(name for name in (named if label in named else [label, *named]) if name in modes))
+
+
+def _must_agree(first: list[Run], second: list[Run]) -> bool:
+    """Return whether each mode names the other, with the same job, the same machine and exact loss scales."""
+    runs = first + second
+    named = all(b.label in a.equals and a.label in b.equals for a in first for b in second)
+    scales = {run.loss_scale for run in runs}
     exact = all(scale and 0 < scale < math.inf and math.frexp(scale)[0] == 0.5 for scale in scales)
-    alike = all(_deciding(run.config) == _deciding(runs[0].config) for run in runs)
-    return exact and alike and (len(scales) == 1 or not same_scale)
+    same = len(scales) == 1 or all(run.dtype in WIDE for run in runs)
+    return bool(first and second) and named and exact and same and len({_deciding(run) for run in runs}) == 1
 
 
-def _deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides the bits of a step besides the precision."""
-    job = {name: value for name, value in _job(config).items() if name not in LENGTH}
-    return job | machine(config) | {"tf32": config.get("tf32", False), "processes": config.get("processes", 1)}
+def _deciding(run: Run) -> str:
+    """Return what decides the bits of a step besides the precision, as one text."""
+    environment = run.config["environment"]
+    job = {name: value for name, value in run.job.items() if name not in LENGTH}
+    more = {"tf32": environment.get("tf32", False), "processes": environment.get("processes", 1)}
+    return _canonical([job, machine(run.config), more])
 
 
 def _machines(runs: Sequence[Run]) -> set[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The verdict on a mode: paired by seed, since one seed gives every mode the same start, batches and dropout masks.
+"""Judges a mode by its test losses, paired by seed: one seed gives every mode the same start, batches and masks.
 
 With n differences d_i (mode minus reference) of mean m and standard deviation s, m / (s / sqrt(n)) follows Student's
 t with n - 1 degrees of freedom where the true difference is 0 and the d_i are normal. Equivalence is shown by two
@@ -8,17 +8,16 @@ must be rejected at 5%, which is the same as a 90% interval within the margin.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from scipy import stats
-
+from roundoff.extras import needs
 from roundoff.verdict.types import Verdict
 
 ALPHA = 0.05
 POWER = 0.8
 MAX_SEEDS = 1000
 ENOUGH_PAIRS = 3
-"""From here on a verdict is given; the interval of two pairs has one degree of freedom, and says next to nothing."""
+"""The fewest pairs for a verdict. The interval of two pairs has one degree of freedom, and says next to nothing."""
 
 
 class Paired(NamedTuple):
@@ -35,14 +34,14 @@ class Paired(NamedTuple):
 
 
 def judge(label: str, mode_losses: dict[int, float], reference_losses: dict[int, float], margin: float) -> Verdict:
-    """Compare the test losses (nats a word) of a mode with the reference's, seed by seed.
+    """Compare a mode's test losses with the reference's, seed by seed, in nats.
 
     From three pairs on: "equivalent" where both one-sided tests against `margin` reject at 5%; else "better" or
     "worse" where the 95% interval excludes 0 (a lower loss is better); else "undecided". A difference that is both
     certain and smaller than the margin is "equivalent", and the sentence says that it is certain.
 
     Args:
-        label: of the mode.
+        label: the mode's.
         mode_losses, reference_losses: seed -> test loss of the runs that have finished. A pair whose difference
             is not finite does not count, and the sentence says so.
         margin: above 0, nats.
@@ -92,7 +91,7 @@ def _decide(label: str, paired: Paired, margin: float, remark: str) -> Verdict:
 
 
 def summarize(differences: list[float]) -> Paired:
-    """Number, mean and standard deviation of finite `differences`."""
+    """Return number, mean and standard deviation of finite `differences`."""
     n = len(differences)
     if min(differences) == max(differences):  # exactly, where rounding would leave a deviation of 1e-17
         return Paired(n, differences[0], 0.0)
@@ -101,24 +100,24 @@ def summarize(differences: list[float]) -> Paired:
 
 
 def interval(paired: Paired) -> tuple[float, float]:
-    """The two-sided 95% interval of the mean (Student's t) of two differences or more."""
-    half = float(stats.t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
+    """Return the two-sided 95% interval of the mean (Student's t) of two differences or more."""
+    half = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
     return paired.mean - half, paired.mean + half
 
 
 def p_equivalence(paired: Paired, margin: float) -> float:
-    """The larger p-value of the two one-sided t-tests; 0 or 1 where the differences do not vary."""
+    """Return the larger p-value of the two one-sided t-tests; 0 or 1 if the differences do not vary."""
     if paired.error == 0:
         return 0.0 if abs(paired.mean) < margin else 1.0
     # Both tests mirror each other, so that the one for the nearer margin has the larger p-value.
-    return float(stats.t.sf((margin - abs(paired.mean)) / paired.error, paired.n - 1))
+    return float(_scipy().t.sf((margin - abs(paired.mean)) / paired.error, paired.n - 1))
 
 
 def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
-    """How many seeds decide with 80% power if mean and deviation stay as seen, and what they show.
+    """Return how many seeds decide with 80% power if mean and deviation stay as seen, and what they show.
 
-    Two decisions are possible: that the true difference is not 0, by the t-test, and, where the mean is within the
-    margin, equivalence. The one that takes fewer seeds is given; None where both take more than `MAX_SEEDS`.
+    The t-test can show a difference. If the mean is within the margin, the one-sided tests can show equivalence.
+    The decision that takes fewer seeds is returned; None if both take more than `MAX_SEEDS`.
     """
     found = [(_least(lambda n: power_of_difference(paired._replace(n=n)), paired.n + 1), "a difference")]
     if abs(paired.mean) < margin:
@@ -128,18 +127,21 @@ def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
 
 
 def power_of_difference(paired: Paired) -> float:
-    """Power of the two-sided paired t-test, from the noncentral t distribution (Cohen, Statistical Power Analysis)."""
-    critical = float(stats.t.ppf(1 - ALPHA / 2, paired.n - 1))
+    """Return the power of the two-sided paired t-test, by the noncentral t distribution.
+
+    Cohen, Statistical Power Analysis for the Behavioral Sciences (1988).
+    """
+    critical = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1))
     return _beyond(critical, paired, abs(paired.mean)) + _beyond(critical, paired, -abs(paired.mean))
 
 
 def power_of_equivalence(paired: Paired, margin: float) -> float:
-    """Power of the two one-sided tests, from the noncentral t distribution.
+    """Return the power of the two one-sided tests, by the noncentral t distribution.
 
     The approximation of Diletti et al., Int. J. Clin. Pharmacol. 29 (1991), and Phillips, J. Pharmacokinet.
     Biopharm. 18 (1990): that both reject is as likely as the one plus the other minus 1.
     """
-    critical = float(stats.t.ppf(1 - ALPHA, paired.n - 1))
+    critical = float(_scipy().t.ppf(1 - ALPHA, paired.n - 1))
     near, far = margin - abs(paired.mean), margin + abs(paired.mean)
     return max(0.0, _beyond(critical, paired, near) + _beyond(critical, paired, far) - 1)
 
@@ -147,11 +149,11 @@ def power_of_equivalence(paired: Paired, margin: float) -> float:
 def _beyond(critical: float, paired: Paired, distance: float) -> float:
     # Beyond 40 standard errors the answer is 0 or 1 to all digits, and the noncentral t is hard to compute.
     noncentrality = min(40.0, max(-40.0, distance / paired.error))
-    return float(stats.nct.sf(critical, paired.n - 1, noncentrality))
+    return float(_scipy().nct.sf(critical, paired.n - 1, noncentrality))
 
 
 def _least(power: Callable[[int], float], low: int) -> int | None:
-    """The least n from `low` to `MAX_SEEDS` at which `power`, which grows with n, reaches `POWER`."""
+    """Return the least n from `low` to `MAX_SEEDS` at which `power`, which grows with n, reaches `POWER`."""
     high = MAX_SEEDS
     if low > high or power(high) < POWER:
         return None
@@ -162,6 +164,13 @@ def _least(power: Callable[[int], float], low: int) -> int | None:
         else:
             high = middle
     return low
+
+
+def _scipy() -> Any:
+    """Return scipy.stats, which takes a second to import and comes with an extra."""
+    with needs("report"):
+        from scipy import stats
+    return stats
 
 
 def _seen(paired: Paired, bounds: tuple[float, float] | None) -> str:

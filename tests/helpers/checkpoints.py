@@ -1,15 +1,17 @@
-"""What a training checkpoint holds, in small, and whether two such are the same in every bit."""
+"""What a checkpoint holds, in small, whether two such are the same in every bit, and what a model file holds."""
 
-from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apex_compat.fp16_utils import FP16_Optimizer, prep_param_lists
+from lm.model import model_file
 from lm.model.language_model import next_word_loss
 from programs import make_model
 from roundoff.precision import Autocast, MasterWeights, Precision, WrappedOptimizer
+from roundoff.runs.tensor_file import load_tensors
 
 SETUPS = ("fp32", "manual", "wrapped", "wrapped adamw", "amp")
 
@@ -40,7 +42,6 @@ def content(setup: str) -> dict[str, Any]:
         precision.backward(loss)
         precision.step(0.25)
     return {
-        "format": "a checkpoint",
         "model": model.state_dict(),
         "precision": precision.state_dict(),
         "hidden": tuple(h.detach() for h in hidden),
@@ -52,19 +53,22 @@ def content(setup: str) -> dict[str, Any]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Equal in type, order and every bit, nan too."""
+    """Equal in type, order and every bit, nan too; an OrderedDict is a dict."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return same(list(first.items()), list(second.items()))
     if type(first) is not type(second):
         return False
     if isinstance(first, Tensor):
-        return (first.dtype, first.shape, first.stride(), first.requires_grad) == (
-            second.dtype, second.shape, second.stride(), second.requires_grad,
-        ) and bits(first) == bits(second)  # fmt: skip
-    if isinstance(first, dict):
-        attributes = not isinstance(first, OrderedDict) or same(vars(first), vars(second))
-        return attributes and same(list(first.items()), list(second.items()))
+        return (first.dtype, first.shape, bits(first)) == (second.dtype, second.shape, bits(second))
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     return repr(first) == repr(second)
+
+
+def saved_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a model file, in their dtype."""
+    weights: dict[str, Tensor] = load_tensors(path, model_file.FORMAT)["weights"]
+    return weights
 
 
 def bits(tensor: Tensor) -> bytes:

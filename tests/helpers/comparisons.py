@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from roundoff.runs.directory import perplexity
-from roundoff.runs.reading import Run
+from roundoff.runs.reading import Run, perplexity
 from roundoff.verdict.types import BitEquality, Comparison, Failure, ModeSummary, Verdict
-from synthetic import make_config
+from synthetic import changed, make_config
 
 
 def make_run(label: str, seed: int = 1111, losses: Sequence[float] = (6.0, 5.5, 5.25, 5.0), **more: Any) -> Run:
@@ -30,7 +29,7 @@ def make_run(label: str, seed: int = 1111, losses: Sequence[float] = (6.0, 5.5, 
     ]
     status = more.get("status", "finished")
     result = {"status": status, "test_loss": 5.0, "test_ppl": perplexity(5.0), "steps": count, "skipped": 0}
-    config = make_config(label, seed) | more.get("config", {})
+    config = changed(make_config(label, seed), more.get("config", {}))
     path = more.get("path", Path("runs") / f"{label}-{seed}")
     return Run(path, label, seed, config, steps, rows, result, more.get("problems", []))
 

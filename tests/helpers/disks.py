@@ -12,32 +12,33 @@ from typing import Any
 import pytest
 
 from lm.model.model_file import load_model
+from lm.training.checkpoint import FORMAT
 from programs import TINY, Done, strict_json
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.tensor_file import load_tensors
 
 MODE = ["main_fp16_optimizer", "--fp16", "--dynamic-loss-scale"]
 FLAGS = [*TINY, "--lr", "30", "--log-interval", "3", "--dropout", "0.3", "--checkpoint-interval", "4"]
 START = [*MODE, *FLAGS]
-RUN_FILES = ("config.json", "steps.jsonl", "epochs.jsonl", "result.json", "checkpoint.pt")
+RUN_FILES = ("config.json", "steps.jsonl", "epochs.jsonl", "result.json", "checkpoint.safetensors")
 
 
 def clear(folder: Path) -> None:
     """Remove the results."""
     shutil.rmtree(folder / "run", ignore_errors=True)
-    (folder / "model.pt").unlink(missing_ok=True)
+    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def check_whole(folder: Path) -> None:
     """What is there can be read, and nothing is there that does not belong."""
     run = folder / "run"
-    for path in run.glob("checkpoint*.pt"):
-        load_tensors(path)
-    if (folder / "model.pt").exists():
-        load_model(folder / "model.pt")
+    for path in run.glob("checkpoint*.safetensors"):
+        load_tensors(path, FORMAT)
+    if (folder / "model.safetensors").exists():
+        load_model(folder / "model.safetensors")
     for path in run.glob("*.json"):
         strict_json(path.read_text())
     assert not list(folder.rglob(".*")), "left behind"
-    allowed = {*RUN_FILES, "checkpoint.previous.pt"}
+    allowed = {*RUN_FILES, "checkpoint.previous.safetensors"}
     assert {path.name for path in run.glob("*")} <= allowed
 
 
@@ -51,7 +52,7 @@ def one_line(done: Done, code: int, *parts: str) -> None:
 
 
 class FullDisk:
-    """Lets every write from the n-th on fail, as open() and torch.save see it; an odd n-th, after its first half.
+    """Lets every write from the n-th on fail, as open() sees it; an odd n-th, after its first half.
 
     Attributes:
         hit: the name of the file that the first failure met; None before it.

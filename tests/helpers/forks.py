@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_OF_A_WRITE = {
-    *("open", "flock", "write_record", "write_end_of_file", "flush", "fsync", "chmod"),
+    *("open", "flock", "write", "flush", "fsync", "chmod"),
     *("unlink", "link", "replace", "close"),
 }
-"""Functions written in C, by name: those that change or fix what is on the disk, in
-roundoff.runs.files and in torch.save."""
+"""Functions written in C, by name: those with which roundoff.runs.files
+changes or fixes what is on the disk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,8 @@ def _child(task: Task, pipe: int, streams: list[int]) -> NoReturn:
         steps = _Steps(task, pipe)
         sys.argv = [f"{task.command[0]}.py", *task.command[1:]]
         try:
-            code = exit_code(importlib.import_module(task.command[0]).main)
+            module = importlib.import_module(task.command[0])
+            code = run_trainer(module.main, module.__file__, module.__doc__)
         except SystemExit as stop:
             code = stop.code
         sys.stdout.flush()
@@ -180,7 +181,7 @@ if __name__ == "__main__":
     import torch
 
     import lm.training.loop
-    from roundoff.program import exit_code
+    from lm.launch.entry import run_trainer
 
     torch.set_num_threads(1)
     for script in ("main", "main_fp16_optimizer", "main_amp"):

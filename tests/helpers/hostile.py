@@ -1,29 +1,134 @@
-"""Model files that would run a command, by name, each with what generate.py must say of it; and tools to make such."""
+"""Tensor files made to do harm, and tools to make more: each table has names, ways to make a file, and the refusal."""
 
 import builtins
 import io
+import json
 import os
-import pathlib
 import pickle
-import shutil
+import random
 import struct
-import subprocess
-import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
-
-from lm.model.model_file import FORMAT
-from programs import WORDS, make_model
+from torch import Tensor
 
 
-class HostileFile(NamedTuple):
-    """Bytes, or how to make them for a canary (a path that executing them would make), and the words of the refusal."""
+def sealed(text: str, tensors: dict[str, Tensor] | None = None) -> bytes:
+    """A file with any text where the tree should be, and the checksum of that."""
+    tensors = tensors or {}
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().tobytes(), crc)
+    return safetensors.torch.save(tensors, {"roundoff": f"{crc:08x} {text}"})
 
-    make: Callable[[Path], bytes]
+
+def sealed_tree(tree: Any, format: str, tensors: dict[str, Tensor] | None = None) -> bytes:
+    """A file with any JSON as its tree."""
+    return sealed(json.dumps({"format": format, "tree": tree}), tensors)
+
+
+def with_header(header: Any, data: bytes = b"") -> bytes:
+    """A file with any header: bytes as they are, anything else as JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def changed_header(whole: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The file with its header changed."""
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    change(header)
+    return with_header(header, whole[8 + length :])
+
+
+class Damage(NamedTuple):
+    """What is made of a good file, and what must be said of it."""
+
+    make: Callable[[bytes], bytes]
     said: str
+
+
+def _flipped(whole: bytes, place: int) -> bytes:
+    return whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :]
+
+
+def _claim(shape: list[int], end: int, dtype: str = "F32") -> Callable[[bytes], bytes]:
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}
+    return lambda _: with_header({"__metadata__": {"roundoff": "x"}, "a": entry}, bytes(16))
+
+
+def _moved(header: dict[str, Any]) -> None:
+    """Let the last two tensors lie at one place."""
+    *_, (_, first), (_, second) = [item for item in header.items() if item[0] != "__metadata__"]
+    first["data_offsets"] = second["data_offsets"]
+
+
+DAMAGES: dict[str, Damage] = {
+    "empty": Damage(lambda _: b"", "no safetensors file, or was cut off"),
+    "seven bytes": Damage(lambda whole: whole[:7], "cut off"),
+    "junk": Damage(lambda _: random.Random(1).randbytes(5000), "no safetensors file"),
+    "a text": Damage(lambda _: b"no checkpoint at all\n" * 100, "no safetensors file"),
+    "zeros": Damage(lambda whole: bytes(len(whole)), "Expecting value"),
+    "cut in its header": Damage(lambda whole: whole[:100], "cut off"),
+    "half": Damage(lambda whole: whole[: len(whole) // 2], "its header speaks of|cut off"),
+    "one byte short": Damage(lambda whole: whole[:-1], "its header speaks of"),
+    "one byte more": Damage(lambda whole: whole + b"x", "its header speaks of"),
+    "a bit of a tensor": Damage(lambda whole: _flipped(whole, len(whole) - 9), "its checksum is wrong"),
+    "a letter of its tree": Damage(lambda whole: _flipped(whole, whole.index(b"tree") + 1), "its checksum is wrong"),
+    "a header of 17 MiB": Damage(lambda _: with_header(b" " * 17 * 2**20), "more than 16777216 bytes"),
+    "a header that is no JSON": Damage(lambda _: with_header(b"{}]"), "Extra data"),
+    "a header that is no text": Damage(lambda _: with_header(b'{"\xff": 1}'), "codec can't decode"),
+    "a header of 100,000 levels": Damage(lambda _: with_header(b"[" * 100_000), "recursion"),
+    "a header that is a list": Damage(lambda _: with_header([]), "it is no safetensors file"),
+    "no metadata": Damage(lambda whole: changed_header(whole, lambda h: h.pop("__metadata__")), "not of this project"),
+    "metadata of another project": Damage(
+        lambda whole: changed_header(whole, lambda h: h.update(__metadata__={"format": "pt"})), "not of this project"
+    ),
+    "metadata that is no object": Damage(lambda _: with_header({"__metadata__": 7}), "not of this project"),
+    "an entry that is no object": Damage(
+        lambda _: with_header({"__metadata__": {"roundoff": "x"}, "a": 7}), "'int' object"
+    ),
+    "a terabyte": Damage(_claim([2**38], 2**40), "its header speaks of 1099511"),
+    "a shape that overflows": Damage(_claim([2**62, 4], 16), "overflow"),
+    "a negative size": Damage(_claim([-1], 16), "invalid value"),
+    "another shape": Damage(_claim([3], 16), "invalid|not fully covered"),
+    "an unknown type": Damage(_claim([16], 16, "F1"), "unknown variant|F1"),
+    "tensors in one place": Damage(lambda whole: changed_header(whole, _moved), "has .* bytes|offset"),
+}
+"""Files that a bad disk, or somebody bad, makes of any good one."""
+
+TREES: dict[str, tuple[str, str]] = {
+    "no JSON": ("[1, 2", "Expecting|delimiter"),
+    "no object": ("[]", "not of this project"),
+    "no tree": ('{"format": "test 1"}', "not of this project"),
+    "another format": ('{"format": "x", "tree": 1}', "of format 'x', not"),
+    "a format that a terminal obeys": (r'{"format": "\u001b[2J\n", "tree": 1}', r"\\x1b\[2J"),
+    **{
+        name: (f'{{"format": "test 1", "tree": {tree}}}', said)
+        for name, tree, said in (
+            ("21 levels", "[" * 22 + "]" * 22, "nested more than 20 deep"),
+            ("a hundred thousand levels", "[" * 100_000 + "]" * 100_000, "recursion|nested"),
+            ("a hundred thousand objects", '{"a":' * 100_000 + "1" + "}" * 100_000, "recursion|nested"),
+            ("an integer of 65 bits", str(2**64), "more than 64 bits"),
+            ("an integer of 5000 digits", "9" * 5000, "digits|64 bits"),
+            ("an unknown tag", '{"$set": []}', r"has '\$set'"),
+            ("a tensor that is not there", '{"$tensor": "b"}', "'b' is missing"),
+            ("a tensor named by a number", '{"$tensor": 7}', r"has '\$tensor'"),
+            ("a tensor in 5 places", "[" + ", ".join(['{"$tensor": "a"}'] * 5) + "]", "more than 4 places"),
+            ("a tuple of text", '{"$tuple": "abc"}', r"has '\$tuple'"),
+            ("pairs of three", '{"$pairs": [[1, 2, 3]]}', r"has '\$pairs'"),
+            ("a pair with a list for a key", '{"$pairs": [[[], 2]]}', r"has '\$pairs'"),
+            ("a pair with a fraction for a key", '{"$pairs": [[1.5, 2]]}', r"has '\$pairs'"),
+        )
+    },
+}
+"""Texts with the right checksum, in a file that has the tensor "a"."""
 
 
 class Call:
@@ -36,134 +141,21 @@ class Call:
         return self.call
 
 
-def archive(pickled: bytes, *storages: bytes, **records: bytes) -> bytes:
-    """The zip format of torch.save around any pickle, with right checksums."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as file:
-        file.writestr("archive/data.pkl", pickled)
-        file.writestr("archive/byteorder", b"little")
-        for i, storage in enumerate(storages):
-            file.writestr(f"archive/data/{i}", storage)
-        for name, content in ({"version": b"3\n"} | records).items():
-            file.writestr(f"archive/{name}", content)
-    return out.getvalue()
-
-
-def saved(content: Any, **options: Any) -> bytes:
-    """What torch.save writes."""
+def _torch_saved(content: Any, **options: Any) -> bytes:
     out = io.BytesIO()
     torch.save(content, out, **options)
     return out.getvalue()
 
 
-def model_content(**replaced: Any) -> dict[str, Any]:
-    """What `save_model` saves, with parts of it replaced."""
-    model = make_model()
-    whole = {"format": FORMAT, "options": model.options, "vocabulary": WORDS, "weights": model.state_dict()}
-    return whole | replaced
-
-
-def rewritten(whole: bytes, change: Callable[[str, bytes], tuple[str, bytes] | None], **options: Any) -> bytes:
-    """The archive `whole` with each record changed, or left out."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(whole)) as before, zipfile.ZipFile(out, "w", **options) as after:
-        for name in before.namelist():
-            if record := change(name, before.read(name)):
-                after.writestr(*record)
-    return out.getvalue()
-
-
-# --- pickles by hand: only they can say what no honest program would
-
-
-def text(value: str) -> bytes:
-    """Push a str."""
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def integer(value: int) -> bytes:
-    """Push an int."""
-    encoded = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(encoded)]) + encoded
-
-
-def storage(kind: str, numel: bytes, key: str = "0") -> bytes:
-    """Push a storage."""
-    return b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu") + numel + b"tQ"
-
-
-def tensor(size: str | tuple[int, ...], stride: tuple[int, ...] = (1,), **more: Any) -> bytes:
-    """Push a tensor; `more`: kind, numel, key, offset, hooks, function."""
-    numel = more.get("numel", integer(4))
-    function = more.get("function", b"ctorch._utils\n_rebuild_tensor_v2\n")
-    shape = text(size) if isinstance(size, str) else b"(" + b"".join(map(integer, size)) + b"t"
-    strides = b"(" + b"".join(map(integer, stride)) + b"t"
-    hooks = more.get("hooks", b"ccollections\nOrderedDict\n)R")
-    body = storage(more.get("kind", "FloatStorage"), numel, more.get("key", "0"))
-    return function + b"(" + body + more.get("offset", integer(0)) + shape + strides + b"\x89" + hooks + b"tR"
-
-
-def program(*parts: bytes) -> bytes:
-    """A pickle of protocol 2."""
-    return b"\x80\x02" + b"".join(parts) + b"."
-
-
-FOUR = struct.pack("4f", 1, 2, 3, 4)
-
-
-def _commands(canary: Path) -> dict[str, Call]:
-    path = str(canary)
-    code = f"__import__('pathlib').Path({path!r}).touch()"
-    inner = pickle.dumps(Call(pathlib.Path.touch, canary))
-    return {
-        "os.system": Call(os.system, f"touch {path}"),
-        "subprocess.call": Call(subprocess.call, ["touch", path]),
-        "builtins.eval": Call(builtins.eval, code),
-        "builtins.exec": Call(builtins.exec, code),
-        "pathlib": Call(Path.touch, canary),
-        "os.mkdir": Call(os.mkdir, path),
-        "shutil.copyfile": Call(shutil.copyfile, __file__, path),
-        "pickle.loads": Call(pickle.loads, inner),
-        "torch.save": Call(torch.save, 3, path),
-        "torch.storage._load_from_bytes": Call(torch.storage._load_from_bytes, saved(Call(Path.touch, canary))),
-    }
-
-
-_FORMS: dict[str, tuple[Callable[[Any], bytes], str]] = {
-    "zip": (lambda content: archive(pickle.dumps(content, 2)), "which no model needs"),
-    "zip, protocol 4": (lambda content: archive(pickle.dumps(content, 4)), "pickle is of protocol 4"),
-    "old torch format": (
-        lambda content: saved(content, _use_new_zipfile_serialization=False),
-        "does not end as a file",
+PICKLES: dict[str, Callable[[Path], bytes]] = {
+    "torch.save": lambda canary: _torch_saved(Call(os.system, f"touch {canary}")),
+    "torch.save, old format": lambda canary: _torch_saved(
+        Call(Path.touch, canary), _use_new_zipfile_serialization=False
     ),
-    "bare pickle": (pickle.dumps, "does not end as a file"),
-    "in a model": (lambda content: saved(model_content(options={"kind": content})), "which no model needs"),
+    "in a model": lambda canary: _torch_saved({"options": {"kind": Call(Path.touch, canary)}, "vocabulary": []}),
+    "bare pickle": lambda canary: pickle.dumps(
+        Call(builtins.eval, f"__import__('pathlib').Path({str(canary)!r}).touch()")
+    ),
+    "bare pickle, protocol 0": lambda canary: pickle.dumps(Call(os.mkdir, str(canary)), 0),
 }
-
-
-def _in_front(canary: Path) -> bytes:
-    call = b"cposix\nsystem\n" + text(f"touch {canary}") + b"\x85R0"
-    return rewritten(
-        saved(model_content()),
-        lambda name, old: (name, old[:2] + call + old[2:] if name.endswith("data.pkl") else old),
-    )
-
-
-COMMANDS: dict[str, HostileFile] = {
-    f"{command}, {form}": HostileFile(lambda canary, c=command, w=write: w(_commands(canary)[c]), said)
-    for command in _commands(Path("canary"))
-    for form, (write, said) in _FORMS.items()
-} | {
-    "a command before a working model": HostileFile(_in_front, "names 'posix.system'"),
-    "INST": HostileFile(
-        lambda canary: archive(program(b"(", text(f"touch {canary}"), b"iposix\nsystem\n")), "instruction INST"
-    ),
-    "OBJ": HostileFile(
-        lambda canary: archive(program(b"(cposix\nsystem\n", text(f"touch {canary}"), b"o")), "'posix.system'"
-    ),
-    "STACK_GLOBAL": HostileFile(
-        lambda canary: archive(program(text("posix"), text("system"), b"\x93", text(f"touch {canary}"), b"\x85R")),
-        "instruction STACK_GLOBAL",
-    ),
-}
-"""Each makes the canary when it is loaded without care."""
+"""Files that make the canary when they are unpickled."""

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from lm.launch.entry import run_trainer
+from lm.options.config import parse_args
 from lm.training.loop import Training
-from roundoff.program import exit_code
 
 SIZE = ["--emsize", "16", "--nhid", "16", "--batch_size", "4", "--bptt", "5", "--log-interval", "20", "--lr", "2"]
 
@@ -70,9 +71,9 @@ def build(monkeypatch: pytest.MonkeyPatch, corpus: Path, script: str, *flags: st
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "fit", capture)
-        patch.setattr(sys, "argv", [f"{script}.py", "--data", str(corpus), *SIZE, *flags])
+        args = parse_args(script, None, ["--data", str(corpus), *SIZE, *flags])
         with pytest.raises(CapturedError) as captured:
-            module.main()
+            module.main(args)
     return Training(*captured.value.args)
 
 
@@ -82,7 +83,7 @@ def run(monkeypatch: pytest.MonkeyPatch, corpus: Path | str, run_dir: Path, scri
     flags = ("--data", str(corpus), *SIZE, "--run-dir", str(run_dir), "--save", f"{run_dir}.pt", *flags)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *flags])
-        return exit_code(module.main)
+        return run_trainer(module.main, module.__file__, module.__doc__)
 
 
 def rows(run_dir: Path, name: str = "steps.jsonl") -> list[dict[str, Any]]:

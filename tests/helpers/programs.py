@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import lm.training.loop
+from lm.launch.entry import run_trainer
 from lm.model.language_model import RNNModel
-from lm.training.program import exit_code
+from roundoff.program import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
@@ -119,7 +120,11 @@ class Programs:
         self._monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         self._capsys.readouterr()
         try:
-            code = exit_code(importlib.import_module(script).main)
+            module = importlib.import_module(script)
+            if script in SCRIPTS:
+                code = run_trainer(module.main, module.__file__, module.__doc__)
+            else:
+                code = exit_code(module.main)
         except SystemExit as stop:
             code = stop.code
         return Done(code, *self._capsys.readouterr())

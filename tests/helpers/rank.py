@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from lm.launch.entry import run_trainer
 from lm.training import distributed
 from lm.training.loop import Training
-from lm.training.program import exit_code
 from roundoff import processes
 
 PATIENCE = 60.0
@@ -42,7 +42,8 @@ def main(faults: str, script: str, *flags: str) -> int:
         globals()[name](**arguments)
     sys.argv = [f"{script}.py", *flags]
     try:
-        return exit_code(importlib.import_module(script).main)
+        module = importlib.import_module(script)
+        return run_trainer(module.main, module.__file__, module.__doc__)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
 

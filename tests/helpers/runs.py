@@ -18,7 +18,7 @@ class KilledError(BaseException):
     """Stands for kill -9: nothing catches it, nothing is tidied up."""
 
 
-def outcome(folder: Path, run: str = "run", model: str = "model.pt") -> dict[str, Any]:
+def outcome(folder: Path, run: str = "run", model: str = "model.safetensors") -> dict[str, Any]:
     """All that a run leaves, byte for byte; without times, rates and memory."""
     epochs = [
         {name: value for name, value in row.items() if name != "seconds"}

@@ -84,8 +84,9 @@ def sample() -> dict[str, Any]:
     ]
     modes = {
         mode: {
-            "script": script,
+            "description": script,
             "loss_scale": scale,
+            "computes": {"fp32": "float32", "amp-bf16": "bfloat16"}.get(mode, "float16"),
             "dtype": dtype,
             "weights": weights,
             "total": values("total", mode),
@@ -112,24 +113,19 @@ def sample() -> dict[str, Any]:
             "threads": 2,
             "command": ["probe.py", "--batches", "32"],
         },
-        "data": "corpus",
-        "corpus": {
-            "name": "corpus",
-            "sha256": {"train": "0" * 64, "valid": "1" * 64, "test": "2" * 64},
-            "train_tokens": 50_000,
-            "valid_tokens": 5_000,
-            "test_tokens": 5_000,
-            "words": 197,
-            "vocab_size": 200,
+        "about": (
+            "LSTM of 2 layers with 64 units and 200 words, fresh weights of seed 1111; "
+            "32 batches of 7 x 10 words of corpus."
+        ),
+        "job": {
+            "data": "corpus",
+            "model": {"kind": "LSTM", "ntokens": 200, "nhid": 64, "nlayers": 2},
+            "weights": {"kind": "fresh", "path": None, "epoch": None, "steps": None},
+            "batch_size": 7,
+            "bptt": 10,
         },
-        "model": {
-            "kind": "LSTM", "ntokens": 200, "emsize": 64, "nhid": 64, "nlayers": 2, "dropout": 0.2, "tied": False,
-        },
-        "weights": {"kind": "fresh", "path": None, "epoch": None, "steps": None},
         "seed": 1111,
         "batches": 32,
-        "batch_size": 7,
-        "bptt": 10,
         "lr": 20.0,
         "clip": 0.25,
         "flush_limit": 1e-3,

@@ -6,24 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.options.modes import MODES
-from roundoff.runs.directory import perplexity
+from lm.options.modes import MODES, Mode
 from roundoff.runs.jsonfile import to_json
+from roundoff.runs.reading import perplexity
 
 SEEDS = (1111, 1112, 1113, 1114, 1115)
 LOSSES = [6.5, 6.25, 6.0, 5.75, 5.5, 5.25, 5.0, 4.75]
 """Training losses that fp32 and fp16 both hold exactly."""
 
-_TRAINED = {  # label -> script, mode, dtype, static_loss_scale
-    "fp32": ("main", "fp32", "float32", 1.0),
-    "manual": ("main", "fp16", "float16", 128.0),
-    "fp16-optimizer": ("main_fp16_optimizer", "fp16-static", "float16", 128.0),
-    "fp16-optimizer-dynamic": ("main_fp16_optimizer", "fp16-dynamic", "float16", None),
-    "fp16-optimizer-fp32": ("main_fp16_optimizer", "fp32-static", "float32", 1.0),
-    "amp-fp16": ("main_amp", "float16", "float16", None),
-    "amp-bf16": ("main_amp", "bfloat16", "bfloat16", 1.0),
-    "amp-fp32": ("main_amp", "float32", "float32", 1.0),
-}
+_SCALES = {"manual": 128.0, "fp16-optimizer": 128.0, "fp16-optimizer-dynamic": None, "amp-fp16": None}
 
 
 def make_run(
@@ -40,13 +31,13 @@ def make_run(
     valid_losses: Sequence[float] | None = None,
     tokens_per_second: float | None = 1000.0,
     peak_memory_bytes: int | None = 400_000_000,
-    **config: Any,
+    **changes: Any,
 ) -> Path:
     """Write the run directory `folder` (with its parents) and return it.
 
     Args:
         folder: the run directory itself; must not exist yet.
-        label: one of `lm.options.modes.MODES`; another name is written as the mode of a script "other".
+        label: one of `lm.options.modes.MODES`, or another mode, which equals none and trains in fp32.
         seed: of the run.
         losses: training loss a step; by default `LOSSES`.
         test_loss: in the result; None as of a run that diverged.
@@ -57,11 +48,11 @@ def make_run(
         steps_per_epoch: by default half of the steps, so that there are two epochs.
         valid_losses: one an epoch that was completed; by default the mean loss of its steps.
         tokens_per_second, peak_memory_bytes: in the result.
-        config: replaces fields of config.json, such as `batch_size=40` or `corpus={...}`.
+        changes: to config.json; a mapping changes the fields that it names, such as `job={"bptt": 70}`.
     """
     losses = LOSSES if losses is None else losses
-    base = make_config(label, seed) | config
-    static = base["static_loss_scale"]
+    base = changed(make_config(label, seed), changes)
+    static = base["precision"]["loss_scale"]
     scales = [65536.0 if static is None else static] * len(losses) if loss_scales is None else loss_scales
     taken = [True] * len(losses) if applied is None else applied
     norms = [0.25 if good else math.inf for good in taken] if grad_norms is None else grad_norms
@@ -74,7 +65,7 @@ def make_run(
             "grad_norm": norms[i],
             "loss_scale": scales[i],
             "applied": taken[i],
-            "lr": base["lr"],
+            "lr": base["job"]["lr"],
         }
         for i in range(len(losses))
     ]
@@ -82,7 +73,7 @@ def make_run(
         starts = range(0, len(losses) - per_epoch + 1, per_epoch)
         valid_losses = [sum(losses[i : i + per_epoch]) / per_epoch for i in starts]
     epochs = [
-        {"epoch": i + 1, "valid_loss": loss, "valid_ppl": perplexity(loss), "lr": base["lr"], "seconds": 1.5}
+        {"epoch": i + 1, "valid_loss": loss, "valid_ppl": perplexity(loss), "lr": base["job"]["lr"], "seconds": 1.5}
         for i, loss in enumerate(valid_losses)
     ]
     folder.mkdir(parents=True)
@@ -114,41 +105,51 @@ def make_runs(
 
 
 def make_config(label: str = "fp32", seed: int = 1111) -> dict[str, Any]:
-    """`config.json` of a mode."""
-    script, mode, dtype, static = _TRAINED.get(label, ("other", label, "float32", 1.0))
+    """`config.json` of a mode, as the trainers write it."""
+    mode = MODES.get(label, Mode(label, "other", {}, "float32"))
+    wide = "float32" if mode.script == "main_amp" else mode.dtype
     return {
-        "data": "corpus",
-        "model": "LSTM",
-        "emsize": 8,
-        "nhid": 8,
-        "nlayers": 2,
-        "dropout": 0.2,
-        "tied": False,
-        "lr": 20.0,
-        "clip": 0.25,
-        "epochs": 2,
-        "batch_size": 20,
-        "bptt": 35,
+        "job": {
+            "corpus": {
+                "name": "corpus",
+                "sha256": {"train": "aa" * 32, "valid": "bb" * 32, "test": "cc" * 32},
+                "train_tokens": 5600,
+                "valid_tokens": 560,
+                "test_tokens": 560,
+                "words": 2186,
+                "vocab_size": 2192,
+            },
+            "model": "LSTM",
+            "emsize": 8,
+            "nhid": 8,
+            "nlayers": 2,
+            "nhead": 2,
+            "dropout": 0.2,
+            "tied": False,
+            "batch_size": 20,
+            "bptt": 35,
+            "optimizer": "sgd",
+            "lr": 20.0,
+            "clip": 0.25,
+            "epochs": 2,
+            "max_steps": None,
+            "dry_run": False,
+        },
+        "precision": {
+            "mode": label,
+            "dtype": mode.dtype,
+            "loss_scale": _SCALES.get(label, 1.0),
+            "dtypes": {
+                "weights": wide,
+                "master_weights": "float32",
+                "hidden": mode.dtype,
+                "logits": mode.dtype,
+                "loss": "float32",
+                "gradients": wide,
+            },
+            "equals": list(mode.equals),
+        },
         "seed": seed,
-        "max_steps": None,
-        "dry_run": False,
-        "max_skipped": 50,
-        "cuda": False,
-        "deterministic": False,
-        "fp16": "--fp16" in MODES.get(label, []),
-        **({"dynamic_loss_scale": static is None, "fp16_utils": "own"} if script == "main_fp16_optimizer" else {}),
-        "init_scale": 65536.0,
-        "scale_window": 2000,
-        "tf32": False,
-        "log_interval": 200,
-        "save": "model.pt",
-        "run_dir": "run",
-        "script": script,
-        "device": "cpu",
-        "dtype": dtype,
-        "mode": mode,
-        "static_loss_scale": static,
-        "device_name": "A CPU x 2",
         "environment": {
             "torch": "2.13.0+cpu",
             "python": "3.11.7",
@@ -156,27 +157,25 @@ def make_config(label: str = "fp32", seed: int = 1111) -> dict[str, Any]:
             "git_commit": None,
             "platform": "Linux-x86_64",
             "threads": 2,
-            "command": [f"{script}.py", "--seed", str(seed)],
+            "command": [f"{mode.script}.py", "--seed", str(seed)],
+            "device": "A CPU x 2",
+            "processes": 1,
+            "tf32": False,
         },
-        "dtypes": {
-            "weights": dtype if script != "main_amp" else "float32",
-            "master_weights": "float32",
-            "hidden": dtype,
-            "logits": dtype,
-            "loss": "float32",
-            "gradients": dtype if script != "main_amp" else "float32",
+        "options": {
+            "script": mode.script,
+            "data": "corpus",
+            "fp16": "fp16" in mode.options,
+            "save": "model.safetensors",
         },
         "parameters": 38416,
-        "corpus": {
-            "name": "corpus",
-            "sha256": {"train": "aa" * 32, "valid": "bb" * 32, "test": "cc" * 32},
-            "train_tokens": 5600,
-            "valid_tokens": 560,
-            "test_tokens": 560,
-            "words": 2186,
-            "vocab_size": 2192,
-        },
     }
+
+
+def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`content` with `changes`; where both hold a mapping, its fields are changed."""
+    both = {k: v for k, v in changes.items() if isinstance(v, dict) and isinstance(content.get(k), dict)}
+    return content | changes | {name: changed(content[name], change) for name, change in both.items()}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,7 +23,7 @@ def make(monkeypatch, tmp_path, corpus, device):
 
     def build(mode: str, *flags: str, optimizer: Any = None) -> Training:
         count = len(list(tmp_path.glob("run-*")))
-        where = ("--run-dir", str(tmp_path / f"run-{count}"), "--save", str(tmp_path / "model.pt"))
+        where = ("--run-dir", str(tmp_path / f"run-{count}"), "--save", str(tmp_path / "model.safetensors"))
         if device == "cuda":
             flags += ("--deterministic",)
         with monkeypatch.context() as patch:

@@ -1,1 +1,1 @@
-"""What a probe of the language model needs."""
+"""Probe the language model: its float64 reference, its modes, its weights, and the sentences of probe.json."""

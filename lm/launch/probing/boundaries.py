@@ -1,4 +1,4 @@
-"""The gradients at the outputs of a model's modules, and the names and the order of all that is measured."""
+"""Watch the gradients at the outputs of a model's modules, and name all that is measured, in order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +14,12 @@ EMBEDDING, LOGITS = "embedding", "logits"
 
 
 def layer(index: int) -> str:
-    """The name of a layer's output."""
+    """Return the name of the output of layer `index`."""
     return f"layer {index}"
 
 
 def tensor_names(model: RNNModel) -> dict[str, str]:
-    """Name -> "parameter" or "boundary", in forward order."""
+    """Return name -> "parameter" or "boundary", in forward order."""
     names = [name for name, _ in model.named_parameters()]
     kinds = dict.fromkeys(names[:1], "parameter") | {EMBEDDING: "boundary"}
     for index in range(model.options["nlayers"]):
@@ -30,10 +30,10 @@ def tensor_names(model: RNNModel) -> dict[str, str]:
 
 
 def watch(model: RNNModel) -> dict[str, Tensor]:
-    """A dict that each backward pass of `model` fills from now on: name of a boundary -> gradient, but of the logits.
+    """Return a dict that each backward pass of `model` fills from now on: name of a boundary -> gradient.
 
-    Recurrent layers, which torch runs as one module, run one at a time from now on: the same operations in the same
-    order, and the same random numbers. A test holds them to equal bits.
+    The logits are not in it. Recurrent layers, which torch runs as one module, run one at a time from now on. Their
+    operations, the order of these and the random numbers stay the same; a test holds them to equal bits.
     """
     gradients: dict[str, Tensor] = {}
 
@@ -69,7 +69,7 @@ def _one_at_a_time(rnn: nn.RNNBase, keep: Callable[[str, Tensor], None]) -> Call
 
 
 def _single(rnn: nn.RNNBase, index: int) -> nn.RNNBase:
-    """A module of the one layer `index`, which has its weights in common with `rnn`."""
+    """Return the one layer `index` as a module that has its weights in common with `rnn`."""
     options = {"nonlinearity": rnn.nonlinearity} if isinstance(rnn, nn.RNN) else {}
     with torch.device("meta"):  # no memory, no random numbers
         single = type(rnn)(rnn.input_size if index == 0 else rnn.hidden_size, rnn.hidden_size, **options)  # type: ignore[arg-type]

@@ -1,91 +1,78 @@
-"""One mode's gradient of a batch, as its trainer would compute it."""
+"""Compute a batch's gradient in one precision mode of the language model, as its trainer does."""
 
-import argparse
 import copy
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lm.launch.probing.boundaries import LOGITS, watch
-from lm.launch.probing.build import build, loss_scale
+from lm.launch.probing.reference import Batch
 from lm.model.decoder_loss import logits_of
 from lm.model.language_model import Hidden, RNNModel, next_word_loss
-from lm.options.config import parse_args
-from lm.options.modes import MODES
-from lm.training.trial import try_once
+from lm.options.options import Options
+from lm.training.preflight import try_once
+from roundoff.gradients.measure import ScaledGradients
+from roundoff.precision import Precision
 
 PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 """The default: fp16-optimizer at its static scale has the gradient of manual in every bit."""
 
-MEASURED_KS = (0, 7, 16)
-"""Exponents of the loss scales that are also measured: none, the default static one, and where a dynamic one starts."""
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Still multiplied by the loss scale; each of its own dtype.
-
-    Attributes:
-        parameters: by name.
-        boundaries: by name, the logits among them.
-    """
-
-    parameters: dict[str, Tensor]
-    boundaries: dict[str, Tensor]
+MakePrecision = Callable[[Options, RNNModel], Precision]
+Precisions = Mapping[str, MakePrecision]
+"""Trainer, such as "main_amp" -> its `make_precision`."""
 
 
 class Mode:
-    """A mode, and what its trainer makes of flags.
+    """Computes gradients with a trainer's own precision management.
 
     Args:
-        name: of `MODES`.
-        flags: of the trainers.
+        name: of `lm.options.modes.MODES`.
+        args: the options of the mode's trainer.
+        make_precision: that trainer's.
+        model: fp32, on the CPU; it stays as it is.
 
     Attributes:
-        args: the trainer's.
-        scale: the loss scale that it starts with.
-        dtype: in which its products are computed.
-
-    Raises:
-        UsageError: the trainer refuses the flags.
+        description: the trainer's file name.
+        scale: the loss scale that training starts with.
+        dtype: of the products.
     """
 
-    def __init__(self, name: str, flags: list[str]) -> None:
-        script, *mine = MODES[name]
-        self.name = name
-        self.args: argparse.Namespace = parse_args(script, None, [*mine, *flags])
-        self.scale = loss_scale(self.args)
-        self.dtype: torch.dtype = getattr(torch, self.args.dtype)
+    def __init__(self, name: str, args: Options, make_precision: MakePrecision, model: RNNModel) -> None:
+        self.name, self.args = name, args
+        self.description = f"{args.script}.py"
+        self.scale = float(args.static_loss_scale or args.init_scale)
+        self.dtype: torch.dtype = getattr(torch, args.dtype)
+        self._make_precision, self._model = make_precision, model
 
-    def dtypes(self, model: RNNModel) -> dict[str, str]:
-        """Those that really run, as in config.json.
+    def dtypes(self) -> dict[str, str]:
+        """Return the dtypes that really run, as in config.json.
 
         Raises:
             UsageError: this machine cannot run the mode.
         """
-        model = _copy(model)
-        return try_once(model, build(self.args, model), self.args)
+        model = _copy(self._model)
+        return try_once(model, self._make_precision(self.args, model), self.args)
 
-    def gradients(self, model: RNNModel, tokens: Tensor, targets: Tensor, hidden: Hidden) -> Gradients:
-        """Of the mean cross entropy of a batch at the weights of `model` (fp32), which stays as it is.
+    def gradients(self, batch: Batch) -> ScaledGradients:
+        """Return the gradients of the mean cross entropy of `batch`.
 
-        Draws its dropout from torch's generator. `hidden` is float64, and is rounded where the mode's state is half.
+        Dropout draws from torch's generator. The float64 state is rounded where the mode's state is half.
         """
-        model = _copy(model).train()
-        precision = build(self.args, model)
+        model = _copy(self._model).train()
+        precision = self._make_precision(self.args, model)
         boundaries = watch(model)
         with precision.forward():
-            loss, _ = next_word_loss(model, tokens, targets, _like(hidden, model.init_hidden(tokens.size(1))))
+            hidden = _like(batch.hidden, model.init_hidden(batch.tokens.size(1)))
+            loss, _ = next_word_loss(model, batch.tokens, batch.targets, hidden)
         logits = logits_of(loss)
         precision.backward(loss)
         parameters = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return Gradients(parameters, boundaries | {LOGITS: logits})
+        return ScaledGradients(parameters, boundaries | {LOGITS: logits})
 
 
 def _copy(model: RNNModel) -> RNNModel:
-    """`model` with gradients of its own, but the same weights until they become half."""
+    """Copy `model` with gradients of its own, but the same weights until they become half."""
     parameters = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
     return copy.deepcopy(model, parameters)
 
@@ -94,8 +81,3 @@ def _like(hidden: Hidden, template: Hidden) -> Hidden:
     if isinstance(hidden, tuple):
         return tuple(h.to(t.dtype) for h, t in zip(hidden, template, strict=True))
     return hidden.to(template.dtype)  # type: ignore[union-attr]
-
-
-def script_of(mode: Mode) -> str:
-    """The file name of its trainer."""
-    return f"{Path(mode.args.script).stem}.py"

@@ -1,67 +1,97 @@
-"""The true gradient of a batch: the trainers' model and loss, in float64."""
+"""Compute the true gradient of a batch: the trainers' model and loss, in float64."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm.launch.probing.boundaries import watch
+from lm.data.corpus import get_batch
+from lm.launch.probing.boundaries import LOGITS, tensor_names, watch
 from lm.model.language_model import Hidden, RNNModel, detach
+from roundoff.gradients.measure import ParameterGradients
 from roundoff.gradients.tally import pieces
 
 SLICE_BYTES = 1 << 24
-"""Of a slice of float64 logits: 63 rows of 33,280. All 700 rows would take 186 MB, and their gradient again."""
+"""The size of a slice of float64 logits: 63 rows of 33,280. All 700 rows take 186 MB, and their gradient again."""
 
 NEGLIGIBLE = 2.0**-40
-"""Of a tensor's largest element: less is taken for 0. A key's bias in attention has no gradient, since softmax does not
-see it, but float64's rounding leaves some 2**-50 of the others there."""
+"""The share of a tensor's largest element below which an element is taken for 0.
+
+A key's bias in attention has no gradient, since softmax does not see it. Float64's rounding leaves some 2**-50 there.
+"""
+
+
+class Batch(NamedTuple):
+    """What the model reads of a batch: arguments of `RNNModel.forward`.
+
+    Attributes:
+        hidden: float64.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    hidden: Hidden
 
 
 class Reference:
-    """A float64 copy of `model` in training mode, which keeps the gradients of its last batch.
+    """A float64 copy of a model in training mode, which keeps the gradients of its last batch.
+
+    Args:
+        model: fp32; it stays as it is.
 
     Attributes:
-        boundaries: those of `watch`, float64.
+        kinds: name of what is measured -> "parameter" or "boundary", in forward order.
+        weights: name of a parameter -> its weight, fp32.
+        boundaries: name of a boundary -> its gradient, float64, but for the logits.
+        hidden: the state after the last batch, float64; None before the first one.
     """
 
     def __init__(self, model: RNNModel) -> None:
+        self.kinds = tensor_names(model)
+        self.weights = {name: p.detach() for name, p in model.named_parameters()}
         self.model = copy.deepcopy(model).double().train()
         self.model.encoder.sparse = not model.options["tied"]  # 53 MB less at 33,280 words of 200 numbers
         self.boundaries = watch(self.model)
+        self.hidden: Hidden | None = None
 
-    def gradients(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Name of the parameter -> gradient of the mean cross entropy, float64; nobody else may change it.
+    def gradients(self) -> ParameterGradients:
+        """Return each parameter's gradient of the mean cross entropy, float64, and the rows that it has.
 
-        With it go the numbers of those rows that it has; None: all. Other rows of an embedding have no gradient in any
-        mode, unless they are the decoder's too.
+        An embedding has the rows of the batch's words, unless it is the decoder too. Nobody may change a gradient.
         """
         return {name: _gradient(p) for name, p in self.model.named_parameters()}
 
-    def init_hidden(self, batch_size: int) -> Hidden:
-        """Of the first batch."""
-        return self.model.init_hidden(batch_size)
+    def batches(self, data: Tensor, starts: Iterable[int], bptt: int) -> Iterator[Batch]:
+        """Yield a batch of `data`, as `get_batch` cuts it, for each start; each carries the state after the last.
 
-    def run(self, tokens: Tensor, targets: Tensor, hidden: Hidden, see: Callable[[Tensor], None]) -> Hidden:
-        """Forward and backward; return the state after the batch.
+        The first one carries the state 0.
+        """
+        self.hidden = None
+        for start in starts:
+            hidden = self.model.init_hidden(data.size(1)) if self.hidden is None else self.hidden
+            yield Batch(*get_batch(data, start, bptt), hidden)
+
+    def run(self, batch: Batch, see: Callable[[str, Tensor], None]) -> None:
+        """Go forward and backward over `batch`.
 
         Args:
-            tokens, targets, hidden: as of `RNNModel.forward`.
+            batch: tokens, targets and state.
             see: is shown the gradient of the logits, a slice of rows at a time, float64.
         """
         self.model.zero_grad()
-        features, hidden = self.model.features(tokens, hidden)
-        gradient = self._decode(features.detach().flatten(0, 1), targets, see)
+        features, hidden = self.model.features(batch.tokens, batch.hidden)
+        gradient = self._decode(features.detach().flatten(0, 1), batch.targets, see)
         features.backward(gradient.view_as(features))  # type: ignore[no-untyped-call]
         self.model.encoder.weight.grad = _coalesced(self.model.encoder.weight)
         for found in (*(gradient for gradient, _ in self.gradients().values()), *self.boundaries.values()):
             _drop_negligible(found)
-        return detach(hidden)
+        self.hidden = detach(hidden)
 
-    def _decode(self, features: Tensor, targets: Tensor, see: Callable[[Tensor], None]) -> Tensor:
-        """The gradient of `features`; those of the decoder are put into place."""
+    def _decode(self, features: Tensor, targets: Tensor, see: Callable[[str, Tensor], None]) -> Tensor:
+        """Return the gradient of `features`, and put those of the decoder into place."""
         weight, bias = self.model.decoder.weight.detach(), self.model.decoder.bias.detach()
         of_features, of_weight, of_bias = torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)
         rows = max(1, SLICE_BYTES // (8 * len(weight)))
@@ -70,7 +100,7 @@ class Reference:
             gradient = torch.softmax(torch.addmm(bias, part, weight.t()), 1)
             gradient.scatter_add_(1, words, gradient.new_full(words.shape, -1.0))
             gradient /= len(targets)
-            see(gradient)
+            see(LOGITS, gradient)
             torch.mm(gradient, weight, out=of_features[start : start + rows])
             of_weight.addmm_(gradient.t(), part)
             of_bias += gradient.sum(0)

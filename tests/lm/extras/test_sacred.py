@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 import lm.extras
-import lm.options.options
-from lm.options.options import make_parser
+from lm.options.options import option_of, options_of
 from programs import ROOT, SCRIPTS, TINY, Done, Programs, read_run
-from roundoff.cli import whole
 from runs import kill_at, outcome, resume
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -23,7 +21,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 SHOWN = {
     "batch_size": "32", "bptt": "35", "clip": "0.25", "dataset": "'./data'", "dropout": "0.2", "emsize": "200",
     "epochs": "40", "log_interval": "200", "lr": "20.0", "model_type": "'LSTM'", "nhid": "200", "nlayers": "2",
-    "save": "'model.pt'", "seed": "257", "tied": "True",
+    "save": "'model.safetensors'", "seed": "257", "tied": "True",
 }  # fmt: skip
 UPDATES = ["dataset=corpus", "emsize=8", "nhid=8", "batch_size=4", "bptt=5", "epochs=2", "run_dir=run"]
 FLAGS = [*TINY, "--seed", "257", "--tied"]
@@ -59,14 +57,14 @@ def test_print_config_shows_every_option_with_its_default_and_comment(programs, 
     lines = shown(done.out)
     assert {name: value for name, (value, _) in list(lines.items())[:15]} == SHOWN
     assert list(lines)[:15] == list(SHOWN)
-    options = make_parser(script, None).options()
+    options = options_of(script)
     own = list(lines)[15:]
     assert own == sorted(options.keys() - SHOWN.keys() - {"data", "model"})
     for name in own:
         default = options[name].default
-        assert lines[name][0] == ("None" if default == "==SUPPRESS==" else repr(default))
+        assert lines[name][0] == repr(default)
     for name, (_, comment) in lines.items():
-        help_text = options[{"dataset": "data", "model_type": "model"}.get(name, name)].help
+        help_text = option_of(options[{"dataset": "data", "model_type": "model"}.get(name, name)]).help
         assert comment.startswith(help_text)
     assert programs.files().keys() == {"corpus", *(f"corpus/{part}.txt" for part in ("train", "valid", "test"))}
 
@@ -83,8 +81,9 @@ def test_a_run_is_the_run_with_the_same_flags(programs, script):
     assert programs.run(script, *FLAGS, *flags).code == 0
     assert outcome(programs.folder, "sacred", "sacred.pt") == outcome(programs.folder)
     ours, theirs = (read_run(programs.folder / name).config for name in ("run", "sacred"))
-    differing = {name for name in ours if ours[name] != theirs[name]}
-    assert differing <= {"run_dir", "save", "environment"}
+    assert {name for name in ours if ours[name] != theirs[name]} == {"options", "environment"}
+    differing = {name for name, value in ours["options"].items() if value != theirs["options"][name]}
+    assert differing == {"run_dir", "save"}
 
 
 def test_the_documented_line(programs):
@@ -95,7 +94,7 @@ def test_the_documented_line(programs):
     (programs.folder / "data").mkdir()
     (programs.folder / "corpus").rename(programs.folder / "data" / "wikitext-2")
     assert programs.run("main", *line.split(), "batch_size=4", "run_dir=run").code == 0
-    config = read_run(programs.folder / "run").config
+    config = read_run(programs.folder / "run").config["options"]
     documented = {
         "model": "RNN_TANH", "lr": 0.2, "nhid": 150, "nlayers": 1, "bptt": 20, "dropout": 0.5, "save": "rnn_01.pt",
         "emsize": 250, "tied": False, "epochs": 3, "seed": 257, "clip": 0.25, "log_interval": 200, "fp16": False,
@@ -133,7 +132,7 @@ def test_what_the_file_observer_holds(programs, script):
     info = stored(programs, "info.json")
     assert info == {"run_dir": str(programs.folder / "run"), "result": run.result}
     config = stored(programs, "config.json")
-    assert config.keys() == (make_parser(script, None).options().keys() - {"data", "model"}) | {"dataset", "model_type"}
+    assert config.keys() == (options_of(script).keys() - {"data", "model"}) | {"dataset", "model_type"}
     assert (config["dataset"], config["log_interval"], config["tied"], config["seed"]) == ("corpus", 6, True, 257)
     assert "Traceback" not in done.err
 
@@ -141,7 +140,7 @@ def test_what_the_file_observer_holds(programs, script):
 def test_saved_config_gives_the_run_again(programs):
     assert programs.run("main", "save_config", "with", *UPDATES, "lr=3.5").code == 0
     assert programs.run("main", "with", "config.json", "epochs=1").code == 0
-    config = read_run(programs.folder / "run").config
+    config = read_run(programs.folder / "run").config["options"]
     assert (config["lr"], config["epochs"], config["emsize"]) == (3.5, 1, 8)
 
 
@@ -187,7 +186,7 @@ def test_what_is_asked_of_a_resumed_run_is_what_is_said(programs, started, resum
 
 
 def test_the_model_of_another_run_is_no_artifact(programs):
-    (programs.folder / "model.pt").write_bytes(b"of another run")
+    (programs.folder / "model.safetensors").write_bytes(b"of another run")
     programs.spoil_gradients(set(range(1, 99)), "decoder.bias")
     done = programs.run("main", "with", *UPDATES, "tied=False", "max_skipped=4", "-F", "observed")
     assert (done.code, stored(programs, "run.json")["artifacts"]) == (1, [])
@@ -262,32 +261,15 @@ def test_colours_are_for_terminals_that_want_them(programs, monkeypatch):
     assert "\x1b" not in out(terminal=True)
 
 
-def test_an_option_added_once_is_in_argparse_sacred_and_config_json(programs, monkeypatch):
-    add_records = lm.options.options._add_records
-
-    def add(parser):
-        add_records(parser)
-        parser.add_argument("--patience", type=whole, default=3, help="epochs to wait")
-
-    monkeypatch.setattr(lm.options.options, "_add_records", add)
-    assert "--patience" in programs.run("main", "--help").out
-    assert shown(programs.run("main", "print_config").out)["patience"] == ("3", "epochs to wait")
-    train(programs, "main", "patience=7", "epochs=1")
-    assert read_run(programs.folder / "run").config["patience"] == 7
-    (programs.folder / "c.toml").write_text("patience = 8\n")
-    assert programs.run("main", *TINY, "--run-dir", "toml", "--epochs", "1", "--config", "c.toml").code == 0
-    assert read_run(programs.folder / "toml").config["patience"] == 8
-
-
 @pytest.mark.slow
 def test_as_a_process_it_is_imported_when_asked_for_and_warns_of_nothing(tmp_path: Path):
     code = (
-        "import sys, lm.options.config, main\n"
+        "import sys, lm.launch.entry, lm.options.config, main\n"
         "assert not [name for name in sys.modules if name.partition('.')[0] == 'sacred']\n"
         "lm.options.config.parse_args(main.__file__, None, [])\n"
         "assert 'sacred' not in sys.modules\n"
         "sys.argv = ['main.py', 'print_dependencies']\n"
-        "main.main()\n"
+        "lm.launch.entry.run_trainer(main.main, main.__file__, None)\n"
     )
     command = [sys.executable, "-W", "default", "-c", code]
     done = subprocess.run(
@@ -296,5 +278,5 @@ def test_as_a_process_it_is_imported_when_asked_for_and_warns_of_nothing(tmp_pat
     assert "arn" not in done.stderr
     assert re.search(r"^  sacred +== 0\.8\.\d+$", done.stdout, re.MULTILINE)
     assert re.search(r"^  main.py +[0-9a-f]{32}$", done.stdout, re.MULTILINE)
-    assert re.search(r"^  fp16_utils/fp16util.py +[0-9a-f]{32}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  apex_compat/fp16_utils/fp16util.py +[0-9a-f]{32}$", done.stdout, re.MULTILINE)
     assert done.stdout.count("\nM ") + done.stdout.count("\n  git") <= 1

@@ -34,7 +34,7 @@ def test_the_command_of_a_run() -> None:
     assert job.command == [
         *(sys.executable, str(Path(launch.__file__).parents[2] / "main_fp16_optimizer.py")),
         *("--fp16", "--dynamic-loss-scale", "--nhid", "8", "--seed", "7"),
-        *("--run-dir", "out/runs/x", "--save", "out/runs/x/model.pt"),
+        *("--run-dir", "out/runs/x", "--save", "out/runs/x/model.safetensors"),
     ]
 
 
@@ -197,7 +197,9 @@ def test_which_runs_are_kept(tmp_path) -> None:
     elsewhere = Job("manual", 5, ["--nhid", "8"], Path("/elsewhere/manual-5")).command
     record(here, "diverged", ["/home/main.py", *elsewhere[2:]])
     assert here.result() == {"status": "diverged"}
-    record(here, "finished", ["main.py", *elsewhere[2:], "--save", "there/model.pt"])  # resumed in a third place
+    record(
+        here, "finished", ["main.py", *elsewhere[2:], "--save", "there/model.safetensors"]
+    )  # resumed in a third place
     assert here.result() == {"status": "finished"}
     for other in (
         Job("fp32", 5, ["--nhid", "8"], here.run_dir),
@@ -220,7 +222,10 @@ def test_a_run_under_way_goes_on_wherever_the_folder_is_now(trainer, tmp_path) -
     with comparison_folder(tmp_path / "out", PLAN) as lock:
         record(here, "interrupted", ["a.py", *Job("a", 1, [], Path("elsewhere/a-1")).command[2:]])
         run_jobs([here], [{}], lock)
-    assert here.log.read_text() == f"{['--resume', str(here.run_dir), '--save', str(here.run_dir / 'model.pt')]}\n"
+    assert (
+        here.log.read_text()
+        == f"{['--resume', str(here.run_dir), '--save', str(here.run_dir / 'model.safetensors')]}\n"
+    )
     assert (here.run_dir / "config.json").exists()
 
 

@@ -178,10 +178,10 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     done = programs.run("compare", "--probe", "--modes", "manual", "--out", "o", "--", *tiny)
     assert (done.code, done.err) == (0, "")
     initial, final = (read_probe(tmp_path / f"o/probes/manual-1111-{when}/probe.json") for when in ("initial", "final"))
-    assert initial["weights"]["kind"] == "fresh"
-    assert (final["weights"]["kind"], final["weights"]["steps"]) == ("run", 5)
+    assert initial["job"]["weights"]["kind"] == "fresh"
+    assert (final["job"]["weights"]["kind"], final["job"]["weights"]["steps"]) == ("run", 5)
     assert initial["batches"] == final["batches"] == 4
-    assert (initial["model"], initial["corpus"]) == (final["model"], final["corpus"])
+    assert all(initial["job"][name] == final["job"][name] for name in ("model", "corpus"))
     assert initial["total"] != final["total"]
     assert list(initial["modes"]) == list(final["modes"]) == ["manual"]
     for result in (initial, final):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import lm.model.onnx_file
+from checkpoints import saved_weights
 from lm.model.language_model import KINDS, RNNModel
 from lm.model.model_file import load_model
 from programs import HALF, SCRIPTS, TINY, WORDS, read_run
@@ -96,15 +97,15 @@ def test_sizes_that_are_not_even() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("script", "flags"), [("main", []), *((s, HALF[s]) for s in SCRIPTS)])
 def test_every_trainers_model(programs, script, flags, kind) -> None:
-    """The file has the weights of model.pt, in fp32: half numbers are fp32 numbers too."""
+    """The file has the weights of model.safetensors, in fp32: half numbers are fp32 numbers too."""
     lr = "0.5" if kind == "Transformer" else "5"
     run = programs.train(script, *flags, *EXPORT, "--model", kind, "--lr", lr, "--max-steps", "9", "--epochs", "1")
     assert "| model.onnx: ONNX opset 17, fp32; onnxruntime is within " in run.out.splitlines()[-1]
     assert run.config["onnx_export"] == "model.onnx"
-    model, _ = load_model(Path("model.pt"))
+    model, _ = load_model(Path("model.safetensors"))
     compare(Path("model.onnx"), model.eval(), 7, 3, 1e-5)
-    if flags and script != "main_amp":  # model.pt is half: against what the trained model itself says in fp16
-        assert {w.dtype for w in torch.load("model.pt")["weights"].values()} == {torch.float16}
+    if flags and script != "main_amp":  # model.safetensors is half: against what the trained model itself says in fp16
+        assert {w.dtype for w in saved_weights(Path("model.safetensors")).values()} == {torch.float16}
         compare(Path("model.onnx"), model.half(), 7, 3, 0.01)
 
 
@@ -114,7 +115,7 @@ def test_what_the_file_says_of_itself(programs) -> None:
 
     programs.train("main", *EXPORT, "--dry-run")
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-    model, vocabulary = load_model(Path("model.pt"))
+    model, vocabulary = load_model(Path("model.safetensors"))
     assert json.loads(session.get_modelmeta().custom_metadata_map["vocabulary"]) == vocabulary
     assert json.loads(session.get_modelmeta().custom_metadata_map["options"]) == model.options
     words = ["words", "batch"]
@@ -165,7 +166,7 @@ def test_of_a_run_that_has_ended_long_ago(programs) -> None:
     before = outcome(programs.folder)
     resume(programs, "main", *EXPORT)
     assert outcome(programs.folder) == before
-    compare(Path("model.onnx"), load_model(Path("model.pt"))[0].eval(), 4, 2, 1e-5)
+    compare(Path("model.onnx"), load_model(Path("model.safetensors"))[0].eval(), 4, 2, 1e-5)
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> str:
@@ -257,7 +258,11 @@ def test_a_failing_export_costs_nothing_else(programs, monkeypatch, fault) -> No
 @needed
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("nowhere/x.onnx", "cannot write in nowhere"), ("corpus", "is a directory"), ("./model.pt", "--save are both")],
+    [
+        ("nowhere/x.onnx", "cannot write in nowhere"),
+        ("corpus", "is a directory"),
+        ("./model.safetensors", "--save are both"),
+    ],
 )
 def test_a_place_that_will_not_do_is_found_before_the_work(programs, path, said) -> None:
     error = programs.refuse("main", *TINY, "--onnx-export", path)

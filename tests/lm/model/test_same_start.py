@@ -11,7 +11,7 @@ from lm.training.loop import Training
 
 
 def make(monkeypatch, tmp_path, corpus, mode: str, *flags: str) -> Training:
-    where = ("--run-dir", str(tmp_path / f"run-{mode}"), "--save", str(tmp_path / "model.pt"))
+    where = ("--run-dir", str(tmp_path / f"run-{mode}"), "--save", str(tmp_path / "model.safetensors"))
     return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *where, *flags)
 
 

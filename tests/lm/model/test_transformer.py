@@ -104,7 +104,7 @@ def test_it_is_the_mistake_of_the_flags(tmp_path) -> None:
 def test_a_hostile_file(programs: Programs, change) -> None:
     model = make()
     model.options |= change
-    save_model(programs.folder / "model.pt", model, WORDS)
+    save_model(programs.folder / "model.safetensors", model, WORDS)
     assert "contradicts itself" in programs.refuse("generate")
 
 
@@ -116,7 +116,7 @@ def test_text_from_as_many_words_as_it_was_trained_on(programs: Programs) -> Non
         for name, weight in model.named_parameters():
             if "norm" not in name and name != "decoder.bias":
                 weight.normal_()  # so that earlier words count for much
-    save_model(programs.folder / "model.pt", model, WORDS)
+    save_model(programs.folder / "model.safetensors", model, WORDS)
 
     def plain(context: int) -> list[str]:
         torch.manual_seed(1111)

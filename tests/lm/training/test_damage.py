@@ -1,8 +1,6 @@
 """Damaged checkpoints, torn records, two runs in one place: the last good state is found, and is gone on from."""
 
-import io
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,125 +10,68 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from disks import MODE, RUN_FILES, START, one_line
-from lm.training.checkpoint import read_checkpoint
+from hostile import DAMAGES
+from jobs import mostly_slow
+from lm.training.checkpoint import DAMAGED, FILE, FORMAT, PREVIOUS
 from programs import ROOT, Programs, start
 from roundoff.runs.directory import RunDirectory
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.tensor_file import load_tensors
 from runs import KilledError, kill_at, outcome, resume
 
 
 @pytest.fixture
 def killed(tiny: Programs, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]) -> Path:
-    """A run that was killed after its second epoch's first checkpoint; a copy, to begin with again."""
+    """A run that was killed after its second epoch's first checkpoint."""
     kill_at(monkeypatch, tiny, "train_step", 15, *START)
-    shutil.copytree(tiny.folder / "run", tiny.folder / "copy")
-    assert {"checkpoint.pt", "checkpoint.previous.pt"} <= {path.name for path in (tiny.folder / "copy").iterdir()}
+    assert (tiny.folder / "run" / FILE).exists()
+    assert (tiny.folder / "run" / PREVIOUS).exists()
     return tiny.folder / "run"
 
 
-def again(run: Path) -> Path:
-    """Put the killed run back as it was; return its checkpoint."""
-    shutil.rmtree(run)
-    shutil.copytree(run.with_name("copy"), run)
-    return run / "checkpoint.pt"
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "file").touch()
 
 
-def damages() -> dict[str, Callable[[Path], object]]:
-    """Ways to lose a checkpoint."""
-    flips = {f"bit flipped at {place / 40:.0%}": place / 40 for place in range(40)}
-    cuts = {f"cut at {place / 10:.0%}": place / 10 for place in range(10)}
-
-    def flip(path: Path, where: float) -> None:
-        data = bytearray(path.read_bytes())
-        data[int(where * len(data))] ^= 16
-        path.write_bytes(data)
-
-    def directory(path: Path) -> None:
-        path.unlink()
-        path.mkdir()
-        (path / "file").touch()
-
-    return (
-        {name: lambda path, where=where: flip(path, where) for name, where in flips.items()}
-        | {
-            name: lambda path, where=where: os.truncate(path, int(where * path.stat().st_size))
-            for name, where in cuts.items()
-        }
-        | {
-            "one byte short": lambda path: os.truncate(path, path.stat().st_size - 1),
-            "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"x"),
-            "a directory": directory,
-            "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-            "a text": lambda path: path.write_text("no checkpoint"),
-            "a model": lambda path: shutil.copy("model.pt", path),
-            "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
-            "deleted": Path.unlink,
-        }
-    )
+LOSSES: dict[str, Callable[[Path], object]] = {
+    **{
+        name: lambda path, make=damage.make: path.write_bytes(make(path.read_bytes()))
+        for name, damage in DAMAGES.items()
+    },
+    "a model": lambda path: shutil.copy("model.safetensors", path),
+    "a directory": directory,
+    "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "deleted": Path.unlink,
+}
+"""Ways to lose a checkpoint."""
 
 
-@pytest.mark.slow
-def test_a_damaged_checkpoint(tiny, killed, expected, record_testsuite_property):
-    """The one before it is used. A flip in what nobody reads, such as padding, is none."""
-    fell_back = 0
-    for name, damage in damages().items():
-        damage(again(killed))
-        out = resume(tiny, MODE[0]).out
-        if "| going on with run at epoch 2, step 10\n" in out:
-            fell_back += 1
-            assert "; going on from the one before it, checkpoint.previous.pt\n" in out
-            assert out.startswith("| run/checkpoint.pt " + ("is missing" if name == "deleted" else "cannot be used ("))
-        else:
-            assert name.startswith("bit"), name
-            assert out.startswith("| going on with run at epoch 2, step 13\n"), out
-        assert outcome(tiny.folder) == expected, name
-        assert os.path.lexists(killed / "checkpoint.damaged.pt") == ("cannot be used (" in out)
-    assert fell_back > 45
-    record_testsuite_property("damaged checkpoints survived", fell_back)
-
-
-@pytest.mark.slow
-def test_every_damage_is_found_or_none(killed, capsys):
-    """200 flipped bits and 50 lengths: what is read is one of the two checkpoints, to the bit."""
-    path = again(killed)
-    newest, previous = (saved(load_tensors(killed / name)) for name in ("checkpoint.pt", "checkpoint.previous.pt"))
-    good = path.read_bytes()
-    chance = random.Random(0)
-    found = 0
-    for case in range(250):
-        data = bytearray(good)
-        if case < 200:
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-        else:
-            del data[chance.randrange(len(data)) :]
-        path.write_bytes(data)
-        shutil.copy(killed.with_name("copy") / "checkpoint.previous.pt", killed)
-        content = saved(read_checkpoint(killed))
-        if "cannot be used" in capsys.readouterr().out:
-            found += 1
-            assert content == previous
-        else:
-            assert case < 200
-            assert content == newest
-    assert found > 200
-
-
-def saved(content: Any) -> bytes:
-    """As bytes, to compare."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
+@pytest.mark.parametrize("name", mostly_slow(LOSSES, "half", "a bit of a tensor", "a directory", "deleted"))
+def test_a_damaged_checkpoint(tiny, killed, expected, name):
+    """The one before it is used, and the damaged one is kept."""
+    LOSSES[name](killed / FILE)
+    out = resume(tiny, MODE[0]).out
+    assert out.startswith(f"| run/{FILE} " + ("is missing" if name == "deleted" else "cannot be used ("))
+    assert f"; going on from the one before it, {PREVIOUS}\n" in out
+    assert "| going on with run at epoch 2, step 10\n" in out
+    assert outcome(tiny.folder) == expected
+    assert os.path.lexists(killed / DAMAGED) == (name != "deleted")
 
 
 @pytest.mark.parametrize(
-    "left", [("checkpoint.pt", "checkpoint.previous.pt"), ("checkpoint.pt",), ("checkpoint.previous.pt",)]
+    "left",
+    [
+        (FILE, PREVIOUS),
+        (FILE,),
+        (PREVIOUS,),
+    ],
 )
 def test_no_good_checkpoint(tiny, killed, expected, left):
     """The line says what to delete; after that the run starts from its beginning."""
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+    for name in (FILE, PREVIOUS):
         if name in left:
             os.truncate(killed / name, 1000)
         else:
@@ -156,7 +97,10 @@ def test_two_runs_in_one_directory(tiny):
             one_line(done, 2, "run is in use by another run")
             assert not (tiny.folder / "other.pt").exists()
         assert process.poll() is None
-        assert {path.name for path in (tiny.folder / "run").glob("[!.]*")} <= {*RUN_FILES, "checkpoint.previous.pt"}
+        assert {path.name for path in (tiny.folder / "run").glob("[!.]*")} <= {
+            *RUN_FILES,
+            PREVIOUS,
+        }
     finally:
         process.kill()
         process.communicate()
@@ -209,7 +153,7 @@ def test_records_shorter_than_the_checkpoint_says(tiny, killed, name, lost):
     other = killed / ("epochs.jsonl" if name == "steps.jsonl" else "steps.jsonl")
     other.write_bytes(other.read_bytes() + b"{")  # which must not be cut first
     if lost:
-        os.truncate(path, load_tensors(killed / "checkpoint.pt")["records"][name] - lost)
+        os.truncate(path, load_tensors(killed / FILE, FORMAT)["records"][name] - lost)
     else:
         path.unlink()
     error = tiny.refuse(MODE[0], "--resume", "run")

@@ -57,7 +57,7 @@ def meta_job(monkeypatch, tmp_path, corpus, mode: str, optimizer: Any, *flags: s
     monkeypatch.setattr("lm.options.config.device_of", lambda *_: "meta")
     # autocast does not know the meta device; its casts are not what is tested here
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: REAL_AUTOCAST("cpu", dtype, enabled=enabled))
-    flags += ("--run-dir", str(tmp_path / "run"), "--save", str(tmp_path / "model.pt"))
+    flags += ("--run-dir", str(tmp_path / "run"), "--save", str(tmp_path / "model.safetensors"))
     return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags)
 
 

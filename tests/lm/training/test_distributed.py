@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import jobs
+from checkpoints import saved_weights
 from programs import BATCHES, TINY, read_rows, read_run, strict_json
 from runs import outcome
 
@@ -23,10 +24,6 @@ def difference(these, those, key: str) -> float:
     """The largest relative one."""
     pairs = zip(these, those, strict=True)
     return max(abs(this[key] - that[key]) / abs(that[key]) for this, that in pairs)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["weights"]
 
 
 def read_dumps(folder, name: str, processes: int = 2):
@@ -48,8 +45,8 @@ def check_equal_to_one(ranks, processes: int, script: str, *flags: str) -> None:
     assert difference(together.epochs, alone.epochs, "valid_loss") < TOLERANCE
     assert difference([together.result], [alone.result], "test_loss") < TOLERANCE
     assert (alone.config["processes"], together.config["processes"]) == (1, processes)
-    expected = weights(ranks.folder / "one.pt")
-    for name, weight in weights(ranks.folder / "several.pt").items():
+    expected = saved_weights(ranks.folder / "one.pt")
+    for name, weight in saved_weights(ranks.folder / "several.pt").items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
 
 

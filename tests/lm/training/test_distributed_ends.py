@@ -24,7 +24,7 @@ def check_resumed(ranks) -> None:
     """Once resumed, the run is the one that nobody disturbed."""
     ranks.train(2, "main", *TRAIN, name="whole")
     assert ranks.run(2, "main", "--resume", "run").codes == [0, 0]
-    (ranks.folder / "model.pt").rename(ranks.folder / "run.pt")
+    (ranks.folder / "model.safetensors").rename(ranks.folder / "run.pt")
     assert outcome(ranks.folder, "run", "run.pt") == outcome(ranks.folder, "whole", "whole.pt")
 
 
@@ -55,7 +55,7 @@ def test_ctrl_c_to_torchrun(ranks):
     assert run.result["status"] == "interrupted"
     assert math.isfinite(run.result["test_loss"])
     assert BATCHES + 7 <= len(run.steps) == run.result["steps"] < 2 * BATCHES
-    assert (ranks.folder / "model.pt").exists()
+    assert (ranks.folder / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -193,9 +193,9 @@ def test_no_run_to_resume(ranks):
 def test_a_damaged_checkpoint(ranks):
     """Both read the one before it, which rank 0 alone puts in its place; without that one, it is said once."""
     ranks.run(2, "main", *TRAIN, kill={"rank": 0, **STOP}, patience={})
-    checkpoint = ranks.folder / "run" / "checkpoint.pt"
+    checkpoint = ranks.folder / "run" / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    previous = ranks.folder / "run" / "checkpoint.previous.pt"
+    previous = ranks.folder / "run" / "checkpoint.previous.safetensors"
     content = previous.read_bytes()
     previous.unlink()
     assert "cannot be used" in refused(ranks, 2, "--resume", "run")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from checkpoints import saved_weights
 from programs import BATCHES, HALF, SCRIPTS, TINY, read_run
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -42,7 +43,7 @@ def test_divergence(programs, script, flags, value):
     for told in (run.config["mode"], f"loss scale {scale:g}", "rnn.bias_hh_l1", "4 steps in a row", "--lr"):
         assert told in done.err
     assert "End of training" not in done.out
-    assert not (programs.folder / "model.pt").exists()
+    assert not (programs.folder / "model.safetensors").exists()
 
 
 @every_mode
@@ -140,7 +141,7 @@ def test_a_diverged_run_keeps_the_model_of_an_earlier_epoch(programs):
     done = programs.run("main", *TINY, "--max-skipped", "4", "--epochs", "2")
     run = read_run(programs.folder / "run")
     assert (done.code, len(run.epochs)) == (1, 1)
-    saved = torch.load(programs.folder / "model.pt", weights_only=True)["weights"]
+    saved = saved_weights(programs.folder / "model.safetensors")
     assert all(weight.isfinite().all() for weight in saved.values())
     # 18 batches of the first epoch, and those of the second one that ran before its end
     assert run.result["tokens_per_second"] > 0

@@ -1,7 +1,6 @@
 """Full disks and read-only disks: the last good state stays, and is gone on from when there is room again."""
 
 import errno
-import io
 import os
 import re
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import lm.training.loop
 from disks import MODE, RUN_FILES, START, FailingCall, FullDisk, ReadOnly, check_whole, clear, one_line
@@ -19,7 +17,6 @@ from forks import Forks
 from jobs import mostly_slow
 from programs import Done, Programs, start, write_corpus
 from roundoff.runs.directory import RunDirectory
-from roundoff.runs.files import write_atomically
 from runs import KilledError, outcome, resume
 
 
@@ -56,9 +53,9 @@ def fail_every(
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_any_write(tiny, monkeypatch, expected, record_testsuite_property):
     hits = fail_every(tiny, monkeypatch, expected, FullDisk)
-    assert hits.keys() == {*RUN_FILES, "model.pt"}
+    assert hits.keys() == {*RUN_FILES, "model.safetensors"}
     assert min(hits.values()) >= 1
-    assert hits["checkpoint.pt"] >= 6
+    assert hits["checkpoint.safetensors"] >= 6
     record_testsuite_property("failed writes survived", hits.total())
 
 
@@ -89,15 +86,15 @@ def test_a_disk_that_is_full_at_any_flush_or_rename(tiny, monkeypatch, expected,
 
 
 def test_no_links_and_a_kill_between_two_renames(tiny, monkeypatch, expected):
-    """For a moment there is no checkpoint.pt then, but the one before it."""
+    """For a moment there is no checkpoint.safetensors then, but the one before it."""
     replaced = 0
     original = os.replace
 
     def killed(source: Any, target: Any) -> None:
         nonlocal replaced
-        if replaced and Path(target).name == "checkpoint.pt" and not os.path.lexists(target):
+        if replaced and Path(target).name == "checkpoint.safetensors" and not os.path.lexists(target):
             raise KilledError
-        replaced += Path(target).name == "checkpoint.previous.pt"
+        replaced += Path(target).name == "checkpoint.previous.safetensors"
         original(source, target)
 
     def no_links(*_: Any) -> None:
@@ -108,7 +105,7 @@ def test_no_links_and_a_kill_between_two_renames(tiny, monkeypatch, expected):
         patch.setattr(os, "replace", killed)
         with pytest.raises(KilledError):
             tiny.run(*START)
-    assert "checkpoint.pt is missing; going on from the one before it" in resume(tiny, MODE[0]).out
+    assert "checkpoint.safetensors is missing; going on from the one before it" in resume(tiny, MODE[0]).out
     assert outcome(tiny.folder) == expected
 
 
@@ -117,8 +114,12 @@ def test_files_that_may_not_grow(tmp_path, record_testsuite_property):
     """The limit is the system's own, RLIMIT_FSIZE: the kernel cuts a write short and then refuses it."""
     write_corpus(tmp_path / "corpus", train=20)
     rarely = ["--checkpoint-interval", "1000"]
-    cases = [("config.json", [], 1000), ("steps.jsonl", [*rarely, "--bptt", "1"], 4000), ("model.pt", rarely, 6000)]
-    cases += [("checkpoint.pt", [], limit) for limit in (4000, 8000, 12000)]
+    cases = [
+        ("config.json", [], 1000),
+        ("steps.jsonl", [*rarely, "--bptt", "1"], 4000),
+        ("model.safetensors", rarely, 6000),
+    ]
+    cases += [("checkpoint.safetensors", [], limit) for limit in (4000, 8000, 12000)]
     with Forks() as forks:
         for name, flags, limit in cases:
             assert forks.run(tmp_path, *START, *flags).code == 0
@@ -199,7 +200,7 @@ def test_a_disk_that_becomes_read_only(mounted, programs, monkeypatch):
     expected = outcome(folder)
     clear(folder)
     mounted("-o", "remount,ro")
-    one_line(programs.run(*START), 2, "Read-only", "--save model.pt")
+    one_line(programs.run(*START), 2, "Read-only", "--save model.safetensors")
     mounted("-o", "remount,rw")
     original = lm.training.loop.Training.train_step
     for step in (1, 4, 9, 10, 17, 18):
@@ -241,7 +242,7 @@ def test_a_directory_that_can_no_longer_be_changed(tiny, monkeypatch, expected, 
                 again = tiny.run(MODE[0], "--resume", "run")
             assert again.code in (1, 2)
             one_line(again, again.code, os.strerror(number))
-            assert re.search(r"--resume run|--save model\.pt", again.err)
+            assert re.search(r"--resume run|--save model\.safetensors", again.err)
             resume(tiny, MODE[0])
         else:
             one_line(done, 2, os.strerror(number), "give")
@@ -251,21 +252,6 @@ def test_a_directory_that_can_no_longer_be_changed(tiny, monkeypatch, expected, 
         check_whole(tiny.folder)
         clear(tiny.folder)
     assert n > 60
-
-
-def test_what_torch_makes_of_a_failed_write(tmp_path):
-    """A RuntimeError of its own, but the error of the disk is what is told."""
-
-    class Full(io.BytesIO):
-        def write(self, data: Any) -> int:
-            if self.tell() > 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data)
-
-    with pytest.raises(OSError, match="No space left") as failed:
-        write_atomically(tmp_path / "model.pt", lambda file: torch.save({"weight": torch.zeros(5000)}, Full()))
-    assert failed.value.filename == str(tmp_path / "model.pt")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(tiny, monkeypatch):

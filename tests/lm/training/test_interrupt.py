@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lm.training.loop
+from checkpoints import saved_weights
 from lm.model.model_file import load_model
 from programs import BATCHES, HALF, SCRIPTS, TINY, read_run, start, write_corpus
 from runs import signal_at
@@ -37,7 +38,7 @@ def test_ctrl_c_in_the_first_epoch(programs, script, flags, monkeypatch):
     assert (run.result["status"], run.result["steps"], len(run.steps), run.epochs) == ("interrupted", 7, 7, [])
     assert f"| test loss {run.result['test_loss']:5.2f} | test ppl {run.result['test_ppl']:8.2f}\n" in done.out
     assert run.result["tokens_per_second"] > 0
-    model, vocabulary = load_model(programs.folder / "model.pt")
+    model, vocabulary = load_model(programs.folder / "model.safetensors")
     assert len(vocabulary) == 18
     assert all(weight.isfinite().all() for weight in model.parameters())
 
@@ -56,7 +57,7 @@ def test_ctrl_c_later_tests_the_best_model(programs, script, flags, monkeypatch)
     assert programs.run(script, *TINY, *flags).code == 0
     run = read_run(programs.folder / "run")
     assert (run.result["status"], len(run.steps), len(run.epochs)) == ("interrupted", BATCHES + 4, 1)
-    saved = torch.load(programs.folder / "model.pt", weights_only=True)["weights"]
+    saved = saved_weights(programs.folder / "model.safetensors")
     for name, weight in first_epoch["weights"].items():
         assert torch.equal(saved[name], weight)
 
@@ -118,7 +119,7 @@ def test_ctrl_c_as_a_user_sends_it(programs):
     run = read_run(programs.folder / "run")
     assert run.result["status"] == "interrupted"
     assert BATCHES + 10 <= run.result["steps"] == len(run.steps)
-    assert len(load_model(programs.folder / "model.pt")[1]) == 18
+    assert len(load_model(programs.folder / "model.safetensors")[1]) == 18
 
 
 @pytest.mark.slow

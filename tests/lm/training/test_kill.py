@@ -13,8 +13,9 @@ import pytest
 import jobs
 from forks import End, Forks
 from lm.model.model_file import load_model
+from lm.training.checkpoint import FORMAT
 from programs import TINY, strict_json, write_corpus
-from roundoff.runs.tensorfile import load_tensors
+from roundoff.runs.tensor_file import load_tensors
 from runs import outcome
 
 KILLS = 50
@@ -22,9 +23,9 @@ MODES = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16")
 ANYWHERE = ""
 FLAGS = [*TINY, "--lr", "30", "--log-interval", "5", "--dropout", "0.3", "--checkpoint-interval", "4"]
 FILES = {
-    *("corpus", "model.pt", "run"),
+    *("corpus", "model.safetensors", "run"),
     *(f"run/{name}" for name in ("config.json", "steps.jsonl", "epochs.jsonl", "result.json")),
-    *(f"run/{name}" for name in ("checkpoint.pt", "checkpoint.previous.pt")),
+    *(f"run/{name}" for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors")),
 }
 
 
@@ -61,19 +62,19 @@ class Run:
     def check(self, at: str) -> None:
         """Every file is whole, and the two checkpoints are of two moments, but `at` the one switch between them."""
         run = self.folder / "run"
-        checkpoints = {path.name: load_tensors(path) for path in run.glob("checkpoint*.pt")}
-        if self.saved >= 0 or "checkpoint.previous.pt" in checkpoints:
-            assert "checkpoint.pt" in checkpoints
+        checkpoints = {path.name: load_tensors(path, FORMAT) for path in run.glob("checkpoint*.safetensors")}
+        if self.saved >= 0 or "checkpoint.previous.safetensors" in checkpoints:
+            assert "checkpoint.safetensors" in checkpoints
         if checkpoints:
             steps = {name: content["records"]["steps"] for name, content in checkpoints.items()}
-            assert steps["checkpoint.pt"] >= max(self.saved, steps.get("checkpoint.previous.pt", 0))
-            self.saved = steps["checkpoint.pt"]
+            assert steps["checkpoint.safetensors"] >= max(self.saved, steps.get("checkpoint.previous.safetensors", 0))
+            self.saved = steps["checkpoint.safetensors"]
             if len(set(steps.values())) < len(steps):
-                one = (run / "checkpoint.pt").stat().st_ino
+                one = (run / "checkpoint.safetensors").stat().st_ino
                 assert at in (ANYWHERE, "after link", "before replace") or one == self.switching
                 self.switching = one
-        if (self.folder / "model.pt").exists():
-            load_model(self.folder / "model.pt")
+        if (self.folder / "model.safetensors").exists():
+            load_model(self.folder / "model.safetensors")
         for path in run.glob("*.json"):
             strict_json(path.read_text())
         for path in run.glob("*.jsonl"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import jobs
+from checkpoints import saved_weights
 from faults import Faults, Plan, put_into
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.model.language_model import RNNModel, next_word_loss
@@ -142,7 +143,7 @@ def test_a_run_recovers(train, monkeypatch, corpus, mode, place) -> None:
     plain = plain_loop(monkeypatch, corpus, mode, plan, 12)
     assert comparable(run.rows) == comparable(plain.rows)
     assert equal_bits(run.weights[-1], plain.weights)
-    assert equal_bits(torch.load(run.saved, weights_only=True)["weights"], plain.weights)
+    assert equal_bits(saved_weights(run.saved), plain.weights)
     assert math.isfinite(run.result["test_loss"])
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jobs
+from checkpoints import saved_weights
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.options.modes import DEFAULT_MODES
 from roundoff.precision import MasterWeights, StepResult
@@ -172,7 +173,7 @@ def test_manual_and_fp16_optimizer_agree_over_a_whole_run(monkeypatch, tmp_path,
         assert [[row[f] for f in fields] for row in read(manual / name)] == [
             [row[f] for f in fields] for row in read(wrapped / name)
         ]
-    weights = [torch.load(f"{path}.pt", weights_only=True)["weights"] for path in (manual, wrapped)]
+    weights = [saved_weights(Path(f"{path}.pt")) for path in (manual, wrapped)]
     assert jobs.bits(list(weights[0].values())) == jobs.bits(list(weights[1].values()))
 
 

@@ -26,7 +26,7 @@ def whole(programs):
         assert programs.run(script, *FLAGS, *flags).code == 0
         result = outcome(programs.folder)
         shutil.rmtree("run")
-        (programs.folder / "model.pt").unlink()
+        (programs.folder / "model.safetensors").unlink()
         return result
 
     return make
@@ -88,7 +88,7 @@ def test_what_may_change_does_not_matter(programs, monkeypatch, whole):
     expected = whole("main_amp")
     kill_at(monkeypatch, programs, "train_step", BATCHES + 7, "main_amp", *FLAGS)
     Path("corpus").rename("elsewhere")
-    Path("model.pt").unlink()
+    Path("model.safetensors").unlink()
     resume(
         programs,
         "main_amp",
@@ -102,7 +102,7 @@ def test_what_may_change_does_not_matter(programs, monkeypatch, whole):
         "3",
     )
     assert outcome(programs.folder, model="new.pt") == expected
-    assert not Path("model.pt").exists()
+    assert not Path("model.safetensors").exists()
 
 
 def test_the_run_itself_may_move(programs, monkeypatch, whole):
@@ -115,7 +115,7 @@ def test_the_run_itself_may_move(programs, monkeypatch, whole):
 
 
 def test_another_run_has_overwritten_the_best_model(programs, monkeypatch, whole):
-    """--save is model.pt for every run. Only the first epoch is validated well here."""
+    """--save is model.safetensors for every run. Only the first epoch is validated well here."""
     validations = 0
     evaluate = lm.training.loop.evaluate
 
@@ -128,7 +128,7 @@ def test_another_run_has_overwritten_the_best_model(programs, monkeypatch, whole
     expected = whole("main")
     validations = 0
     kill_at(monkeypatch, programs, "train_step", 2 * BATCHES, "main", *FLAGS)
-    Path("model.pt").write_bytes(b"of another run")
+    Path("model.safetensors").write_bytes(b"of another run")
     resume(programs, "main")
     assert outcome(programs.folder) == expected
 

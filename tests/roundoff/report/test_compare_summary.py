@@ -62,7 +62,7 @@ def test_sentences_under_the_table(comparison: Comparison) -> None:
 
 
 def test_problems_and_differences(tmp_path: Path) -> None:
-    paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b", "manual", bptt=70)]
+    paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b", "manual", job={"bptt": 70})]
     (paths[0] / "epochs.jsonl").unlink()
     lines = [line.strip() for line in table(compare([read_run(path) for path in paths], anyway=True)).splitlines()]
     assert f"{paths[0]}: epochs.jsonl is missing" in lines
@@ -70,7 +70,7 @@ def test_problems_and_differences(tmp_path: Path) -> None:
 
 
 def test_no_escape_reaches_the_terminal(tmp_path: Path) -> None:
-    paths = [make_run(tmp_path / "a\x1b[31m", status=None), make_run(tmp_path / "b", EVIL, model=EVIL)]
+    paths = [make_run(tmp_path / "a\x1b[31m", status=None), make_run(tmp_path / "b", EVIL, job={"model": EVIL})]
     comparison = compare([read_run(path) for path in paths], [Failure("fp32", 2, [], 1, EVIL)], anyway=True)
     text = table(comparison)
     assert text.replace("\n", "").isprintable()

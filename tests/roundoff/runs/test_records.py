@@ -5,6 +5,7 @@ import struct
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from jobs import count_tensors
 from programs import BATCHES, HALF, SCRIPTS, TINY, read_rows, read_run, strict_json
 from roundoff.errors import UsageError
 from roundoff.precision import StepResult
-from roundoff.runs.directory import RunDirectory, perplexity
+from roundoff.runs import reading
+from roundoff.runs.directory import START, RunDirectory
 from roundoff.runs.jsonfile import to_json
+from roundoff.runs.reading import perplexity
 
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
 
@@ -26,44 +29,58 @@ def step_result(norm: float | torch.Tensor = 1.0, scale: float = 1.0, applied: b
     return StepResult(torch.tensor(applied), torch.as_tensor(norm), torch.tensor(scale))
 
 
-def bits(value: float) -> bytes:
-    return struct.pack("<f", value)
+def same_bits(a: float, b: float, form: str = "<f") -> bool:
+    return struct.pack(form, a) == struct.pack(form, b) or (math.isnan(a) and math.isnan(b))
+
+
+def new(path: Path, **options: Any) -> RunDirectory:
+    """A run that flushes only when it is told to."""
+    return RunDirectory(path, **{"mode": "fp32", "seed": 1, "interval": None} | options)
 
 
 @given(st.floats())
 def test_json_gives_every_float_back(value):
-    back = float(strict_json(to_json({"x": [value]}))["x"][0])
-    assert struct.pack("<d", back) == struct.pack("<d", value) or (math.isnan(back) and math.isnan(value))
+    assert same_bits(float(strict_json(to_json({"x": [value]}))["x"][0]), value, "<d")
 
 
 @pytest.mark.parametrize(
-    ("value", "written"), [(math.inf, '"inf"'), (-math.inf, '"-inf"'), (math.nan, '"nan"'), (-0.0, "-0.0")]
+    ("value", "written"),
+    [
+        (math.inf, '"inf"'),
+        (-math.inf, '"-inf"'),
+        (math.nan, '"nan"'),
+        (-0.0, "-0.0"),
+        ({"a": [{"b": (math.inf, 1)}]}, '{"a": [{"b": ["inf", 1]}]}'),
+        ({"path": Path("a/b"), "none": None, "yes": True}, '{"path": "a/b", "none": null, "yes": true}'),
+        ({3: (1.5,), "int": 2**70}, f'{{"3": [1.5], "int": {2**70}}}'),
+        ('schön "\n', '"schön \\"\\n"'),
+    ],
 )
-def test_json_has_no_infinity(value, written):
+def test_json_of_any_value(value, written):
     assert to_json(value) == written
-    assert to_json({"a": [{"b": (value, 1)}]}) == f'{{"a": [{{"b": [{written}, 1]}}]}}'
+    strict_json(written)
 
 
-def test_json_of_the_rest():
-    value = {"path": Path("a/b"), "none": None, "yes": True, "int": 2**70, "text": 'schön "\n', 3: (1.5,)}
-    assert strict_json(to_json(value)) == {
-        "path": "a/b", "none": None, "yes": True, "int": 2**70, "text": 'schön "\n', "3": [1.5],
-    }  # fmt: skip
+def test_json_of_no_value():
     with pytest.raises(TypeError):
         to_json({"tensor": torch.zeros(())})
 
 
 @given(st.floats(width=32), st.floats(width=32), st.sampled_from([2.0**n for n in range(-20, 30)]), st.booleans())
 def test_a_step_is_recorded_to_the_bit(loss, norm, scale, applied):
+    """From a StepResult, and by name."""
     with tempfile.TemporaryDirectory() as folder:
-        records = RunDirectory.create(Path(folder), "", {})
-        records.step(3, 20.0 / 4**3, torch.tensor(loss), step_result(norm, scale, applied))
+        records = new(Path(folder))
+        records.step(torch.tensor(loss), step_result(norm, scale, applied), epoch=3, lr=20.0 / 4**3)
+        records.step(loss, grad_norm=norm, loss_scale=scale, applied=applied, epoch=3, lr=20.0 / 4**3)
         records.flush()
-        (row,) = read_rows(Path(folder) / "steps.jsonl")
-    assert (row["step"], row["epoch"], row["applied"], row["lr"]) == (1, 3, applied, 0.3125)
-    for name, value in {"loss": loss, "grad_norm": norm, "loss_scale": scale}.items():
-        back = float(row[name])
-        assert bits(back) == bits(value) or (math.isnan(back) and math.isnan(value))
+        rows = read_rows(Path(folder) / "steps.jsonl")
+        records.close()
+    for number, row in enumerate(rows, 1):
+        assert list(row) == ["step", "epoch", "loss", "grad_norm", "loss_scale", "applied", "lr"]
+        assert (row["step"], row["epoch"], row["applied"], row["lr"]) == (number, 3, applied, 0.3125)
+        for name, value in {"loss": loss, "grad_norm": norm, "loss_scale": scale}.items():
+            assert same_bits(float(row[name]), value)
 
 
 @every_half
@@ -82,69 +99,65 @@ def test_the_loss_of_a_run_is_the_exact_fp32_value(programs, script, flags, monk
     assert len(losses) == len(run.steps) == 2 * BATCHES
     for row, loss in zip(run.steps, losses, strict=True):
         assert loss.dtype == torch.float32
-        assert bits(row["loss"]) == bits(loss.item())
+        assert same_bits(row["loss"], loss.item())
         assert row["loss"] == loss.double().item()
-    assert any(bits(row["loss"]) != bits(torch.tensor(row["loss"]).half().item()) for row in run.steps)
+    assert any(not same_bits(row["loss"], torch.tensor(row["loss"]).half().item()) for row in run.steps)
 
 
 def test_rows_are_in_the_file_after_flush_and_counted(tmp_path):
-    records = RunDirectory.create(tmp_path / "run", "", {})
-    for applied in (True, False, False):
-        records.step(1, 1.0, torch.tensor(2.0), step_result(applied=applied))
-    assert (tmp_path / "run" / "steps.jsonl").read_text() == ""
-    assert (records.steps, records.skipped) == (3, 0)
-    rows = records.flush()
-    assert rows == read_rows(tmp_path / "run" / "steps.jsonl")
-    assert [row["applied"] for row in rows] == [True, False, False]
-    assert (records.steps, records.skipped) == (3, 2)
-    assert records.flush() == []
-    records.step(2, 1.0, torch.tensor(2.0), step_result())
-    records.flush()
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "steps.jsonl")] == [1, 2, 3, 4]
-
-
-def test_any_number_of_steps_waits_for_the_flush(tmp_path):
-    records = RunDirectory.create(tmp_path / "run", "x", {})
-    for count in (200, 1, 64, 65):
-        norm = torch.zeros(())
+    """Any number of them waits for it, with the values that they had then."""
+    records = new(tmp_path / "run")
+    norm = torch.zeros(())
+    written: list[dict[str, Any]] = []
+    for count in (200, 1, 64, 65, 0):
         for k in range(count):
-            norm.fill_(k)  # what was recorded is the value that it had then
-            records.step(1, 1.0, torch.tensor(k + 0.5), step_result(norm, scale=2.0, applied=k % 2 == 0))
+            norm.fill_(k)
+            records.step(torch.tensor(k + 0.5), step_result(norm, 2.0, k % 2 == 0), lr=1.0)
+        assert read_rows(tmp_path / "run" / "steps.jsonl") == written
+        assert records.skipped == sum(not row["applied"] for row in written)
         rows = records.flush()
-        assert [row["loss"] for row in rows] == [k + 0.5 for k in range(count)]
-        assert [row["grad_norm"] for row in rows] == list(range(count))
-        assert [row["applied"] for row in rows] == [k % 2 == 0 for k in range(count)]
-    assert records.steps == 330
+        assert [(row["loss"], row["grad_norm"], row["applied"]) for row in rows] == [
+            (k + 0.5, k, k % 2 == 0) for k in range(count)
+        ]
+        written += rows
+        assert read_rows(tmp_path / "run" / "steps.jsonl") == written
+        assert (records.steps, records.skipped) == (len(written), sum(not row["applied"] for row in written))
+    assert [row["step"] for row in written] == list(range(1, 331))
 
 
 def test_steps_that_wait_are_one_tensor(tmp_path):
-    records = RunDirectory.create(tmp_path / "run", "x", {})
+    records = new(tmp_path / "run")
     before = count_tensors()
     for _ in range(60):
-        records.step(1, 1.0, torch.tensor(2.0), step_result())
+        records.step(torch.tensor(2.0), step_result())
     assert count_tensors() == before
 
 
 def test_epochs_and_result(tmp_path):
-    records = RunDirectory.create(tmp_path / "run", "", {"clip": math.inf, "save": Path("model.pt")})
-    records.epoch(1, 5.0, 20.0, 1.5)
-    assert read_rows(tmp_path / "run" / "epochs.jsonl") == [
-        {"epoch": 1, "valid_loss": 5.0, "valid_ppl": math.exp(5.0), "lr": 20.0, "seconds": 1.5}
-    ]
-    records.epoch(2, 1000.0, 20.0, 1.5)
-    records.epoch(3, math.nan, 20.0, 1.5)
+    config = {"clip": math.inf, "save": Path("model.safetensors")}
+    records = new(tmp_path / "run", config=config, derived={"ppl": perplexity})
+    for epoch, loss in enumerate((5.0, 1000.0, math.nan), 1):
+        records.epoch(loss, epoch=epoch, lr=20.0, seconds=1.5)
     records.write_result("finished", 1000.0, tokens_per_second=None, peak_memory_bytes=7)
-    records.flush()
-    assert [row["valid_ppl"] for row in read_rows(tmp_path / "run" / "epochs.jsonl")[1:]] == ["inf", "nan"]
     run = read_run(tmp_path / "run")
-    assert run.config == {"clip": "inf", "save": "model.pt"}
+    assert [list(row.values()) for row in run.epochs] == [
+        [1, 5.0, math.exp(5.0), 20.0, 1.5],
+        [2, 1000.0, "inf", 20.0, 1.5],
+        [3, "nan", "nan", 20.0, 1.5],
+    ]
+    assert list(run.epochs[0]) == ["epoch", "valid_loss", "valid_ppl", "lr", "seconds"]
+    assert run.config == {"clip": "inf", "save": "model.safetensors"}
     assert run.result == {
         "status": "finished", "test_loss": 1000.0, "test_ppl": "inf", "steps": 0, "skipped": 0,
         "tokens_per_second": None, "peak_memory_bytes": 7,
     }  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "config.json", "epochs.jsonl", "result.json", "steps.jsonl",
-    ]  # fmt: skip
+    records.write_result("interrupted", None)
+    assert (read_run(tmp_path / "run").result["test_loss"], read_run(tmp_path / "run").result["test_ppl"]) == (
+        None,
+        None,
+    )
+    files = ["config.json", "epochs.jsonl", "result.json", "steps.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == files
 
 
 def test_perplexity():
@@ -153,6 +166,82 @@ def test_perplexity():
     assert perplexity(709.0) == math.exp(709.0)
     assert perplexity(710.0) == perplexity(math.inf) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+def test_a_loop_of_any_model(tmp_path):
+    """The reader takes what a loop wrote that knows no language model."""
+    model = torch.nn.Linear(2, 1)
+    job = {"model": "linear", "lr": 0.1}
+    with RunDirectory(tmp_path / "run", job=job, mode="bf16", seed=3, interval=4) as run:
+        for step in range(6):
+            loss = model(torch.ones(1, 2)).square().mean()
+            run.step(loss, grad_norm=0.5, loss_scale=2.0, applied=step != 1)
+            assert len(read_rows(tmp_path / "run" / "steps.jsonl")) == (step + 1) // 4 * 4
+        run.finish(test_loss=0.25)
+    read = reading.read_run(tmp_path / "run")
+    assert (read.label, read.seed, read.status, read.job, read.problems) == ("bf16", 3, "finished", job, [])
+    assert (read.steps["step"], read.steps["applied"]) == ([1, 2, 3, 4, 5, 6], [step != 1 for step in range(6)])
+    assert read.result is not None
+    assert (read.result["test_loss"], read.result["skipped"]) == (0.25, 1)
+    assert reading.machine(read.config)["torch"] == torch.__version__
+    assert "test_ppl" not in strict_json((tmp_path / "run/result.json").read_text())
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_a_block_that_ends_without_finish_is_an_interrupted_run(tmp_path, error):
+    """Its steps are there, and others may use the directory."""
+    try:
+        with RunDirectory(tmp_path / "run", mode="fp32") as run:
+            run.step(2.0)
+            if error:
+                raise error
+    except (ZeroDivisionError, KeyboardInterrupt):
+        pass
+    read = reading.read_run(tmp_path / "run")
+    assert (read.status, read.steps["loss"]) == ("interrupted", [2.0])
+    RunDirectory(tmp_path / "run", resume=True).close()
+
+
+def test_epochs_of_a_loop_that_counts_none(tmp_path):
+    with RunDirectory(tmp_path / "run", mode="fp32") as run:
+        for loss in (3.0, 2.0):
+            run.step(loss)
+            run.epoch(loss)
+        run.finish()
+    record = read_run(tmp_path / "run")
+    assert [(row["epoch"], row["loss"]) for row in record.steps] == [(1, 3.0), (2, 2.0)]
+    assert [(row["epoch"], row["valid_loss"]) for row in record.epochs] == [(1, 3.0), (2, 2.0)]
+    assert [row["valid_loss"] for row in reading.read_run(tmp_path / "run").epochs] == [3.0, 2.0]
+    assert all(row["seconds"] >= 0 for row in record.epochs)
+
+
+def test_going_back_forgets_what_came_after_and_no_more(tmp_path):
+    """A torn line goes too, and the result; files that are shorter than the state are refused and stay."""
+    records = new(tmp_path / "run")
+    states = [START]
+    for step in range(3):
+        records.step(1.0 * step, applied=step > 0)
+        records.flush()
+        records.epoch(2.0)
+        states.append(records.state())
+        assert states[-1]["skipped"] == 1
+    records.write_result("interrupted", None)
+    records.close()
+    texts = {name: (tmp_path / "run" / name).read_text() for name in ("steps.jsonl", "epochs.jsonl")}
+    for kept in (3, 2, 1, 0):
+        for name in texts:
+            with (tmp_path / "run" / name).open("a") as file:
+                file.write('{"step": 9, "lo')
+        again = new(tmp_path / "run", resume=True)
+        again.go_back(states[kept])
+        assert (again.steps, again.skipped) == (kept, min(kept, 1))
+        for name, text in texts.items():
+            assert (tmp_path / "run" / name).read_text() == "".join(text.splitlines(keepends=True)[:kept])
+        assert not (tmp_path / "run" / "result.json").exists()
+        again.close()
+    again = new(tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"steps\.jsonl has 0 bytes, not"):
+        again.go_back(states[1])
 
 
 @pytest.fixture
@@ -167,12 +256,12 @@ def noon(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "name"),
     [
-        ("main", [], "main-fp32"),
-        ("main", ["--fp16"], "main-fp16"),
-        ("main_fp16_optimizer", ["--fp16"], "main_fp16_optimizer-fp16-static"),
-        ("main_fp16_optimizer", ["--fp16", "--dynamic-loss-scale"], "main_fp16_optimizer-fp16-dynamic"),
-        ("main_amp", [], "main_amp-float16"),
-        ("main_amp", ["--dtype", "bfloat16"], "main_amp-bfloat16"),
+        ("main", [], "fp32"),
+        ("main", ["--fp16"], "manual"),
+        ("main_fp16_optimizer", ["--fp16"], "fp16-optimizer"),
+        ("main_fp16_optimizer", ["--fp16", "--dynamic-loss-scale"], "fp16-optimizer-dynamic"),
+        ("main_amp", [], "amp-fp16"),
+        ("main_amp", ["--dtype", "bfloat16"], "amp-bf16"),
     ],
 )
 def test_default_name_and_its_collisions(programs, script, flags, name):
@@ -192,21 +281,19 @@ def test_names_run_out_with_a_clear_line(tmp_path, monkeypatch):
     for name in (stamped, *(f"{stamped}-{n}" for n in range(2, 1000))):
         (tmp_path / "runs" / name).mkdir(parents=True)
     with pytest.raises(UsageError, match=r"--run-dir"):
-        RunDirectory.create(None, "x", {})
+        RunDirectory(mode="x")
 
 
-def test_a_directory_that_is_there_but_empty_is_used(tmp_path):
-    (tmp_path / "run").mkdir()
-    RunDirectory.create(tmp_path / "run", "", {})
-    assert (tmp_path / "run" / "steps.jsonl").exists()
-
-
-@pytest.mark.parametrize("rest", ["steps.jsonl", "epochs.jsonl", "result.json", "config.json"])
+@pytest.mark.parametrize("rest", [None, "steps.jsonl", "epochs.jsonl", "result.json", "config.json"])
 def test_a_directory_with_any_file_of_a_run_is_refused(tmp_path, rest):
-    """Rows of two runs in one file could not be told apart."""
+    """Rows of two runs in one file could not be told apart. An empty directory is used."""
+    if rest is None:
+        new(tmp_path)
+        assert (tmp_path / "steps.jsonl").exists()
+        return
     (tmp_path / rest).write_text("{}\n")
     with pytest.raises(UsageError, match="holds a run already"):
-        RunDirectory.create(tmp_path, "", {})
+        new(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [rest]
 
 

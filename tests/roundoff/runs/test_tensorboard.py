@@ -12,6 +12,7 @@ import pytest
 
 import lm
 from programs import BATCHES, TINY, Programs, Run, read_run
+from roundoff.runs.directory import RunDirectory
 from runs import kill_at, outcome, resume
 
 installed = importlib.util.find_spec("tensorboard") is not None
@@ -74,7 +75,7 @@ def test_the_curves_are_those_of_the_run_directory(programs):
     events = check_curves(programs, run, 7)
     assert curve(events, "train/skipped") == [(7, 2), (14, 0), (18, 0), (25, 1), (32, 0), (36, 0)]
     assert [scale for _, scale in curve(events, "train/loss_scale")] == [256, 256, 256, 128, 128, 128]
-    assert run.config["tensorboard"] is True
+    assert run.config["options"]["tensorboard"] is True
 
 
 @needed
@@ -95,11 +96,26 @@ def test_hyperparameters_with_the_final_perplexity(programs):
     assert [info.name.tag for info in experiment.metric_infos] == ["test/ppl"]
     start = content[metadata.SESSION_START_INFO_TAG].hparams
     found = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.items()}
-    plain = {name: value for name, value in run.config.items() if isinstance(value, bool | int | float | str)}
-    assert found.items() <= (plain | {"corpus": "corpus"}).items()
-    chosen = {"script": "main", "mode": "fp16", "tied": True, "seed": 1111, "lr": 20.0, "static_loss_scale": 128.0}
-    assert chosen.items() <= found.items()
-    assert not {"save", "run_dir", "data_name", "device_name", "tensorboard"} & found.keys()
+    chosen = {**run.config["job"], **run.config["precision"], "seed": 1111, "corpus": "corpus"}
+    assert found == {name: value for name, value in chosen.items() if isinstance(value, bool | int | float | str)}
+    told = {"mode": "manual", "dtype": "float16", "loss_scale": 128.0, "tied": True, "seed": 1111, "lr": 20.0}
+    assert told.items() <= found.items()
+    assert not {"save", "run_dir", "data_name", "device", "tensorboard"} & found.keys()
+
+
+@needed
+def test_a_run_of_another_job_has_its_loss_as_metric(tmp_path):
+    """It has no perplexity, and no tokens."""
+    from roundoff.runs.event_files import EventFiles
+
+    with RunDirectory(tmp_path / "run", job={"lr": 0.5}, mode="bf16", listeners=[EventFiles()]) as run:
+        run.step(2.0, lr=0.5, grad_norm=1.0)
+        run.epoch(3.0)
+        run.finish(test_loss=4.0)
+    events = read(tmp_path / "run")
+    names = {f"train/{name}" for name in ("loss", "grad_norm", "loss_scale", "skipped", "lr")}
+    assert set(events.Tags()["scalars"]) == names | {"valid/loss", "test/loss"}
+    assert [curve(events, f"{part}/loss") for part in ("train", "valid", "test")] == [[(1, 2)], [(1, 3)], [(1, 4)]]
 
 
 @needed

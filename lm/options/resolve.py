@@ -1,0 +1,115 @@
+"""The conclusions from the options that are given: values of absent ones, and contradictions."""
+
+from dataclasses import replace
+
+from lm.model.onnx_file import check_onnx_export
+from lm.options.device import device_of
+from lm.options.options import DEFAULT_LR, FP16_STATIC_LOSS_SCALE, TRANSFORMER_LR, Options
+from roundoff import processes
+from roundoff.errors import UsageError
+from roundoff.runs.listeners import Listener
+
+
+def resolve(given: Options) -> Options:
+    """Return `given` with the options that are absent and follow from others, or from this machine.
+
+    Resolved options stay as they are.
+
+    Raises:
+        UsageError: options contradict each other, a package is missing, or there is no such device here.
+    """
+    if given.tensorboard:
+        event_files()  # to refuse it before anything is written
+    if given.onnx_export is not None:
+        check_onnx_export(given.onnx_export, given.save)
+    _check_model(given)
+    optimizer = _optimizer(given)
+    dtype = _dtype(given)
+    return replace(
+        given,
+        device=_device(given),
+        optimizer=optimizer,
+        lr=given.lr or default_lr(optimizer, given.model),
+        dtype=dtype,
+        static_loss_scale=_static_loss_scale(given, dtype),
+        run_dir=given.resume or given.run_dir,
+    )
+
+
+def default_lr(optimizer: str, model: str) -> float:
+    """Return the learning rate of `optimizer`, a key of `DEFAULT_LR`, for a model of this kind."""
+    return TRANSFORMER_LR if (optimizer, model) == ("sgd", "Transformer") else DEFAULT_LR[optimizer]
+
+
+def default_loss_scale(script: str, dtype: str) -> float | None:
+    """Return the static loss scale of a trainer that is told none; None: it is dynamic."""
+    if script == "main_amp":
+        return None if dtype == "float16" else 1.0
+    return FP16_STATIC_LOSS_SCALE if dtype == "float16" else 1.0
+
+
+def _check_model(given: Options) -> None:
+    if given.model == "Transformer":
+        if given.emsize % given.nhead:
+            raise UsageError(
+                f"--nhead {given.nhead} with --emsize {given.emsize}: heads share the width of the embeddings; "
+                "give a multiple of their number"
+            )
+    elif given.tied and given.emsize != given.nhid:
+        raise UsageError(
+            f"--tied with --emsize {given.emsize} and --nhid {given.nhid}: tied weights need both to be equal"
+        )
+
+
+def _device(given: Options) -> str:
+    several = processes.world_size() > 1
+    device = device_of(given.device, cuda=given.cuda, accel=given.accel, processes=processes.local_world_size())
+    if given.tf32 and not device.startswith("cuda"):
+        raise UsageError(f"--tf32 on device {device}: TF32 is a format of CUDA GPUs; leave the flag out")
+    if given.batch_size % processes.world_size():
+        raise UsageError(
+            f"--batch_size {given.batch_size} cannot be divided among {processes.world_size()} processes; "
+            "give a multiple of their number"
+        )
+    return f"cuda:{processes.local_rank()}" if several and device == "cuda" else device
+
+
+def _optimizer(given: Options) -> str:
+    if given.use_optimizer and given.optimizer not in (None, "adamw"):
+        raise UsageError(
+            f"--use-optimizer (AdamW) and --optimizer {given.optimizer} contradict each other: give one of them"
+        )
+    return given.optimizer or ("adamw" if given.use_optimizer else "sgd")
+
+
+def _dtype(given: Options) -> str:
+    if given.script != "main_amp":
+        return "float16" if given.fp16 else "float32"
+    if given.fp16 and given.dtype not in (None, "float16"):
+        raise UsageError(f"--fp16 and --dtype {given.dtype} contradict each other: give one of them")
+    return given.dtype or "float16"
+
+
+def _static_loss_scale(given: Options, dtype: str) -> float | None:
+    if given.dynamic_loss_scale:
+        return None
+    return given.static_loss_scale or default_loss_scale(given.script, dtype)
+
+
+def event_files() -> Listener:
+    """Return the listener that --tensorboard asks for.
+
+    Raises:
+        UsageError: TensorBoard is not installed.
+    """
+    try:
+        from roundoff.runs.event_files import EventFiles
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("roundoff", "torch"):
+            raise
+        raise UsageError(
+            f"--tensorboard without TensorBoard (no {error.name} here): pip install 'roundoff[tensorboard]', "
+            "or leave the flag out (--no-tensorboard, where the resumed run has it): steps.jsonl in the run directory "
+            "has the same numbers"
+        ) from None
+    return EventFiles()

@@ -1,0 +1,142 @@
+"""The start of a run: a new one in a directory of its own, or one that goes on where its checkpoint left it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lm.data.corpus import Corpus
+from lm.model.language_model import RNNModel
+from lm.model.model_file import save_model
+from lm.options.options import Options
+from lm.options.resolve import event_files
+from lm.training import distributed
+from lm.training.checkpoint import (
+    Position,
+    check_like,
+    check_not_of_the_run,
+    has_options,
+    moved,
+    processes_of,
+    read_checkpoint,
+    status_of,
+)
+from lm.training.train_state import TrainState, restore_state
+from roundoff import processes
+from roundoff.errors import UsageError, printable
+from roundoff.precision import Precision
+from roundoff.runs.directory import START, RunDirectory
+from roundoff.runs.files import check_writable
+from roundoff.runs.reading import perplexity
+from roundoff.terminal import Terminal, say
+
+
+def start_run(
+    args: Options, corpus: Corpus, model: RNNModel, precision: Precision, config: dict[str, Any]
+) -> tuple[RunDirectory, TrainState]:
+    """Return the open directory of a run, and the state in which the run starts.
+
+    With --resume, put `model`, `precision` and the random generators into the state of the checkpoint.
+
+    Args:
+        args: the options.
+        corpus: that the run trains on.
+        model: with the weights of a new run.
+        precision: of a new run.
+        config: what `config.json` says from now on.
+
+    Raises:
+        UsageError: a place for the results cannot be written, or the run cannot be resumed; it is as it was then.
+    """
+    _check_places(args)
+    records = RunDirectory(
+        args.run_dir,
+        config=config,
+        name=config["precision"]["mode"],
+        resume=args.resume is not None,
+        listeners=[*([event_files()] if args.tensorboard else []), Terminal(args.log_interval)],
+        derived={"ppl": perplexity},
+        average=distributed.mean,
+        interval=None,
+    )
+    start = TrainState(Position(lr=args.lr))
+    if args.resume is not None:
+        start = _go_on(args, corpus, model, precision, records, start, args.resume)
+    records.start()
+    return records, start
+
+
+def _check_places(args: Options) -> None:
+    """Raise UsageError unless --save and --onnx-export can be written."""
+    if processes.rank() > 0:
+        return
+    for flag, path in {"--save": args.save, "--onnx-export": args.onnx_export}.items():
+        if path is not None:
+            check_not_of_the_run(flag, path, args.run_dir)
+            if args.run_dir is None or args.run_dir != path.parent:  # that directory is made, and tried, next
+                check_writable(flag, path)
+
+
+def _go_on(
+    args: Options,
+    corpus: Corpus,
+    model: RNNModel,
+    precision: Precision,
+    records: RunDirectory,
+    start: TrainState,
+    directory: Path,
+) -> TrainState:
+    """Return the state of the checkpoint in `directory`, or `start`, that of a new run, where there is none yet."""
+    try:
+        if status_of(directory) == "diverged":
+            raise ValueError("this run has diverged, and would again")
+        with distributed.rank_0_first():  # it mends what it finds damaged
+            content = read_checkpoint(directory)
+        if content is not None:
+            start = _restore(args, corpus, model, precision, content)
+        records.go_back(START if content is None else content["records"])
+        if start.best_weights is not None and processes.rank() == 0:
+            _save_best(args, corpus, model, start.best_weights)
+        elsewhere = moved(directory, records.config)
+        same = has_options(directory, records.config["options"]) and processes_of(directory) == processes.world_size()
+        if elsewhere or not same:
+            records.write_config()
+    except BaseException as error:
+        records.close()
+        if isinstance(error, ValueError):
+            raise UsageError(f"--resume {directory}: {printable(error)}; start a new run") from None
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise UsageError(
+                f"--resume {directory}: cannot write {error.filename or 'standard output'} ({error.strerror}); "
+                "make that possible, then resume again"
+            ) from None
+        raise
+    say(f"| going on with {directory} at epoch {start.position.epoch}, step {records.steps + 1}")
+    if elsewhere:
+        say(f"| {elsewhere}: its bits may be others from here on than those of a run that stayed where it was")
+    return start
+
+
+def _restore(
+    args: Options, corpus: Corpus, model: RNNModel, precision: Precision, content: dict[str, Any]
+) -> TrainState:
+    """Put back what a checkpoint holds; raise ValueError where it is not of this run."""
+    if content.get("corpus") != corpus.sha256:
+        raise ValueError("its corpus was another one")
+    start = restore_state(content, model, precision, args.batch_size)
+    check_like(content.get("records"), START, "records")
+    if any(type(count) is not int or count < 0 for count in content["records"].values()):
+        raise ValueError("its records are not counted in whole numbers")
+    epoch = start.position.epoch
+    if epoch > args.epochs + 1:
+        raise ValueError(f"it has trained for {epoch - 1} epochs already, and --epochs is {args.epochs}")
+    return start
+
+
+def _save_best(args: Options, corpus: Corpus, model: RNNModel, weights: dict[str, Tensor]) -> None:
+    """Write the best model to --save. The file there may have been lost, or be of a later epoch or another run."""
+    current = copy.deepcopy(model.state_dict())
+    model.load_state_dict(weights)
+    save_model(args.save, model, corpus.dictionary.idx2word)
+    model.load_state_dict(current)

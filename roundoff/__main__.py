@@ -1,0 +1,58 @@
+"""The program `roundoff`, which is also `python -m roundoff`: a sub-command for each thing that it does."""
+
+# PYTHON_ARGCOMPLETE_OK
+import argparse
+import sys
+from pathlib import Path
+
+from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete
+from roundoff.program import exit_code
+from roundoff.report.compare_command import add_options, default_out, publish, require_packages, settings
+from roundoff.runs.reading import read_run
+from roundoff.verdict.comparison import compare
+
+COMPARE = """Do these runs train alike, and if not, from which step on and by how much? Reads run directories, prints a
+table with a verdict for each mode, and writes report.html, curves.png and summary.json."""
+EPILOG = """Exit code: 0; 1 if a pair of --expect-equal differs; 2 after a mistake in the command; 130 when
+interrupted."""
+
+
+def parse_args(words: list[str]) -> argparse.Namespace:
+    """Read the command line `words`."""
+    parser = OneLineParser("roundoff", description="Compare runs of mixed-precision training.", allow_abbrev=False)
+    add_version(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    comparison = commands.add_parser(
+        "compare",
+        help="put run directories side by side",
+        description=COMPARE,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    comparison.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, finished or not")
+    add_options(comparison)
+    complete(parser)
+    args, rest = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in rest):
+        comparison.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.runs += map(Path, rest)  # argparse leaves the directories that follow an option
+    args.out = args.out or default_out()
+    return args
+
+
+def run() -> int:
+    """Do what the command line asks for."""
+    args = parse_args(sys.argv[1:])
+    require_packages()
+    publish(compare([read_run(path) for path in args.runs], **settings(args)), args)
+    return 0
+
+
+def main() -> int:
+    """Run the program and return its exit code."""
+    return exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The command that compares run directories: its options, and what it prints and writes.
+
+`roundoff compare` and `compare.py` share it.
+"""
+
+import argparse
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from roundoff.cli import finite_above_0
+from roundoff.errors import RunError, UsageError
+from roundoff.extras import needs
+from roundoff.report.html import write_html
+from roundoff.report.png import write_png
+from roundoff.report.probe_table import table as probe_table
+from roundoff.report.summary import table, write_summary
+from roundoff.runs.files import check_writable
+from roundoff.terminal import say
+from roundoff.verdict.types import Comparison
+
+FILES = {"summary.json": write_summary, "report.html": write_html, "curves.png": write_png}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a comparison to `parser`."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report there (default: runs/compare-<time>)")
+    parser.add_argument("--reference", metavar="MODE", help="that the others are compared with (default: fp32)")
+    parser.add_argument(
+        "--margin", type=finite_above_0, default=0.01, metavar="NATS", help="a difference this small is none"
+    )
+    parser.add_argument(
+        "--expect-equal", type=pair, action="append", metavar="A,B", help="exit with 1 if a loss differs in a bit"
+    )
+    parser.add_argument("--anyway", action="store_true", help="compare runs whose job or seeds differ")
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Read two different names, separated by a comma; an argparse type."""
+    first, _, second = text.partition(",")
+    if not first or not second or "," in second or first == second:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two different modes, such as fp32,amp-fp32")
+    return first, second
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `roundoff.compare` that the options say."""
+    return {
+        "reference": args.reference,
+        "margin": args.margin,
+        "expect_equal": args.expect_equal or [],
+        "anyway": args.anyway,
+    }
+
+
+def default_out() -> Path:
+    """Return the folder of a report for which --out names none."""
+    return Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def require_packages() -> None:
+    """Raise UsageError if a package of the report is missing; runs may take hours, and should not end in that."""
+    with needs("report"):
+        for package in ("matplotlib", "plotly", "scipy", "tabulate"):
+            import_module(package)
+
+
+def publish(comparison: Comparison, args: argparse.Namespace) -> None:
+    """Print the table of `comparison` and write its files to `args.out`.
+
+    Raises:
+        UsageError: the files cannot be written.
+        RunError: a pair of --expect-equal differs; the files are written.
+    """
+    _make_folder(args.out)
+    say(table(comparison))
+    for probe in comparison.probes:
+        say(f"\n{probe.title}: {probe.problem or probe.path / 'probe.html'}")
+        if probe.result is not None:
+            say(probe_table(probe.result, explained=False))
+    for name, write in FILES.items():
+        write(args.out / name, comparison)
+    say(f"The report is in {args.out / 'report.html'}, with curves.png and summary.json beside it.")
+    equal = {frozenset((p.first, p.second)): p for p in comparison.pairs}
+    for both in args.expect_equal or []:
+        found = equal[frozenset(both)]
+        if not found.equal:
+            raise RunError(f"--expect-equal {','.join(both)}: {found.sentence}")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); give another directory") from None
+    for name in FILES:
+        check_writable("--out", out / name)
