@@ -42,8 +42,6 @@ def test_sentences_around_the_table() -> None:
         "32 batches of 7 x 10 words of corpus."
     )
     assert lines[1].endswith("length 1.1e-01; standard deviation from batch to batch (noise): 3.1e-01 +-4%.")
-    result["weights"] = {"kind": "run", "path": "runs/a", "epoch": 3, "steps": 400}
-    assert "weights of runs/a after 400 steps; 32 batches" in table(result)
 
 
 def test_without_explanations_the_figures_and_the_advice_are_left() -> None:
