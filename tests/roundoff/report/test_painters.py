@@ -229,7 +229,7 @@ def test_matplotlib_draws_what_is_described() -> None:
     assert [label.get_text() for label in axes["rows"].get_yticklabels()] == [r"all \$", "<b>", "$2^{7}$"]
     assert axes["rows"].get_yticklabels()[0].get_fontweight() == "bold"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert [line.get_drawstyle() for line in axes["scale"].lines][0] == "steps-post"
+    assert axes["scale"].lines[0].get_drawstyle() == "steps-post"
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
