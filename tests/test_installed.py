@@ -130,7 +130,13 @@ def test_the_metadata_say_what_the_base_needs_and_what_each_extra_brings(about):
     requirements = [Requirement(line) for line in about.requires]
     assert about.metadata["Name"] == "roundoff"
     assert about.version == roundoff.__version__
-    assert sorted(r.name for r in requirements if r.marker is None) == ["numpy", "safetensors", "torch", "tqdm"]
+    assert sorted(r.name for r in requirements if r.marker is None) == [
+        "filelock",
+        "numpy",
+        "safetensors",
+        "torch",
+        "tqdm",
+    ]
     extras = {
         extra: {r.name for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in about.metadata.get_all("Provides-Extra")
