@@ -122,7 +122,8 @@ def test_two_pairs_have_an_interval() -> None:
 def test_pairs_are_of_one_seed() -> None:
     seen = judge("manual", {1: 5.0, 2: 6.0, 3: 7.0, 9: 1.0}, {3: 7.1, 2: 6.2, 1: 5.3, 8: 99.0}, 0.01)
     assert (seen.word, seen.pairs) == ("undecided", 3)
-    assert seen.difference == pytest.approx(-0.2, abs=1e-12)
+    half = 4.30265273 * 0.1 / math.sqrt(3)  # of -0.3, -0.2 and -0.1
+    assert seen.interval == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-7)
     assert "Not counted: seeds 8, 9, which have finished in one of the two modes only." in seen.sentence
     for bad in (math.nan, math.inf, -math.inf):
         both = judge("manual", {1: bad}, {1: bad}, 0.01)
