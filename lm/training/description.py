@@ -1,4 +1,4 @@
-"""What `config.json` says of a run: its flags, and what it really is."""
+"""The content of `config.json`: the job, the precision, the environment and the options of a run."""
 
 import platform
 import subprocess
@@ -45,7 +45,7 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
 
 
 def corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    """Name, digests and sizes."""
+    """Return the corpus's name, digests and sizes."""
     return {
         "name": corpus.name,
         "sha256": corpus.sha256,
@@ -74,7 +74,7 @@ def environment(command: list[str]) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this is; None where it is none, or git does not say."""
+    """Return the commit of the checkout that this is; None if it is none, or git does not say."""
     here = Path(__file__).resolve().parent.parent.parent
     if not (here / ".git").exists():  # installed; a repository further up is not this project's
         return None

@@ -10,6 +10,7 @@ from lm.data.corpus import Corpus
 from lm.model.language_model import RNNModel
 from lm.model.model_file import save_model
 from lm.options.options import Options
+from lm.options.resolve import event_files
 from lm.training import distributed
 from lm.training.checkpoint import (
     Position,
@@ -27,7 +28,6 @@ from roundoff.errors import UsageError, printable
 from roundoff.precision import Precision
 from roundoff.runs.directory import START, RunDirectory
 from roundoff.runs.files import check_writable
-from roundoff.runs.listeners import event_files
 from roundoff.runs.reading import perplexity
 from roundoff.terminal import Terminal, say
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from roundoff.errors import UsageError
-
 NO_CURVES = ("step", "epoch", "batch", "batches", "ms_per_batch")
 """Entries of an interval or an epoch that say where a run is, and that no tracker draws."""
 
@@ -60,22 +58,3 @@ def listening(listener: Listener) -> Iterator[None]:
 def current_listeners() -> list[Listener]:
     """Return the listeners of the `listening` blocks around."""
     return list(_listeners)
-
-
-def event_files() -> Listener:
-    """Return the listener that --tensorboard asks for.
-
-    Raises:
-        UsageError: TensorBoard is not installed.
-    """
-    try:
-        from roundoff.runs.event_files import EventFiles
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] in ("roundoff", "torch"):
-            raise
-        raise UsageError(
-            f"--tensorboard without TensorBoard (no {error.name} here): pip install 'roundoff[tensorboard]', "
-            "or leave the flag out (--no-tensorboard, where the resumed run has it): steps.jsonl in the run directory "
-            "has the same numbers"
-        ) from None
-    return EventFiles()

@@ -13,7 +13,7 @@ from lm.model.language_model import RNNModel
 from lm.model.model_file import load_model
 from lm.options.command_line import make_parser, read_command_line
 from lm.options.config import merge, stored_options
-from lm.options.options import SCRIPTS, Options, as_values, checked, flag
+from lm.options.options import SCRIPTS, Options, as_values, checked, flag, options_of
 from lm.options.resolve import default_loss_scale
 from lm.training.build import make_model
 from lm.training.checkpoint import FILE, FORMAT
@@ -128,7 +128,8 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
 def job_options(script: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a run's `options` that every trainer takes: the job, and a loss scale that was asked for."""
     kept = {name: options[name] for name in OF_JOB}
-    args = merge(script, checked(script, {name: options[name] for name in options if name in (*OF_JOB, *OF_PRECISION)}))
+    asked = [name for name in (*OF_JOB, *OF_PRECISION) if name in options and name in options_of(script)]
+    args = merge(script, checked(script, {name: options[name] for name in asked}))
     if args.static_loss_scale not in (None, default_loss_scale(script, args.dtype)):
         kept["static_loss_scale"] = args.static_loss_scale
     if args.init_scale != Options.init_scale:

@@ -1,6 +1,5 @@
 """The gradients that a probe of the language model compares, and its figures of a small model."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -106,12 +105,12 @@ def make_modes(names: Any, net: RNNModel, /, **options: Any) -> list[Mode]:
 def test_a_mode_has_the_gradient_of_its_trainers_first_step(name, programs: Programs) -> None:
     """To the bit: all that the trainer ran before it is its own code, from its command line on."""
     trained: dict[str, Tensor] = {}
-    start: list[Any] = []
+    start: list[Tensor] = []
 
     def look(model: RNNModel) -> None:
-        start.extend([torch.get_rng_state(), copy.deepcopy(model.state_dict())])
+        start.append(torch.get_rng_state())
         for key, p in model.named_parameters():
-            p.register_hook(lambda gradient, key=key: trained.setdefault(key, gradient.clone()) and None)
+            p.register_post_accumulate_grad_hook(lambda p, key=key: trained.update({key: p.grad.clone()}))
 
     programs.before_training(look)
     script, *flags = TRAINERS[name]

@@ -3,10 +3,10 @@
 import json
 import signal
 
-import lm.launch.probing.measure
 import pytest
 import torch
 
+import lm.launch.probing.reference
 from lm.training.checkpoint import FORMAT
 from programs import PROBE, SMALL
 from roundoff.runs.tensor_file import load_tensors, save_tensors
@@ -32,40 +32,40 @@ REFUSED = {
 }
 
 
+TRAINERS = {
+    ("--nonsense",): "unrecognized arguments: --nonsense",
+    ("--fp16",): "--modes says that",
+    ("--dtype=float16",): "--modes says that",
+    ("--device", "cpu"): "a probe runs on the CPU",
+    ("--data", "corpus"): "give --data to probe.py itself",
+    ("--resume", "run"): "give --run to probe.py itself",
+    ("--batch_size", "1000"): "too few for a batch size of 1000",
+}
+"""Flags after --."""
+
+
 @pytest.mark.parametrize("flags", REFUSED, ids=" ".join)
-def test_a_mistake_is_one_line_and_leaves_nothing(programs, flags):
+def test_a_mistake_is_one_line_and_leaves_nothing(programs, flags) -> None:
     trainer = () if "--run" in flags or "--checkpoint" in flags else ("--", *SMALL)
-    error = programs.refuse("probe", "--data", "corpus", "--batches", "4", *flags, *trainer)
-    assert REFUSED[flags] in error
+    assert REFUSED[flags] in programs.refuse("probe", "--data", "corpus", "--batches", "4", *flags, *trainer)
 
 
-@pytest.mark.parametrize(
-    ("trainer", "said"),
-    [
-        (("--nonsense",), "unrecognized arguments: --nonsense"),
-        (("--fp16",), "--modes says that"),
-        (("--dtype=float16",), "--modes says that"),
-        (("--device", "cpu"), "a probe runs on the CPU"),
-        (("--data", "corpus"), "give --data to probe.py itself"),
-        (("--resume", "run"), "give --run to probe.py itself"),
-        (("--batch_size", "1000"), "too few for a batch size of 1000"),
-    ],
-)
-def test_wrong_trainer_flags(programs, trainer, said):
-    assert said in programs.refuse("probe", "--data", "corpus", "--", *trainer)
+@pytest.mark.parametrize("flags", TRAINERS, ids=" ".join)
+def test_wrong_trainer_flags(programs, flags) -> None:
+    assert TRAINERS[flags] in programs.refuse("probe", "--data", "corpus", "--", *flags)
 
 
-def test_a_model_flag_with_a_model_file(saved):
+def test_a_model_flag_with_a_model_file(saved) -> None:
     error = saved.refuse("probe", "--data", "corpus", "--checkpoint", "model.safetensors", "--", "--nhid", "9")
     assert "the model is that of the file" in error
     assert "flags are those of the run" in saved.refuse("probe", "--run", "run", "--", "--nhid", "9")
 
 
-def test_another_vocabulary(saved):
+def test_another_vocabulary(saved) -> None:
     assert "which are not the" in saved.refuse("probe", "--data", "corpus", "--checkpoint", "model.safetensors")
 
 
-def test_a_run_without_a_checkpoint_or_with_another(programs):
+def test_a_run_without_a_checkpoint_or_with_another(programs) -> None:
     programs.train("main")
     checkpoint = programs.folder / "run" / "checkpoint.safetensors"
     content = load_tensors(checkpoint, FORMAT)
@@ -87,21 +87,22 @@ def test_a_run_without_a_checkpoint_or_with_another(programs):
     checkpoint.unlink()
     assert "has no checkpoint.safetensors" in programs.refuse("probe", "--run", "run")
     config = programs.folder / "run" / "config.json"
-    config.write_text(json.dumps({"script": "../evil"}))
+    config.write_text(json.dumps({"options": {"script": "../evil"}}))
     assert "names no trainer" in programs.refuse("probe", "--run", "run")
 
 
-def test_nothing_is_overwritten(programs):
-    assert programs.run("probe", *PROBE, "--", *SMALL).code == 0
-    error = programs.refuse("probe", *PROBE, "--", *SMALL)
-    assert "--out probe holds a probe.json already" in error
+@pytest.mark.parametrize("name", ["probe.json", "probe.html", "probe.png"])
+def test_nothing_is_overwritten(programs, name) -> None:
+    (programs.folder / "probe").mkdir()
+    (programs.folder / "probe" / name).write_text("mine")
+    assert f"--out probe holds a {name} already" in programs.refuse("probe", *PROBE, "--", *SMALL)
 
 
-def test_an_interrupt_leaves_nothing(programs, monkeypatch):
+def test_an_interrupt_leaves_nothing(programs, monkeypatch) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         pytest.skip("this process was told to ignore the signal, as a shell tells its background jobs")
     before = programs.files()
-    monkeypatch.setattr(lm.launch.probing.measure.Probe, "_measure", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(lm.launch.probing.reference.Reference, "run", lambda *_: signal.raise_signal(signal.SIGINT))
     done = programs.run("probe", *PROBE, "--", *SMALL)
     assert (done.code, done.out) == (130, "")
     assert programs.files() == before
