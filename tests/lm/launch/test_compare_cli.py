@@ -141,7 +141,7 @@ def test_what_was_interrupted_is_run_again_and_nothing_else(three, continued) ->
         (["--modes", "fp32,manual"], "modes"),
         (["--jobs", "1"], "jobs"),
         (["--seeds", "2"], "seeds [1111], now [1111, 1112]"),
-        (["--", *TINY], "flags"),
+        (["--", *TINY], "options"),
         (["--", *TINY, *TOO_HIGH, "--seed", "5"], "seeds [1111], now [5]"),
     ],
 )
