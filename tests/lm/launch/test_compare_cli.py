@@ -141,7 +141,7 @@ def test_what_was_interrupted_is_run_again_and_nothing_else(three, continued) ->
         (["--modes", "fp32,manual"], "modes"),
         (["--jobs", "1"], "jobs"),
         (["--seeds", "2"], "seeds [1111], now [1111, 1112]"),
-        (["--", *TINY], "flags"),
+        (["--", *TINY], "options"),
         (["--", *TINY, *TOO_HIGH, "--seed", "5"], "seeds [1111], now [5]"),
     ],
 )
@@ -169,7 +169,7 @@ MISTAKES = {
     "out below a file": (["--out", "file/o", "--", *TINY], "--out file/o: cannot write there"),
     "out of something else": (["--out", "corpus", "--", *TINY], "--out corpus holds something else"),
     "trainer's mode": ([*TRAIN, "--fp16"], "--fp16 after -- is set by compare.py itself"),
-    "trainer's dtype": ([*TRAIN, "--dtype=float32"], "--dtype=float32 after --"),
+    "trainer's dtype": ([*TRAIN, "--dtype=float32"], "--dtype after -- is set by compare.py itself"),
     "trainer's records": ([*TRAIN, "--run-dir", "x"], "--run-dir after --"),
     "trainer's model": ([*TRAIN, "--save", "x"], "--save after --"),
     "trainer's resume": ([*TRAIN, "--resume", "x"], "--resume after --"),
@@ -177,7 +177,7 @@ MISTAKES = {
     "trainer's unknown flag": ([*TRAIN, "--hidden", "8"], "unrecognized arguments: --hidden 8"),
     "trainer's value": ([*TRAIN, "--nhid", "none"], "--nhid"),
     "no value": ([*TRAIN, "--seed"], "--seed: expected one argument"),
-    "flag of one trainer": ([*TRAIN, "--scale-window", "9", "--fp16-utils", "own"], "--fp16-utils"),
+    "flag of one trainer": ([*TRAIN, "--scale-window", "9", "--fp16-utils", "own"], "there is no option 'fp16_utils'"),
     "no corpus": (["--out", "o", "--", "--data", "nowhere"], "--data nowhere: there is no such folder"),
 }
 
