@@ -1,4 +1,4 @@
-"""What every command line of the project has in common.
+"""The parts that every command line of the project has in common.
 
 Short errors, defaults in the help, numbers with bounds, --version, completion in the shell, and flags made from
 values that come from elsewhere. Python's argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
@@ -22,7 +22,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def knows(self, word: str) -> bool:
-        """Whether `word`, such as "--lr=5", begins with an option."""
+        """Return whether `word`, such as "--lr=5", begins with an option."""
         return word.partition("=")[0] in self._option_string_actions
 
 
@@ -77,7 +77,7 @@ def number(
     below: bool = False,
     what: str | None = None,
 ) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out.
+    """Return an argparse type: a number of `kind` in [low, high]; `above` and `below` leave the ends out.
 
     `what` describes it in the error where the bounds would only be digits to the reader.
     """

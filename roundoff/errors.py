@@ -2,7 +2,7 @@
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done. The text is one line: what was given, what is allowed, what to do."""
+    """Says that a request cannot be met. The text is one line: what was given, what is allowed, what to do."""
 
     exit_code = 2
 

@@ -16,4 +16,5 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is not installed: pip install 'roundoff[{extra}]'") from None
+        package = str(error.name).partition(".")[0]
+        raise UsageError(f"{package} is not installed: pip install 'roundoff[{extra}]'") from None

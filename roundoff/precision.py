@@ -24,7 +24,7 @@ from apex_compat.fp16_utils import (
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did. Tensors of shape () on the model's device: nothing has to wait for it."""
+    """The outcome of one optimizer step: tensors of shape () on the model's device, so that nothing waits for it."""
 
     applied: Tensor
     """bool; False: a gradient was inf or nan (or too large for its norm to be finite), and no weight changed"""
@@ -42,10 +42,10 @@ class Precision(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups; the training loop anneals their "lr"."""
+        """Return the optimizer's groups; the training loop anneals their "lr"."""
 
     def forward(self) -> AbstractContextManager[Any]:
-        """Context for model and loss, in training and in evaluation."""
+        """Return the context for model and loss, in training and in evaluation."""
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate `loss` (fp32, shape ()) times the loss scale."""
@@ -58,7 +58,7 @@ class Precision(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that it loads with weights_only=True."""
+        """Return tensors and plain values only, so that it loads with weights_only=True."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore; call after model.load_state_dict, since the masters win over the half weights."""
@@ -98,11 +98,11 @@ class MasterWeights:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
+        """Return the optimizer's groups."""
         return self._optimizer.param_groups
 
     def forward(self) -> AbstractContextManager[Any]:
-        """Nothing to do: the weights' dtype decides."""
+        """Return a context that does nothing: the weights' dtype decides."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -122,7 +122,7 @@ class MasterWeights:
         return StepResult(~found_inf, norm, self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """`optimizer`, `loss_scale`, and `masters` (not copied) in the order of the optimizer's groups."""
+        """Return `optimizer`, `loss_scale`, and `masters` (not copied) in the order of the optimizer's groups."""
         return {
             "optimizer": self._optimizer.state_dict(),
             "loss_scale": self._loss_scale.item(),
@@ -167,12 +167,12 @@ class WrappedOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups."""
+        """Return the wrapped optimizer's groups."""
         groups: list[dict[str, Any]] = self._optimizer.param_groups
         return groups
 
     def forward(self) -> AbstractContextManager[Any]:
-        """Nothing to do: the weights' dtype decides."""
+        """Return a context that does nothing: the weights' dtype decides."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -191,7 +191,7 @@ class WrappedOptimizer:
         return StepResult(applied, torch.where(applied, norm, torch.inf), self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the FP16_Optimizer, which holds the masters; apex's scaler object as its plain values."""
+        """Return the state of the FP16_Optimizer, which holds the masters; apex's scaler object as its plain values."""
         state: dict[str, Any] = self._optimizer.state_dict()
         scaler = state["loss_scaler"]
         return state if isinstance(scaler, dict) else state | {"loss_scaler": dict(vars(scaler))}
@@ -245,11 +245,11 @@ class Autocast:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
+        """Return the optimizer's groups."""
         return self._optimizer.param_groups
 
     def forward(self) -> AbstractContextManager[Any]:
-        """torch.autocast, but for float32."""
+        """Return torch.autocast; for float32, disabled."""
         return torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not torch.float32)
 
     def backward(self, loss: Tensor) -> None:
@@ -271,7 +271,7 @@ class Autocast:
         return StepResult(~found_inf, norm, self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """`optimizer` and `scaler`; the fp32 weights are the model's own."""
+        """Return `optimizer` and `scaler`; the fp32 weights are the model's own."""
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import roundoff
-from programs import PROBE, ROOT, SCRIPTS, SMALL, TINY, read_run, write_corpus
+from programs import PROBE, ROOT, SCRIPTS, SMALL, TINY, Done, read_run, write_corpus
+from synthetic import make_run
 
 PACKAGES = ("apex_compat", "lm", "roundoff")
 NEEDED = Version("77")  # of setuptools, in pyproject.toml
@@ -98,19 +99,25 @@ def python(base: Path, folder: Path, code: str, *words: str) -> subprocess.Compl
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
-"""Runs a script as `python SCRIPT WORDS` does."""
-
 RUN_ALL = """
-    import json, runpy, sys
-    for script, *flags in json.loads(sys.argv[1]):
-        sys.argv = [script, *flags]
+    import contextlib, io, json, runpy, sys
+    done = []
+    for script, *words in json.loads(sys.argv[1]):
+        sys.argv, out, err = [script, *words], io.StringIO(), io.StringIO()
         try:
-            runpy.run_path(script, run_name="__main__")
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
-            assert end.code == 0, (script, end.code)
+            done.append([end.code, out.getvalue(), err.getvalue()])
+    print(json.dumps(done))
 """
-"""Runs several, each of which must end with 0."""
+
+
+def run_all(base: Path, folder: Path, commands: list[list[str]], before: str = "") -> list[Done]:
+    """Run scripts with their words as a user does, but all in one process, which first runs the line `before`."""
+    done = python(base, folder, f"{before}\n{textwrap.dedent(RUN_ALL)}", json.dumps(commands))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return [Done(*each) for each in json.loads(done.stdout)]
 
 
 def test_the_wheel_has_the_three_packages_and_nothing_else(wheel):
@@ -130,7 +137,13 @@ def test_the_metadata_say_what_the_base_needs_and_what_each_extra_brings(about):
     requirements = [Requirement(line) for line in about.requires]
     assert about.metadata["Name"] == "roundoff"
     assert about.version == roundoff.__version__
-    assert sorted(r.name for r in requirements if r.marker is None) == ["numpy", "safetensors", "torch", "tqdm"]
+    assert sorted(r.name for r in requirements if r.marker is None) == [
+        "filelock",
+        "numpy",
+        "safetensors",
+        "torch",
+        "tqdm",
+    ]
     extras = {
         extra: {r.name for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in about.metadata.get_all("Provides-Extra")
@@ -163,8 +176,7 @@ def test_the_base_holds_what_was_installed_and_no_extra(base):
 def test_every_trainer_trains_with_the_base_alone(base, folder):
     flags = [*TINY[:-4], "--epochs", "1"]
     commands = [[f"{script}.py", *flags, "--run-dir", script, "--save", f"{script}.model"] for script in SCRIPTS]
-    done = python(base, folder, RUN_ALL, json.dumps(commands))
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert [(done.code, done.err) for done in run_all(base, folder, commands)] == [(0, "")] * 3
     for script in SCRIPTS:
         run = read_run(folder / script)
         assert (run.result["status"], len(run.steps), len(run.epochs)) == ("finished", 9, 1)
@@ -202,31 +214,30 @@ def test_the_library_works_with_the_base_alone(base, folder):
 
 def test_a_trainer_needs_neither_fcntl_nor_resource(base, folder):
     """Windows has neither module. There filelock uses another one, and does not warn as it does on a Unix without."""
-    hide = "import sys, warnings; sys.modules |= {'fcntl': None, 'resource': None}\n"
-    quiet = "warnings.filterwarnings('ignore', 'only soft file lock is available')\n"
-    code = hide + quiet + textwrap.dedent(RUN_ALL)
-    flags = [*TINY[:-2], "--run-dir", "elsewhere", "--save", "elsewhere.model"]
-    done = python(base, folder, code, json.dumps([["main.py", *flags]]))
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    hide = "import sys, warnings; sys.modules |= {'fcntl': None, 'resource': None}"
+    quiet = "warnings.filterwarnings('ignore', 'only soft file lock is available')"
+    command = ["main.py", *TINY[:-2], "--run-dir", "elsewhere", "--save", "elsewhere.model"]
+    (done,) = run_all(base, folder, [command], f"{hide}; {quiet}")
+    assert (done.code, done.err) == (0, "")
     assert read_run(folder / "elsewhere").result["status"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [("compare", ["--", *TINY[:-2]]), ("compare", ["main", "main_amp"]), ("probe", [*PROBE, "--", *SMALL])],
-)
-def test_what_needs_an_extra_names_it_before_anything_is_done(base, folder, script, words):
-    before = sorted(folder.rglob("*"))
-    done = python(base, folder, RUN, f"{script}.py", *words)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert re.fullmatch(r"error: [^\n]*pip install 'roundoff\[report\]'[^\n]*\n", done.stderr), done.stderr
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_the_console_script_is_the_programs_own_function(base, folder, about):
+def test_what_needs_an_extra_names_it_before_anything_is_done(base, folder, about):
+    """The run directories are there; so is the console script, as pip writes it."""
     (entry,) = about.entry_points
-    code = f"import sys; from {entry.module} import {entry.attr}; sys.exit({entry.attr}())"
-    for words in ([], ["compare", "nowhere"]):
-        done = python(base, folder, code, *words)
-        assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert re.fullmatch(r"error: \S[^\n]+\n", done.stderr), done.stderr
+    start = f"import sys\nfrom {entry.module} import {entry.attr}\nsys.exit({entry.attr}())\n"
+    (folder / "roundoff-script").write_text(start)
+    for name in ("main", "main_amp"):
+        make_run(folder / "runs" / name)
+    runs = ["runs/main", "runs/main_amp"]
+    before = sorted(folder.rglob("*"))
+    commands = [
+        ["compare.py", "--", *TINY[:-2]],
+        ["compare.py", *runs],
+        ["probe.py", *PROBE, "--", *SMALL],
+        ["roundoff-script", "compare", *runs],
+    ]
+    for command, done in zip(commands, run_all(base, folder, commands), strict=True):
+        assert (done.code, done.out) == (2, ""), command
+        assert re.fullmatch(r"error: [^\n]*pip install 'roundoff\[report\]'[^\n]*\n", done.err), command
+    assert sorted(folder.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""The trainers under Sacred: the options of lm/config.py as the configuration of an Experiment.
+"""The trainers under Sacred: the options of `lm.options` as the configuration of an Experiment.
 
 Imported only where a command line asks for it. Sacred parses and shows the configuration, keeps its observers
 informed, and has a run's `main` run with the flags that say the same as the configuration.
@@ -19,7 +19,8 @@ from lm.options.resolve import default_lr
 from lm.training.description import git_commit
 from roundoff import processes
 from roundoff.errors import RunError, UsageError
-from roundoff.runs.listeners import curves, listening
+from roundoff.runs.listeners import listening
+from roundoff.runs.meter import curves
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred's own matter, not a user's
@@ -32,16 +33,16 @@ with warnings.catch_warnings():
     from sacred.utils import SacredError
 
 NAMES = {"data": "dataset", "model": "model_type"}
-"""What this front calls an option that has another name elsewhere."""
+"""Option -> its name in this front, if that is another one."""
 
 DEFAULTS = {"batch_size": 32, "dataset": "./data", "lr": DEFAULT_LR["sgd"], "seed": 257, "tied": True}
-"""The defaults that this front has of its own."""
+"""Option -> default, if this front has one of its own."""
 
 FIRST = (
     *("batch_size", "bptt", "clip", "dataset", "dropout", "emsize", "epochs", "log_interval", "lr", "model_type"),
     *("nhid", "nlayers", "save", "seed", "tied"),
 )
-"""What print_config shows before all else."""
+"""The options that print_config shows first."""
 
 
 class ConfigError(SacredError):
@@ -158,7 +159,7 @@ def print_config(_run: Run) -> None:
 
 
 def make_experiment(main: Callable[[Options], int], script_file: str, description: str | None) -> Experiment:
-    """The trainer `script_file` (its `__file__`, and its `__doc__` for the help) as an Experiment."""
+    """Return an Experiment that calls `main`, of the trainer `script_file` (its `__file__`; `__doc__` is the help)."""
     path = Path(script_file).resolve()
     experiment = Trainer(path.stem, base_dir=str(path.parent), save_git_info=False)
     experiment.doc = description or ""
@@ -200,7 +201,7 @@ def make_experiment(main: Callable[[Options], int], script_file: str, descriptio
 
 
 def _own_sources() -> list[Path]:
-    """The files of this project that are loaded, so that observers keep what really ran."""
+    """Return the files of this project that are loaded, so that observers keep what really ran."""
     modules = [module for name, module in sys.modules.items() if re.match(r"(lm|roundoff|apex_compat)(\.|$)", name)]
     return sorted({Path(module.__file__) for module in modules if module.__file__})
 

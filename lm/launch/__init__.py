@@ -1,1 +1,1 @@
-"""Runs of trainers and of probes as processes."""
+"""Processes of a comparison: runs of trainers, and probes."""

@@ -1,8 +1,7 @@
-"""Runs the precision modes, each as its trainer's own command in a process of its own, and keeps what has ended.
+"""The runs of a comparison: each is its trainer's own command in a process of its own. What has ended is kept.
 
-All of a comparison is below one folder: `compare.json` (what was asked for), and for each mode and seed
-`runs/<label>-<seed>` (the run directory, with model.safetensors) and `runs/<label>-<seed>.log` (what the
-trainer printed).
+A comparison has one folder. `compare.json` there says what was asked for. For each mode and seed there are the run
+directory `runs/<label>-<seed>`, with model.safetensors in it, and the trainer's output `runs/<label>-<seed>.log`.
 """
 
 import json
@@ -44,7 +43,7 @@ GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes a
 
 @dataclass(frozen=True)
 class Job:
-    """One run to make.
+    """A run to make.
 
     Attributes:
         label: of the mode, a key of `MODES`.
@@ -60,7 +59,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The command line as a list."""
+        """Return the command line as a list."""
         return [sys.executable, str(SCRIPTS / f"{MODES[self.label].script}.py"), *words(self.all_options())]
 
     def all_options(self) -> dict[str, Any]:
@@ -70,16 +69,16 @@ class Job:
 
     @property
     def save(self) -> Path:
-        """Where the model goes."""
+        """Return the place of the model."""
         return self.run_dir / "model.safetensors"
 
     @property
     def log(self) -> Path:
-        """What the trainer says, on stdout and stderr."""
+        """Return the place of what the trainer prints on stdout and stderr."""
         return self.run_dir.with_name(f"{self.run_dir.name}.log")
 
     def result(self) -> dict[str, Any] | None:
-        """`result.json`; None unless the directory holds this very run, and its end."""
+        """Return the content of result.json; None unless the directory holds this very run, and its end."""
         try:
             result = read_object(self.run_dir / "result.json")
             return result if self.started() and isinstance(result["status"], str) else None
@@ -87,7 +86,7 @@ class Job:
             return None
 
     def started(self) -> bool:
-        """Whether the directory holds the beginning of this very run, wherever the comparison lay then."""
+        """Return whether the directory holds the beginning of this very run, wherever the comparison lay then."""
         try:
             stored = read_object(self.run_dir / "config.json")["options"]
             expected = merge(MODES[self.label].script, self.all_options())
@@ -96,7 +95,7 @@ class Job:
             return False
 
     def failure(self, exit_code: int) -> Failure:
-        """This job as one that went wrong, with the last line that it said."""
+        """Return the failure of this job, with the last line that it printed."""
         said = self.log.read_bytes()[-4096:].decode(errors="replace") if self.log.exists() else ""
         message = (said.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
         if exit_code < 0:
@@ -131,7 +130,7 @@ def check_flags(modes: Sequence[str], argv: Sequence[str]) -> tuple[int, dict[st
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
-    """What each of the `jobs` runs at a time gets into its environment: a GPU, or its share of the CPU's threads."""
+    """Return the environment of each of the `jobs` runs at a time: a GPU, or its share of the CPU's threads."""
     if jobs > 1 and device == "cpu":
         return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}] * jobs
     if jobs > 1 and device == "cuda" and (count := torch.cuda.device_count()) > 1:
@@ -221,17 +220,15 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[dict[str, str]], lock: 
 
 
 class _Process:
-    """A running job."""
+    """A job that runs."""
 
     def __init__(self, job: Job, environment: dict[str, str], lock: int | None) -> None:
         self.job = job
         self.start = time.monotonic()
         command = job.command
         if job.started():
-            command = [
-                *command[:2],
-                *words({"resume": job.run_dir, "save": job.save}),
-            ]  # the folder may have been moved
+            places = {"resume": job.run_dir, "save": job.save}  # the folder may have been moved
+            command = [*command[:2], *words(places)]
         elif job.run_dir.exists():
             shutil.rmtree(job.run_dir)
         with job.log.open("ab") as log:
@@ -245,7 +242,7 @@ class _Process:
             )
 
     def seconds(self) -> float:
-        """How long it has been running."""
+        """Return the seconds since its start."""
         return time.monotonic() - self.start
 
 
@@ -262,7 +259,7 @@ def _ended(job: Job, exit_code: int, how: str) -> list[Failure]:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set: each would leave the trainers running. A second SIGINT raises.
+    """Give an event that SIGINT, SIGTERM and SIGHUP set. Each would leave the trainers running. A second SIGINT raises.
 
     SIGTERM and SIGHUP stay ignored where they are, as under nohup.
     """

@@ -1,6 +1,6 @@
-"""Probes the initial and the final weights of a comparison's reference, each by probe.py in a process of its own.
+"""The probes of a comparison: of the reference's initial and final weights, each by probe.py in a process of its own.
 
-What they find is below the comparison's folder: `probes/<label>-<seed>-initial` and `-final`, with a log beside each.
+The results are below the comparison's folder: `probes/<label>-<seed>-initial` and `-final`, with a log beside each.
 """
 
 import sys
@@ -26,7 +26,7 @@ BATCHES = 32
 
 @dataclass(frozen=True)
 class ProbeJob(Job):
-    """One probe to make; `options` are of the trainers, for fresh weights.
+    """A probe to make; `options` are of the trainers, for fresh weights.
 
     Attributes:
         modes: labels of the modes to probe.
@@ -38,12 +38,12 @@ class ProbeJob(Job):
 
     @property
     def command(self) -> list[str]:
-        """What is run, word by word."""
+        """Return the command line as a list."""
         script = [sys.executable, str(launch.SCRIPTS / "probe.py")]
         return [*script, "--modes", ",".join(self.modes), "--out", str(self.run_dir), *self.flags]
 
     def found(self) -> dict[str, Any] | None:
-        """What the probe found; None unless the directory holds this very one."""
+        """Return the content of probe.json; None unless the directory holds this very probe."""
         try:
             result = read_probe(self.run_dir / "probe.json")
         except UsageError:
@@ -52,11 +52,11 @@ class ProbeJob(Job):
         return result if same and list(result["modes"]) == list(self.modes) else None
 
     def result(self) -> dict[str, Any] | None:
-        """How the probe ended; None where it did not."""
+        """Return how the probe ended; None if it did not."""
         return None if self.found() is None else {"status": "finished"}
 
     def started(self) -> bool:
-        """A probe cannot be gone on with."""
+        """Return False: a probe cannot be resumed."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""How far a comparison is, for a terminal: all runs, and the batches of the current one."""
+"""The progress of a comparison on a terminal: all runs, and the batches of the current one."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from roundoff.runs.jsonfile import read_object
 
 
 class Progress:
-    """Two bars on stderr where that is a terminal; nothing elsewhere.
+    """Draws two bars on stderr if that is a terminal, and nothing elsewhere.
 
     Args:
         runs: how many there are.
@@ -42,7 +42,7 @@ class Progress:
         self.bars.close()
 
     def count(self) -> None:
-        """One more run has ended."""
+        """Count one more run as ended."""
         self.ended += 1
 
     def show(self, running: Sequence[tuple[str, Path]]) -> None:
@@ -69,7 +69,7 @@ class Progress:
 
 
 def batches_expected(run_dir: Path) -> int | None:
-    """How many batches the run takes if nothing stops it; None while it has not started."""
+    """Return how many batches the run takes if nothing stops it; None before its start."""
     try:
         job = read_object(run_dir / "config.json")["job"]
     except (OSError, UsageError):
@@ -80,7 +80,7 @@ def batches_expected(run_dir: Path) -> int | None:
 
 
 def steps_done(run_dir: Path) -> int:
-    """The number of the last step recorded."""
+    """Return the number of the last step that is recorded."""
     try:
         with (run_dir / "steps.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4096))  # a row is far shorter

@@ -27,22 +27,22 @@ from torch.autograd.function import once_differentiable
 from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded
 
 SLICE_BYTES = 1 << 24
-"""Of a slice of fp32 logits, anywhere but on a CPU: 126 rows of 33,280."""
+"""Bytes of a slice of fp32 logits, anywhere but on a CPU: 126 rows of 33,280."""
 
 CACHED_BYTES = 1 << 20
-"""Of a slice of fp32 logits on a CPU: 7 rows of 33,280, which its L2 cache holds."""
+"""Bytes of a slice of fp32 logits on a CPU: 7 rows of 33,280, which its L2 cache holds."""
 
 _unused: list[UntypedStorage] = []
 """The memory of the last logits on a CPU, unless somebody still has them; one at most."""
 
 
 def plain_decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """What `decoder_loss` computes, as one would write it."""
+    """Compute what `decoder_loss` does, as one would write it."""
     return F.cross_entropy(linear(input, weight, bias).float(), targets)
 
 
 def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of the logits `input @ weight.T + bias`, in nats a word.
+    """Return the mean cross entropy of the logits `input @ weight.T + bias`, in nats a word.
 
     Logits are rounded to `compute_dtype(weight)` and cast up before the softmax: a sum over a vocabulary, and a mean
     over a batch, in fp16 lose the digits in which precision modes differ. The gradient of the logits is computed in
@@ -69,7 +69,7 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
 
 
 def logits_of(loss: Tensor) -> Tensor:
-    """The logits behind `loss`, which `decoder_loss` returned; its backward pass makes them their own gradient.
+    """Return the logits behind `loss`, which `decoder_loss` returned. Its backward pass makes them their own gradient.
 
     In `compute_dtype` of the weight, or in fp32 where `half_through_fp32` says so, whose gradient is then rounded to
     half; shape (rows, vocabulary). In fp32 they are log probabilities until then. They are the caller's from now on:
@@ -142,7 +142,7 @@ def _round(fp32: Tensor, half: torch.dtype | None) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, fp32: Tensor) -> Tensor:
-    """Of fp32 logits in their place, of others in rows of `fp32`."""
+    """Yield slices of fp32 logits in their place, of others in rows of `fp32`."""
     wide = logits if logits.dtype is torch.float32 else fp32[: len(logits)].copy_(logits)
     return torch._log_softmax(wide, 1, False, out=wide)
 

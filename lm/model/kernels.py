@@ -1,4 +1,4 @@
-"""Where torch's own kernel would be right but needlessly slow."""
+"""Replacements for kernels of torch that would be right but needlessly slow on some CPUs."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product with `weight` runs here: autocast's where it is on, else its own."""
+    """Return the dtype in which a matrix product with `weight` runs here: autocast's if it is on, else its own."""
     device = weight.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -14,7 +14,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def cpu_multiplies(half: torch.dtype) -> bool:
-    """Whether torch has usable matrix products in `half` for this CPU.
+    """Return whether torch has usable matrix products in `half` for this CPU.
 
     float16 needs AVX512-FP16 or AMX-FP16. bfloat16 needs AVX-512, which can put together what AVX512-BF16 would do.
     """
@@ -24,7 +24,7 @@ def cpu_multiplies(half: torch.dtype) -> bool:
 
 
 def half_through_fp32(weight: Tensor) -> bool:
-    """Whether products with `weight` are of half operands, here and now, for which this CPU has no instructions.
+    """Return whether products with `weight` have half operands here, for which this CPU has no instructions.
 
     Then they are made in fp32: exact products, fp32 sums, one rounding to half, which is what tensor cores do.
     """
@@ -33,12 +33,12 @@ def half_through_fp32(weight: Tensor) -> bool:
 
 
 def rounded(x: Tensor, half: torch.dtype) -> Tensor:
-    """`x` in fp32, each number rounded to `half`; so is each one of its gradient, on the way back."""
+    """Return `x` in fp32 with each number rounded to `half`. The backward pass rounds its gradient alike."""
     return x.to(half).float()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`torch.nn.functional.linear`, at a usable speed for fp16 and bf16 on every CPU.
+    """Compute `torch.nn.functional.linear` at a usable speed for fp16 and bf16 on every CPU.
 
     Without instructions for them torch multiplies half matrices one element at a time: 8 s for the three decoder
     products of a default training step in fp16 on a CPU with AVX-512 but no AVX512-FP16, 10 s in bf16 on one without

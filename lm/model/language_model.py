@@ -85,7 +85,7 @@ class RNNModel(nn.Module):
         nn.init.uniform_(self.decoder.weight, -INIT_RANGE, INIT_RANGE)
 
     def init_hidden(self, batch_size: int) -> Hidden:
-        """Zeros in the dtype that the recurrent layers return here; call it in the mode's forward context.
+        """Return zeros in the dtype that the recurrent layers return here; call it in the mode's forward context.
 
         Under CPU autocast a GRU given an fp32 state would stay in fp32, and no longer be the half mode asked for.
         """
@@ -97,7 +97,7 @@ class RNNModel(nn.Module):
         return (zeros, zeros) if isinstance(self.rnn, nn.LSTM) else zeros
 
     def forward(self, tokens: Tensor, hidden: Hidden, targets: Tensor | None = None) -> tuple[Tensor, Hidden]:
-        """Scores of each next word, or how well they foretell `targets`.
+        """Return the scores of each next word, or how well they foretell `targets`.
 
         Args:
             tokens: int64, shape (bptt, batch).
@@ -115,7 +115,7 @@ class RNNModel(nn.Module):
         return decoder_loss(output.flatten(0, 1), decoder.weight, decoder.bias, targets), hidden
 
     def features(self, tokens: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """What the decoder is given, of shape (bptt, batch, width), and the new state; arguments as of `forward`."""
+        """Return the decoder's input, of shape (bptt, batch, width), and the new state; arguments as of `forward`."""
         embedded = self.encoder(tokens)
         if isinstance(self.rnn, Transformer):
             embedded = embedded * math.sqrt(embedded.size(-1))  # else the positions would drown it
@@ -138,7 +138,7 @@ def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: 
 
 
 def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-    """Mean cross entropy in nats a word (fp32, shape ()), and the new state.
+    """Return the mean cross entropy in nats a word (fp32, shape ()), and the new state.
 
     `model` is an RNNModel, or wraps one; the other arguments are those of `RNNModel.forward`.
     """
@@ -147,7 +147,7 @@ def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hi
 
 
 def detach(hidden: Hidden) -> Hidden:
-    """`hidden` without its history, so that gradients stop at the batch's first word.
+    """Return `hidden` without its history, so that gradients stop at the batch's first word.
 
     What is not finite starts anew at 0, as all of it does in each epoch: one bad batch must not spoil every later one.
     """

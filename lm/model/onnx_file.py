@@ -67,7 +67,7 @@ def export_onnx(path: Path, model: RNNModel, vocabulary: list[str], words: int, 
 
 @torch.no_grad()
 def _difference(content: bytes, model: RNNModel, words: int) -> float:
-    """The largest one of onnxruntime's logits and new state from the model's own, over the largest number among those.
+    """Return how far onnxruntime's logits and new state are from the model's own, over the largest of these numbers.
 
     It is that of two columns of `words` random words after a random state; nan where a number is not finite.
     """

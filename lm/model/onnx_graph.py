@@ -28,7 +28,7 @@ GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (
 
 
 def build(model: RNNModel, vocabulary: list[str]) -> onnx.ModelProto:
-    """`model` as ONNX computes it, without dropout. Its metadata have `vocabulary` and the model's options as JSON.
+    """Return `model` as ONNX computes it, without dropout. Its metadata have the vocabulary and the options as JSON.
 
     Inputs are `tokens` (int64, shape (words, batch)) and the state: `hidden`, of LSTM also `cell`, each fp32 of shape
     (nlayers, batch, nhid); a Transformer has none. Outputs are `logits` (fp32, shape (words, batch, ntokens)), and the
@@ -64,7 +64,7 @@ def build(model: RNNModel, vocabulary: list[str]) -> onnx.ModelProto:
 
 
 class _Graph:
-    """Nodes in the order in which they run, and the constants that they take."""
+    """Collects nodes in the order in which they run, and the constants that they take."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -72,13 +72,13 @@ class _Graph:
         self._weights = weights
 
     def add(self, operator: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """A node with one output, which has this `name`, or one of its own; return it."""
+        """Add a node with one output, and return that output's name: `name`, or one of its own."""
         name = name or f"{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
         return name
 
     def add_many(self, operator: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
-        """A node with as many outputs; return their names."""
+        """Add a node with as many outputs, and return their names."""
         name = f"{operator.lower()}_{len(self.nodes)}"
         names = [f"{name}_{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(operator, inputs, names, name, **attributes))
@@ -96,7 +96,7 @@ class _Graph:
         return self.constant(f"number_{value}", torch.tensor(value))
 
     def weight(self, name: str) -> str:
-        """That of the model's state_dict, as it is there."""
+        """Add a weight of the model's state_dict, as it is there; return its name."""
         return self.constant(name, self._weights[name])
 
     def linear(self, input: str, weight: str, bias: str, name: str | None = None) -> str:
@@ -113,7 +113,7 @@ def _state(rnn: nn.RNNBase) -> list[str]:
 
 
 def _recurrent(graph: _Graph, rnn: nn.RNNBase, input: str) -> str:
-    """One node a layer; each takes its own part of the state."""
+    """Add one node a layer, each with its own part of the state; return the output."""
     operator, _, activation = rnn.mode.partition("_")
     attributes: dict[str, Any] = {"hidden_size": rnn.hidden_size}
     if activation:
@@ -158,7 +158,7 @@ def _transformer(graph: _Graph, layers: Transformer, embedded: str, emsize: int)
 
 
 def _positions(graph: _Graph, column: str, emsize: int) -> str:
-    """As `lm.model.transformer.positions`, shape (words, 1, emsize)."""
+    """Add what `lm.model.transformer.positions` computes, shape (words, 1, emsize)."""
     twice = graph.constant("frequencies", frequencies(emsize).repeat_interleave(2)[:emsize])
     angle = graph.add("Mul", graph.add("Cast", column, to=TensorProto.FLOAT), twice)
     is_even = graph.constant("is_even", torch.arange(emsize) % 2 == 0)
@@ -180,7 +180,7 @@ def _transformer_layer(graph: _Graph, name: str, layer: nn.TransformerEncoderLay
 
 
 def _attention(graph: _Graph, name: str, attention: nn.MultiheadAttention, x: str, sees: str) -> str:
-    """Of shape (words, batch, emsize), as x; in between (batch, heads, words, size of a head)."""
+    """Add self-attention: (words, batch, emsize), as x; in between (batch, heads, words, size of a head)."""
     heads, size = attention.num_heads, attention.head_dim
     qkv = graph.linear(x, f"{name}.self_attn.in_proj_weight", f"{name}.self_attn.in_proj_bias")
     thirds = graph.add_many("Split", qkv, graph.integers(*[heads * size] * 3), outputs=3, axis=2)

@@ -19,7 +19,7 @@ from lm.model.kernels import compute_dtype, half_through_fp32, rounded
 
 
 class _BiasOverTime(torch.autograd.Function):
-    """The bias of `h @ weight.T + bias` at every time step, which takes the gradient of the weight as well.
+    """Hands out the bias of `h @ weight.T + bias` at every time step, and takes the gradient of the weight as well.
 
     Left to autograd, the weight's gradient would be a small product and a sum of two whole matrices at each step:
     forward and backward of layers of 650 units then take 1.5 times as long (of 200 units, as long as now).
@@ -65,7 +65,7 @@ CELLS = {"LSTM": _lstm_cell, "GRU": _gru_cell, "RNN_TANH": _tanh_cell, "RNN_RELU
 
 
 def through_fp32(rnn: nn.RNNBase, input: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What `rnn` computes in half, with every product in fp32.
+    """Compute what `rnn` does in half, with every product in fp32.
 
     Args:
         rnn: its weights are half, or fp32 and to be rounded, as under autocast.
@@ -99,7 +99,7 @@ class _EveryCPU:
     """Stands before a recurrent layer in a class's bases, and steps in where `half_through_fp32` says so."""
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
-        """As that of the layer, but `hx` must be given."""
+        """Call the layer; unlike there, `hx` must be given."""
         if not half_through_fp32(self.weight_hh_l0):
             return super().forward(input, hx)  # type: ignore[misc]
         half = compute_dtype(self.weight_hh_l0)

@@ -69,14 +69,14 @@ class Transformer(nn.TransformerEncoder):
         super().__init__(_Layer(emsize, nhead, nhid, dropout), nlayers, enable_nested_tensor=False)
 
     def forward(self, input: Tensor, hidden: tuple[()]) -> tuple[Tensor, tuple[()]]:  # type: ignore[override]
-        """Shapes (words, batch, emsize), as a recurrent layer has it; there is no state to carry, so `hidden` is ()."""
+        """Map (words, batch, emsize) to the same shape, as a recurrent layer does; `hidden`, the state, is ()."""
         for layer in self.layers:
             input = layer(input)
         return input, hidden
 
 
 def positions(words: int, like: Tensor) -> Tensor:
-    """Sines and cosines of each position (Vaswani et al., "Attention Is All You Need", 3.5), interleaved.
+    """Return sines and cosines of each position (Vaswani et al., "Attention Is All You Need", 3.5), interleaved.
 
     Shape (words, 1, emsize) for `like` of shape (..., emsize), in its dtype, from fp32.
     """
@@ -87,6 +87,6 @@ def positions(words: int, like: Tensor) -> Tensor:
 
 
 def frequencies(emsize: int, device: torch.device | None = None) -> Tensor:
-    """Of the sines, and of the cosines, in radians a position: fp32, shape (ceil(emsize / 2),)."""
+    """Return the frequencies of the sines and cosines, in radians a position: fp32, shape (ceil(emsize / 2),)."""
     even = torch.arange(0, emsize, 2, dtype=torch.float32, device=device)
     return torch.exp(even * (-math.log(10000.0) / emsize))

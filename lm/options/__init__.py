@@ -1,1 +1,1 @@
-"""What the trainers are told."""
+"""The options of the trainers, and where they come from."""

@@ -1,4 +1,4 @@
-"""Which device a command line asks for."""
+"""The device that a command line asks for."""
 
 import argparse
 
@@ -19,7 +19,7 @@ def add_device_options(parser: argparse._ActionsContainer) -> None:
 
 
 def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
-    """The device that --device `name` and --cuda ask for, as torch spells it; "cpu" where neither is given.
+    """Return the device that --device `name` and --cuda ask for, as torch spells it; "cpu" if neither is given.
 
     Each of several `processes` on this machine takes a GPU of its own.
 
@@ -51,7 +51,7 @@ def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> 
 
 
 def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
-    """The device that --accel asks for beside --device `name` and --cuda: the one that torch names.
+    """Return the device that --accel asks for beside --device `name` and --cuda: the one that torch names.
 
     The rest is as for `find_device`.
 

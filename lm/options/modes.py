@@ -12,7 +12,7 @@ FP16_STATIC = ("manual", "fp16-optimizer")
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to manage precision.
+    """A way to manage precision.
 
     Attributes:
         name: in `compare.py --modes`, in config.json and in reports.

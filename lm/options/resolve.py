@@ -1,4 +1,4 @@
-"""What follows from the options that are given: those that are absent, and contradictions."""
+"""The conclusions from the options that are given: values of absent ones, and contradictions."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from lm.options.device import device_of
 from lm.options.options import DEFAULT_LR, FP16_STATIC_LOSS_SCALE, TRANSFORMER_LR, Options
 from roundoff import processes
 from roundoff.errors import UsageError
-from roundoff.runs.listeners import event_files
+from roundoff.runs.listeners import Listener
 
 
 def resolve(given: Options) -> Options:
@@ -94,3 +94,22 @@ def _static_loss_scale(given: Options, dtype: str) -> float | None:
     if given.dynamic_loss_scale:
         return None
     return given.static_loss_scale or default_loss_scale(given.script, dtype)
+
+
+def event_files() -> Listener:
+    """Return the listener that --tensorboard asks for.
+
+    Raises:
+        UsageError: TensorBoard is not installed.
+    """
+    try:
+        from roundoff.runs.event_files import EventFiles
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("roundoff", "torch"):
+            raise
+        raise UsageError(
+            f"--tensorboard without TensorBoard (no {error.name} here): pip install 'roundoff[tensorboard]', "
+            "or leave the flag out (--no-tensorboard, where the resumed run has it): steps.jsonl in the run directory "
+            "has the same numbers"
+        ) from None
+    return EventFiles()

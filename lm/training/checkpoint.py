@@ -26,7 +26,7 @@ OLD = "checkpoint.pt"
 
 @dataclass
 class Position:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         lr: of the next step.
@@ -141,7 +141,7 @@ def check_like(value: Any, template: Any, where: str) -> None:
 
 
 def status_of(directory: Path) -> str | None:
-    """How the run ended: "finished", "interrupted" or "diverged"; None where it has not, or nothing says so."""
+    """Return how the run ended: "finished", "interrupted" or "diverged"; None if it has not, or nothing says so."""
     status = _entry(directory / "result.json", "status")
     return status if isinstance(status, str) else None
 
@@ -159,7 +159,7 @@ def has_options(directory: Path, options: Any) -> bool:
 
 
 def moved(directory: Path, config: dict[str, Any]) -> str:
-    """What of the machine is not what the run's config.json says, and `config` does; "" where it is the same."""
+    """Return the facts of the machine that `config` and the run's config.json do not share; "" if there are none."""
     try:
         before = machine(read_object(directory / "config.json"))
     except (OSError, UsageError, LookupError, AttributeError, RecursionError):

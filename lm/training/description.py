@@ -1,20 +1,17 @@
-"""What `config.json` says of a run: its flags, and what it really is."""
+"""The description of a run in `config.json`: its options, and what they came to."""
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import roundoff
 from lm.data.corpus import Corpus
 from lm.model.language_model import RNNModel
 from lm.options.modes import mode_of
 from lm.options.options import Options, as_values
 from roundoff import processes
 from roundoff.device import device_name
+from roundoff.runs.environment import versions
 
 JOB = (
     *("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied"),
@@ -45,7 +42,7 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
 
 
 def corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    """Name, digests and sizes."""
+    """Return the name, the digests and the sizes of a corpus."""
     return {
         "name": corpus.name,
         "sha256": corpus.sha256,
@@ -58,23 +55,15 @@ def corpus_facts(corpus: Corpus) -> dict[str, Any]:
 
 
 def environment(command: list[str]) -> dict[str, Any]:
-    """Versions of torch, Python and this project, its git commit where it runs from a checkout, and the system.
+    """Return versions and system, this project's git commit where it runs from a checkout, and `command`.
 
     `command` is what the user ran: the script's name and its words.
     """
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "roundoff": roundoff.__version__,
-        "git_commit": git_commit(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "command": command,
-    }
+    return versions() | {"git_commit": git_commit(), "command": command}
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this is; None where it is none, or git does not say."""
+    """Return the commit of this checkout; None where this is no checkout, or git does not say."""
     here = Path(__file__).resolve().parent.parent.parent
     if not (here / ".git").exists():  # installed; a repository further up is not this project's
         return None

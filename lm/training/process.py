@@ -1,4 +1,4 @@
-"""What a process of a run sets up before all else."""
+"""The set-up of a process of a run, before all else."""
 
 import os
 

@@ -1,6 +1,8 @@
 """The start of a run: a new one in a directory of its own, or one that goes on where its checkpoint left it."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lm.data.corpus import Corpus
 from lm.model.language_model import RNNModel
 from lm.model.model_file import save_model
 from lm.options.options import Options
+from lm.options.resolve import event_files
 from lm.training import distributed
 from lm.training.checkpoint import (
     Position,
@@ -27,7 +30,6 @@ from roundoff.errors import UsageError, printable
 from roundoff.precision import Precision
 from roundoff.runs.directory import START, RunDirectory
 from roundoff.runs.files import check_writable
-from roundoff.runs.listeners import event_files
 from roundoff.runs.reading import perplexity
 from roundoff.terminal import Terminal, say
 
@@ -60,11 +62,11 @@ def start_run(
         average=distributed.mean,
         interval=None,
     )
-    start = TrainState(Position(lr=args.lr))
+    start = None
     if args.resume is not None:
-        start = _go_on(args, corpus, model, precision, records, start, args.resume)
+        start = _go_on(args, corpus, model, precision, records, args.resume)
     records.start()
-    return records, start
+    return records, start or TrainState(Position(lr=args.lr))
 
 
 def _check_places(args: Options) -> None:
@@ -79,29 +81,34 @@ def _check_places(args: Options) -> None:
 
 
 def _go_on(
-    args: Options,
-    corpus: Corpus,
-    model: RNNModel,
-    precision: Precision,
-    records: RunDirectory,
-    start: TrainState,
-    directory: Path,
-) -> TrainState:
-    """Return the state of the checkpoint in `directory`, or `start`, that of a new run, where there is none yet."""
-    try:
+    args: Options, corpus: Corpus, model: RNNModel, precision: Precision, records: RunDirectory, directory: Path
+) -> TrainState | None:
+    """Return the state of the checkpoint in `directory`; None where there is none yet."""
+    with _clear_errors(directory, records):
         if status_of(directory) == "diverged":
             raise ValueError("this run has diverged, and would again")
         with distributed.rank_0_first():  # it mends what it finds damaged
             content = read_checkpoint(directory)
-        if content is not None:
-            start = _restore(args, corpus, model, precision, content)
+        start = None if content is None else _restore(args, corpus, model, precision, content)
         records.go_back(START if content is None else content["records"])
-        if start.best_weights is not None and processes.rank() == 0:
+        if start is not None and start.best_weights is not None and processes.rank() == 0:
             _save_best(args, corpus, model, start.best_weights)
         elsewhere = moved(directory, records.config)
         same = has_options(directory, records.config["options"]) and processes_of(directory) == processes.world_size()
         if elsewhere or not same:
             records.write_config()
+    epoch = 1 if start is None else start.position.epoch
+    say(f"| going on with {directory} at epoch {epoch}, step {records.steps + 1}")
+    if elsewhere:
+        say(f"| {elsewhere}: its bits may be others from here on than those of a run that stayed where it was")
+    return start
+
+
+@contextmanager
+def _clear_errors(directory: Path, records: RunDirectory) -> Iterator[None]:
+    """Close `records` if the block fails, and say in one line why the run in `directory` cannot go on."""
+    try:
+        yield
     except BaseException as error:
         records.close()
         if isinstance(error, ValueError):
@@ -112,10 +119,6 @@ def _go_on(
                 "make that possible, then resume again"
             ) from None
         raise
-    say(f"| going on with {directory} at epoch {start.position.epoch}, step {records.steps + 1}")
-    if elsewhere:
-        say(f"| {elsewhere}: its bits may be others from here on than those of a run that stayed where it was")
-    return start
 
 
 def _restore(

@@ -186,7 +186,8 @@ def _(item: Marks, axis: Any, depth: float) -> None:
         "cross": {"marker": "x", "markersize": 6, "markeredgewidth": 1.6},
         "triangle": {"marker": CARETDOWN, "markersize": 8, "clip_on": False},  # stands on its tip
     }
-    look = shapes[item.shape] | {"color": colour, "linestyle": "", "alpha": 1.0 if item.strong else THIN, "zorder": depth}
+    alpha = 1.0 if item.strong else THIN
+    look = shapes[item.shape] | {"color": colour, "linestyle": "", "alpha": alpha, "zorder": depth}
     if item.bars is None:
         axis.plot(item.x, item.y, **look)
     else:

@@ -104,23 +104,7 @@ def percent(share: float | None) -> str:
 
 def about(result: Result) -> str:
     """Return the sentence on what was probed."""
-    if "about" in result:
-        return printable(result["about"], LONGEST_SENTENCE)
-    model, corpus = result["model"], result["corpus"].get("name", result["data"])
-    sizes = {name: printable(model.get(name), 20) for name in ("kind", "nlayers", "nhid", "ntokens")}
-    return (
-        f"{sizes['kind']} of {sizes['nlayers']} layers with {sizes['nhid']} units and {sizes['ntokens']} words, "
-        f"{_weights(result)}; {result['batches']} batches of {result['batch_size']} x {result['bptt']} words of "
-        f"{printable(corpus, 60)}."
-    )
-
-
-def _weights(result: Result) -> str:
-    weights = result["weights"]
-    if weights["path"] is None:
-        return f"fresh weights of seed {result['seed']}"
-    steps = "" if weights["steps"] is None else f" after {weights['steps']} steps"
-    return f"weights of {printable(weights['path'])}{steps}"
+    return printable(result["about"], LONGEST_SENTENCE)
 
 
 def noise(result: Result) -> str:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
 from roundoff.runs.files import naming, sync
-from roundoff.runs.listeners import curves
+from roundoff.runs.meter import curves
 
 VERSION = "brain.Event:2"  # the format whose readers heed SessionLog.START
 

@@ -1,4 +1,4 @@
-"""The one reader of files that hold a JSON object: config.json, result.json, compare.json. It trusts none of them."""
+"""JSON files: the one reader of files that hold an object, such as config.json, which trusts none; and the writer."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from roundoff.errors import UsageError, printable
 
 MAX_BYTES = 2**20
-"""Of config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
+"""Limit for config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
 
 MAX_DEPTH = 20
 
@@ -19,7 +19,7 @@ RUN_DIRECTORY = "give a directory that a trainer's --run-dir wrote"
 def require_file(path: Path, wanted: str = RUN_DIRECTORY) -> None:
     """Raise UsageError, which ends in `wanted`, unless `path` is a regular file, or a link to one.
 
-    A pipe would be waited for.
+    To open a pipe would wait for its writer.
     """
     if not path.is_file():
         what = "this is no file" if path.exists() else "there is no such file"
@@ -27,7 +27,7 @@ def require_file(path: Path, wanted: str = RUN_DIRECTORY) -> None:
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES, wanted: str = RUN_DIRECTORY) -> dict[str, Any]:
-    """A file that is one JSON object. Such files are written whole or not at all, so a broken one is refused.
+    """Return the JSON object in a file. Such files are written whole or not at all, so a broken one is refused.
 
     Raises:
         UsageError: there is no such file (then it ends in `wanted`), or something else is in it.
@@ -48,7 +48,7 @@ def read_object(path: Path, max_bytes: int = MAX_BYTES, wanted: str = RUN_DIRECT
 
 
 def _clean(value: Any, depth: int = 0) -> Any:
-    """`value`, of at most `MAX_DEPTH` levels, without lone surrogates, which no file or terminal can take."""
+    """Return `value` without lone surrogates, which no file or terminal takes; refuse more than `MAX_DEPTH` levels."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -61,12 +61,12 @@ def _clean(value: Any, depth: int = 0) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """Why JSON cannot be read, in short."""
+    """Return in short why JSON cannot be read."""
     return "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan"."""
+    """Return `value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan"."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 

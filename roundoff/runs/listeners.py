@@ -8,11 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from roundoff.errors import UsageError
-
-NO_CURVES = ("step", "epoch", "batch", "batches", "ms_per_batch")
-"""Entries of an interval or an epoch that say where a run is, and that no tracker draws."""
-
 
 class Listener(Protocol):
     """Hears of a run after its files have been written. Only the process of rank 0 calls it.
@@ -39,11 +34,6 @@ class Listener(Protocol):
         """Hear that the run has ended; `row` is `result.json`. The best model is in its place, if there is one."""
 
 
-def curves(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of an interval or an epoch that a tracker draws."""
-    return {name: value for name, value in row.items() if name not in NO_CURVES}
-
-
 _listeners: list[Listener] = []
 
 
@@ -60,22 +50,3 @@ def listening(listener: Listener) -> Iterator[None]:
 def current_listeners() -> list[Listener]:
     """Return the listeners of the `listening` blocks around."""
     return list(_listeners)
-
-
-def event_files() -> Listener:
-    """Return the listener that --tensorboard asks for.
-
-    Raises:
-        UsageError: TensorBoard is not installed.
-    """
-    try:
-        from roundoff.runs.event_files import EventFiles
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] in ("roundoff", "torch"):
-            raise
-        raise UsageError(
-            f"--tensorboard without TensorBoard (no {error.name} here): pip install 'roundoff[tensorboard]', "
-            "or leave the flag out (--no-tensorboard, where the resumed run has it): steps.jsonl in the run directory "
-            "has the same numbers"
-        ) from None
-    return EventFiles()

@@ -1,9 +1,12 @@
-"""The meter of an interval: it makes one row of all steps since the row before."""
+"""The meter of an interval, which makes one row of all steps since the row before, and the figures of a row."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+NO_CURVES = ("step", "epoch", "batch", "batches", "ms_per_batch")
+"""Entries of an interval or an epoch that say where a run is, and that no tracker draws."""
 
 Derived = Mapping[str, Callable[[float], float]]
 """Figures that follow from a mean loss, by name, such as {"ppl": perplexity}."""
@@ -13,6 +16,11 @@ def losses(loss: float | None, derived: Derived, prefix: str = "") -> dict[str, 
     """Return `loss` and the figures that follow from it as entries of a row; without a loss they are None."""
     figures = {prefix + name: None if loss is None else figure(loss) for name, figure in derived.items()}
     return {f"{prefix}loss": loss} | figures
+
+
+def curves(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of an interval or an epoch that a tracker draws."""
+    return {name: value for name, value in row.items() if name not in NO_CURVES}
 
 
 class Meter:

@@ -1,4 +1,7 @@
-"""Reads run directories, which may be unfinished, damaged, or not what they seem. Names in them are data."""
+"""Reads run directories. One may be unfinished, damaged, or made to do harm, and comes from any training loop.
+
+`config.json` must have a job, a precision with a mode, a seed and an environment. All names in a run are data.
+"""
 
 import itertools
 import json
@@ -13,7 +16,7 @@ from roundoff.errors import UsageError, printable
 from roundoff.runs.jsonfile import read_object, reason, require_file
 
 MAX_LINE_BYTES = 2**16
-"""Of a row of steps.jsonl or epochs.jsonl, which holds some hundred."""
+"""The longest line of steps.jsonl or epochs.jsonl. A row has some hundred bytes."""
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -26,12 +29,12 @@ class Run:
 
     Attributes:
         path: the directory.
-        label: its mode in the words of `compare.py --modes`, such as "amp-fp16".
-        seed: of the run.
+        label: the name of its mode, such as "amp-fp16".
+        seed: the seed.
         config: `config.json`.
         steps: `steps.jsonl` as columns of equal length: "step", "epoch" (int), "loss", "grad_norm", "loss_scale",
             "lr" (float, which may be inf or nan), "applied" (bool).
-        epochs: the rows of `epochs.jsonl`.
+        epochs: the rows of `epochs.jsonl`; "valid_ppl" is exp(valid_loss) where the run did not say.
         result: `result.json`; None for a run that has not ended.
         problems: what was wrong with the files and could be passed over, a line each.
     """
@@ -47,7 +50,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """The result's: "finished", "interrupted", "diverged", or "unfinished" where there is none."""
+        """The status in the result: "finished", "interrupted" or "diverged"; "unfinished" without a result."""
         return "unfinished" if self.result is None else str(self.result["status"])
 
     @property
@@ -80,7 +83,7 @@ class Run:
 
 
 class _MismatchError(Exception):
-    """A value is not what its field holds; the text says what that is."""
+    """A value is not what its field takes. The text says what the field takes."""
 
 
 def _integer(value: Any) -> int:
@@ -100,7 +103,7 @@ def _number(value: Any) -> float:
 
 
 def _loss(value: Any) -> float:
-    """A mean loss, or what else was float32: no trainer writes larger ones, and to draw them would overflow."""
+    """Return a number that float32 can hold: a figure would overflow at a larger one."""
     number = _number(value)
     if math.isfinite(number) and abs(number) > LARGEST_FLOAT32:
         raise _MismatchError("a number that a float32 can hold")
@@ -167,7 +170,13 @@ _STEP: Fields = {
     "applied": _flag,
     "lr": _number,
 }
-_EPOCH: Fields = {"epoch": _integer, "valid_loss": _loss, "valid_ppl": _number, "lr": _number, "seconds": _number}
+_EPOCH: Fields = {
+    "epoch": _integer,
+    "valid_loss": _loss,
+    "valid_ppl": _optional(_number),
+    "lr": _number,
+    "seconds": _number,
+}
 _RESULT: Fields = {
     "status": _status,
     "test_loss": _optional(_loss),
@@ -179,18 +188,18 @@ _RESULT: Fields = {
 }
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path | str) -> Run:
     """Read the run directory `path`, as far as the run went.
 
-    What a stopped trainer leaves is passed over and noted in `Run.problems`: a last line that was cut, no
-    epochs.jsonl, steps that are missing, repeated or out of order. Of a repeated step the last row counts; the steps
-    of the result are in ascending order. A line that is broken elsewhere is refused, since no trainer stops that
-    way: what else in such a file is wrong cannot be known. Fields that are not known are ignored.
+    `Run.problems` notes what a stopped program leaves: a last line that was cut, no epochs.jsonl, steps that are
+    missing, repeated or out of order. The last row of a repeated step counts. Steps are sorted. A line that is
+    broken elsewhere is refused: no program stops that way. Unknown fields are ignored.
 
     Raises:
         UsageError: the directory, its config.json or steps.jsonl is missing or cannot be read, a field is missing
-            or not of its type, or the run has no steps.
+            or has another type, or the run has no steps.
     """
+    path = Path(path)
     try:
         if not path.is_dir():
             what = "this is no directory" if path.exists() else "there is no such directory"
@@ -217,6 +226,9 @@ def _read(path: Path) -> Run:
         if result["steps"] != len(steps["step"]):
             problems.append(f"result.json counts {result['steps']} steps, steps.jsonl has {len(steps['step'])}")
     rows = [dict(zip(epochs, row, strict=True)) for row in zip(*epochs.values(), strict=True)]
+    for row in rows:
+        if row["valid_ppl"] is None:
+            row["valid_ppl"] = perplexity(row["valid_loss"])
     return Run(path, config["precision"]["mode"], config["seed"], config, steps, rows, result, problems)
 
 
@@ -236,7 +248,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path | str, content: dict[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
-    """Those `fields` of `content`, each converted by its check; one that may be null may be missing."""
+    """Return the `fields` of `content`, each converted by its check. A field that may be null may be missing."""
     checked = {}
     for name, check in fields.items():
         try:
@@ -248,9 +260,9 @@ def _checked(path: Path | str, content: dict[str, Any], fields: Fields, prefix: 
 
 
 def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, list[Any]]:
-    """A .jsonl file as columns, in ascending order of the first of `fields`.
+    """Return a .jsonl file as columns, in ascending order of the first of `fields`.
 
-    Read a line at a time, and only the fields kept, so that the columns are no larger than a few times the file.
+    It is read line by line, and other fields are dropped: the columns take a few times the file's size at most.
     """
     require_file(path)
     columns: dict[str, list[Any]] = {name: [] for name in fields}
@@ -258,7 +270,7 @@ def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, lis
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             where = f"{printable(path)}: line {number}"
             if len(line) > MAX_LINE_BYTES:
-                raise UsageError(f"{where} has more than {MAX_LINE_BYTES} bytes; no trainer wrote it")
+                raise UsageError(f"{where} has more than {MAX_LINE_BYTES} bytes; no run has such a row")
             try:
                 row = json.loads(line.decode())
             except (ValueError, RecursionError) as error:

@@ -32,14 +32,26 @@ MAX_SHARING = 4
 """The number of places of the tree that may hold the same tensor. Tied weights have two, and so may a best model."""
 
 _KEY = "roundoff"
-"""The only entry of the metadata: safetensors writes several in any order, and equal trees must make equal files."""
+"""The entry of the metadata."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The types of tensors that a tree may hold, as safetensors calls them."""
 
 
 def save_tensors(path: Path, tree: Any, format: str, keep: Path | None = None) -> None:
     """Write `tree` to `path`, whole or not at all.
 
     A tree is made of dict (keys are str or int), list, tuple, str, int, float, bool, None and dense tensors. A tensor
-    that stands in several places is written once. Takes memory for two copies of the tensors.
+    that stands in several places is written once.
 
     Args:
         path: the file.
@@ -53,9 +65,14 @@ def save_tensors(path: Path, tree: Any, format: str, keep: Path | None = None) -
     """
     tensors = _Tensors()
     text = json.dumps({"format": format, "tree": _to_json(tree, "", tensors)}, ensure_ascii=False)
-    metadata = {_KEY: f"{_checksum(text, tensors.by_name)} {text}"}
-    content = safetensors.torch.save(tensors.by_name, metadata)
-    write_atomically(path, lambda file: file.write(content), keep)
+    header = _header(f"{_checksum(text, tensors.by_name)} {text}", tensors.by_name)
+
+    def write(file: IO[bytes]) -> None:  # piece by piece; safetensors would make a copy of all first
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.by_name.values():
+            file.write(_bytes(tensor))
+
+    write_atomically(path, write, keep)
 
 
 def load_tensors(path: Path, format: str) -> Any:
@@ -95,26 +112,22 @@ class _Tensors:
     def __init__(self) -> None:
         self.by_name: dict[str, Tensor] = {}
         self._names: dict[Any, str] = {}
-        self._storages: set[Any] = set()
 
     def name(self, tensor: Tensor, place: str) -> str:
         """Return the name of `tensor`, which stands at `place`."""
-        storage = (tensor.device, tensor.untyped_storage().data_ptr())
-        view = (*storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
+        storage = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        view = (*storage, tensor.dtype, tensor.shape, tensor.stride())
         if view not in self._names:
             while place in self.by_name or place in ("", "__metadata__"):
                 place += "'"
             self._names[view] = place
-            content = tensor.detach().cpu().contiguous()
-            # Of two views of one memory safetensors would refuse the second.
-            self.by_name[place] = content.clone() if storage in self._storages else content
-            self._storages.add(storage)
+            self.by_name[place] = tensor.detach().cpu().contiguous()
         return self._names[view]
 
 
 def _to_json(value: Any, place: str, tensors: _Tensors) -> Any:
     """Return `value` as JSON. An object with one key that begins with "$" stands for what JSON lacks."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dtype in _DTYPES and value.layout is torch.strided:
         return {"$tensor": tensors.name(value, place)}
     if isinstance(value, dict):
         if not all(type(key) in (str, int) for key in value):
@@ -126,7 +139,7 @@ def _to_json(value: Any, place: str, tensors: _Tensors) -> Any:
         items = [_to_json(part, f"{place}.{i}".lstrip("."), tensors) for i, part in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if value is not None and not isinstance(value, str | int | float):
-        raise TypeError(f"{place or 'the tree'} is of type {type(value).__name__}")
+        raise TypeError(f"{place or 'the tree'} is of type {type(value).__name__}, or a tensor of another kind")
     return value
 
 
@@ -173,12 +186,27 @@ class _Shared:
         return self._by_name[name]
 
 
+def _header(metadata: str, tensors: dict[str, Tensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {_KEY: metadata}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
     crc = zlib.crc32(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(_bytes(tensor), crc)
     return f"{crc:08x}"
 
 

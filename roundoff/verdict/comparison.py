@@ -1,4 +1,4 @@
-"""Puts runs side by side: do they train the same job, how do the modes end, and from which step on do they differ?"""
+"""Puts runs side by side: do they train the same job, how does each mode end, and where does the first bit differ?"""
 
 import json
 import math
@@ -43,13 +43,13 @@ def compare(
     A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128".
 
     Args:
-        runs: of any modes, in the order in which the modes are wanted; none twice.
-        failures: what should have been runs.
+        runs: runs of any modes, none twice. Their order is the order of the modes.
+        failures: runs that left nothing.
         reference: label of the mode to compare with; by default "fp32" if it has a run, else the first that has one.
-        margin: of equivalence, above 0, nats.
+        margin: margin of equivalence in nats, above 0.
         expect_equal: pairs of labels whose bit-equality is asked for. They come first in `Comparison.pairs`, as
-            given; those that must agree by design follow.
-        anyway: accept runs that do not train the same job, and list the differences.
+            given; the pairs that must agree by design follow.
+        anyway: accept runs of different jobs, and list the differences.
 
     Raises:
         UsageError: a label is unknown, a mode has two runs of one seed, or the runs do not train the same job.
@@ -151,7 +151,7 @@ def _canonical(value: Any) -> str:
 
 
 def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:
-    """A line where the modes were not run with the same seeds; a run that failed counts as run."""
+    """Return a line if the modes did not run with the same seeds; a run that failed has run."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for label, runs in modes.items():
         seeds = {run.seed for run in runs} | {failure.seed for failure in failures[label]}
@@ -168,7 +168,7 @@ def _names(runs: list[Run]) -> str:
 
 
 def finished(runs: Iterable[Run]) -> dict[int, float]:
-    """Seed -> test loss of the runs that trained to their end; an interrupted run's is of another job."""
+    """Return seed -> test loss of the finished runs; an interrupted run has trained for another length."""
     results = {run.seed: run.result for run in runs if run.result and run.status == "finished"}
     return {seed: result["test_loss"] for seed, result in results.items() if result["test_loss"] is not None}
 
@@ -213,13 +213,13 @@ def _reference_sentence(label: str, test_loss: float | None, count: int) -> str:
 
 
 def first_difference(first: Run, second: Run) -> int | None:
-    """The first step that both have and whose losses differ in a bit; nan equals nan."""
+    """Return the first step that both runs have with losses that differ in a bit; nan equals nan."""
     a, b = losses_by_step(first), losses_by_step(second)
     return next((step for step, loss in a.items() if step in b and not _same(loss, b[step])), None)
 
 
 def losses_by_step(run: Run) -> dict[int, float]:
-    """Step -> training loss, ascending."""
+    """Return step -> training loss, in ascending order."""
     return dict(zip(run.steps["step"], run.steps["loss"], strict=True))
 
 

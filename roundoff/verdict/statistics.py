@@ -1,4 +1,4 @@
-"""The verdict on a mode: paired by seed, since one seed gives every mode the same start, batches and dropout masks.
+"""Judges a mode by its test losses, paired by seed: one seed gives every mode the same start, batches and masks.
 
 With n differences d_i (mode minus reference) of mean m and standard deviation s, m / (s / sqrt(n)) follows Student's
 t with n - 1 degrees of freedom where the true difference is 0 and the d_i are normal. Equivalence is shown by two
@@ -17,7 +17,7 @@ ALPHA = 0.05
 POWER = 0.8
 MAX_SEEDS = 1000
 ENOUGH_PAIRS = 3
-"""From here on a verdict is given; the interval of two pairs has one degree of freedom, and says next to nothing."""
+"""The fewest pairs for a verdict. The interval of two pairs has one degree of freedom, and says next to nothing."""
 
 
 class Paired(NamedTuple):
@@ -34,14 +34,14 @@ class Paired(NamedTuple):
 
 
 def judge(label: str, mode_losses: dict[int, float], reference_losses: dict[int, float], margin: float) -> Verdict:
-    """Compare the test losses (nats a word) of a mode with the reference's, seed by seed.
+    """Compare a mode's test losses with the reference's, seed by seed, in nats.
 
     From three pairs on: "equivalent" where both one-sided tests against `margin` reject at 5%; else "better" or
     "worse" where the 95% interval excludes 0 (a lower loss is better); else "undecided". A difference that is both
     certain and smaller than the margin is "equivalent", and the sentence says that it is certain.
 
     Args:
-        label: of the mode.
+        label: the mode's.
         mode_losses, reference_losses: seed -> test loss of the runs that have finished. A pair whose difference
             is not finite does not count, and the sentence says so.
         margin: above 0, nats.
@@ -91,7 +91,7 @@ def _decide(label: str, paired: Paired, margin: float, remark: str) -> Verdict:
 
 
 def summarize(differences: list[float]) -> Paired:
-    """Number, mean and standard deviation of finite `differences`."""
+    """Return number, mean and standard deviation of finite `differences`."""
     n = len(differences)
     if min(differences) == max(differences):  # exactly, where rounding would leave a deviation of 1e-17
         return Paired(n, differences[0], 0.0)
@@ -100,13 +100,13 @@ def summarize(differences: list[float]) -> Paired:
 
 
 def interval(paired: Paired) -> tuple[float, float]:
-    """The two-sided 95% interval of the mean (Student's t) of two differences or more."""
+    """Return the two-sided 95% interval of the mean (Student's t) of two differences or more."""
     half = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
     return paired.mean - half, paired.mean + half
 
 
 def p_equivalence(paired: Paired, margin: float) -> float:
-    """The larger p-value of the two one-sided t-tests; 0 or 1 where the differences do not vary."""
+    """Return the larger p-value of the two one-sided t-tests; 0 or 1 if the differences do not vary."""
     if paired.error == 0:
         return 0.0 if abs(paired.mean) < margin else 1.0
     # Both tests mirror each other, so that the one for the nearer margin has the larger p-value.
@@ -114,10 +114,10 @@ def p_equivalence(paired: Paired, margin: float) -> float:
 
 
 def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
-    """How many seeds decide with 80% power if mean and deviation stay as seen, and what they show.
+    """Return how many seeds decide with 80% power if mean and deviation stay as seen, and what they show.
 
-    Two decisions are possible: that the true difference is not 0, by the t-test, and, where the mean is within the
-    margin, equivalence. The one that takes fewer seeds is given; None where both take more than `MAX_SEEDS`.
+    The t-test can show a difference. If the mean is within the margin, the one-sided tests can show equivalence.
+    The decision that takes fewer seeds is returned; None if both take more than `MAX_SEEDS`.
     """
     found = [(_least(lambda n: power_of_difference(paired._replace(n=n)), paired.n + 1), "a difference")]
     if abs(paired.mean) < margin:
@@ -127,13 +127,16 @@ def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
 
 
 def power_of_difference(paired: Paired) -> float:
-    """Power of the two-sided paired t-test, from the noncentral t distribution (Cohen, Statistical Power Analysis)."""
+    """Return the power of the two-sided paired t-test, by the noncentral t distribution.
+
+    Cohen, Statistical Power Analysis for the Behavioral Sciences (1988).
+    """
     critical = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1))
     return _beyond(critical, paired, abs(paired.mean)) + _beyond(critical, paired, -abs(paired.mean))
 
 
 def power_of_equivalence(paired: Paired, margin: float) -> float:
-    """Power of the two one-sided tests, from the noncentral t distribution.
+    """Return the power of the two one-sided tests, by the noncentral t distribution.
 
     The approximation of Diletti et al., Int. J. Clin. Pharmacol. 29 (1991), and Phillips, J. Pharmacokinet.
     Biopharm. 18 (1990): that both reject is as likely as the one plus the other minus 1.
@@ -150,7 +153,7 @@ def _beyond(critical: float, paired: Paired, distance: float) -> float:
 
 
 def _least(power: Callable[[int], float], low: int) -> int | None:
-    """The least n from `low` to `MAX_SEEDS` at which `power`, which grows with n, reaches `POWER`."""
+    """Return the least n from `low` to `MAX_SEEDS` at which `power`, which grows with n, reaches `POWER`."""
     high = MAX_SEEDS
     if low > high or power(high) < POWER:
         return None

@@ -1,4 +1,4 @@
-"""What the parts of the report hand to each other. Losses are in nats a word."""
+"""The values that a comparison consists of. Losses are in nats."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from roundoff.runs.reading import Run
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that left nothing to compare: what was run, its exit code, and the last line that it said."""
+    """A run that left nothing to compare: its command, its exit code, and the last line that it printed."""
 
     label: str
     seed: int
@@ -20,7 +20,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the paired test losses of a mode and the reference say.
+    """The judgement of a mode by its test losses, paired with those of the reference.
 
     Attributes:
         word: "reference", "described" (fewer than three pairs), "equivalent", "better", "worse", "undecided",
@@ -76,11 +76,11 @@ class ModeSummary:
 
 @dataclass(frozen=True)
 class BitEquality:
-    """Whether two modes agree in every bit of every training loss, seed by seed.
+    """The agreement of two modes in every bit of every training loss, seed by seed.
 
     Attributes:
         first, second: labels.
-        expected: the design says that they must.
+        expected: they must agree by design: each run names the other mode.
         steps: how many were compared, over all seeds.
         equal: no step differs, and both have as many.
         sentence: "bit-equal for all N steps", or the first step that differs and both values.
@@ -96,7 +96,7 @@ class BitEquality:
 
 @dataclass(frozen=True)
 class Probe:
-    """What probe.py found, or why it found nothing.
+    """The result of a probe, or why there is none.
 
     Attributes:
         title: says which weights were probed.
@@ -113,7 +113,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of `summary.json`, the table and the report.
+    """All that `summary.json`, the table and the report show.
 
     Attributes:
         reference: label of the mode that the others are compared with.

@@ -4,7 +4,6 @@ import importlib
 import subprocess
 import sys
 import textwrap
-import types
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ TRAINING = """
     from apex.fp16_utils import FP16_Optimizer, network_to_half
     from apex.fp16_utils.loss_scaler import DynamicLossScaler
 
-    torch.backends.cudnn.benchmark = True
     x = torch.randn(8, 4, device="cuda", dtype=torch.half)
     y = torch.cuda.HalfTensor(8, 3).fill_(0.5)
     model = torch.nn.Linear(4, 3).cuda().half()
@@ -45,45 +43,31 @@ TRAINING = """
 @pytest.fixture
 def script(tmp_path):
     def write(text, name="script.py"):
-        path = tmp_path / name
-        path.write_text(textwrap.dedent(text))
-        return str(path)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+        return str(tmp_path / name)
 
     return write
 
 
+def apex_modules():
+    return [name for name in sys.modules if name.split(".")[0] == "apex"]
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    before = (
-        set(sys.modules),
-        list(sys.argv),
-        list(sys.path),
-        sys.modules["__main__"],
-        torch.zeros(1).device,
-    )
-    cuda = dict(vars(torch.cuda))
-    benchmark = torch.backends.cudnn.benchmark
+    def surroundings():
+        return list(sys.argv), list(sys.path), sys.modules["__main__"], torch.zeros(1).device
+
+    before, cuda = surroundings(), dict(vars(torch.cuda))
     yield
-    torch.backends.cudnn.benchmark = benchmark
-    assert not any(name.split(".")[0] == "apex" for name in sys.modules)
-    assert before[1:] == (sys.argv, sys.path, sys.modules["__main__"], torch.zeros(1).device)
+    assert apex_modules() == []
+    assert surroundings() == before
     assert {name for name, value in cuda.items() if vars(torch.cuda)[name] is not value} == set()
 
 
 @pytest.mark.slow
 def test_a_script_for_cuda_runs_from_the_command_line(script):
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "apex_compat",
-        "--device",
-        "cpu",
-        script(TRAINING),
-        "--device",
-        "x",
-    ]
+    command = [sys.executable, "-W", "error", "-m", "apex_compat", "--device", "cpu", script(TRAINING), "--device", "x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "trained ['--device', 'x']\n"
@@ -116,21 +100,25 @@ def test_the_script_is_main_with_its_arguments_and_folder(script, capsys):
     del sys.modules["helper"]
 
 
-def test_a_traceback_is_the_scripts_own(script, capsys):
-    path = script("import apex.fp16_utils\ndef f():\n    raise KeyError('mine')\nf()\n")
-    assert main([path]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["Traceback (most recent call last):", f'  File "{path}", line 4, in <module>']
-    assert lines[-1] == "KeyError: 'mine'"
-    assert not any("fp16_utils/__main__" in line for line in lines)
-
-
-def test_a_syntax_error_is_the_scripts_own(script, capsys):
-    path = script("a = = 1\n")
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        (
+            "import apex.fp16_utils\ndef f():\n    raise KeyError('mine')\nf()\n",
+            'Traceback (most recent call last):\n  File "{path}", line 4, in <module>\n',
+            "KeyError: 'mine'\n",
+        ),
+        ("a = = 1\n", '  File "{path}", line 1\n', "SyntaxError: invalid syntax\n"),
+    ],
+    ids=["traceback", "syntax error"],
+)
+def test_an_error_is_the_scripts_own(script, capsys, text, first, last):
+    path = script(text)
     assert main([path]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f'  File "{path}", line 1')
-    assert "SyntaxError" in error
+    assert error.startswith(first.format(path=path))
+    assert error.endswith(last)
+    assert "apex_compat" not in error
 
 
 def test_a_script_that_cannot_be_read(tmp_path, capsys):
@@ -142,29 +130,31 @@ def test_a_script_that_cannot_be_read(tmp_path, capsys):
         main(["--device", "tpu", "x.py"])
 
 
-def test_provide_apex_in_a_with_statement():
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("apex")
-    with apex_compat.provide_apex():
+def test_apex_is_provided_until_it_is_restored():
+    def imports_apex():
         apex = importlib.import_module("apex")
-        assert importlib.import_module("apex.fp16_utils") is fp16_utils
-        assert apex.fp16_utils is fp16_utils
+        assert importlib.import_module("apex.fp16_utils") is apex.fp16_utils is fp16_utils
         for name in ("fp16_optimizer", "fp16util", "loss_scaler"):
-            assert importlib.import_module(f"apex.fp16_utils.{name}") is importlib.import_module(
-                f"apex_compat.fp16_utils.{name}"
-            )
+            ours = importlib.import_module(f"apex_compat.fp16_utils.{name}")
+            assert importlib.import_module(f"apex.fp16_utils.{name}") is ours
         assert importlib.util.find_spec("apex").name == "apex"
         with pytest.raises(ModuleNotFoundError, match=r"apex\.amp"):
             importlib.import_module("apex.amp")
 
+    def finds_none():
+        for name in ("apex", "apex.fp16_utils"):
+            with pytest.raises(ModuleNotFoundError):
+                importlib.import_module(name)
 
-def test_provide_apex_until_restored():
+    finds_none()
+    with apex_compat.provide_apex():
+        imports_apex()
+    finds_none()
     provided = apex_compat.provide_apex()
-    assert importlib.import_module("apex.fp16_utils") is fp16_utils
+    imports_apex()
     provided.restore()
     provided.restore()
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("apex.fp16_utils")
+    finds_none()
 
 
 @pytest.mark.parametrize("own", ["", "from apex import fp16_utils"], ids=["without", "with its own"])
@@ -174,8 +164,7 @@ def test_an_installed_apex_keeps_the_rest(tmp_path, monkeypatch, own, imported):
     (package / "amp").mkdir(parents=True)
     (package / "__init__.py").write_text(own)
     (package / "amp" / "__init__.py").write_text("initialize = 1")
-    if own:
-        (package / "fp16_utils.py").write_text("OLD = True")
+    (package / "fp16_utils.py").write_text("OLD = True")
     monkeypatch.syspath_prepend(tmp_path)
     before = importlib.import_module("apex") if imported else None
     attributes = dict(vars(before)) if imported else {}
@@ -189,7 +178,7 @@ def test_an_installed_apex_keeps_the_rest(tmp_path, monkeypatch, own, imported):
         amp = importlib.import_module("apex.amp")
         provided.restore()  # does nothing
         assert sys.modules["apex.amp"] is amp
-    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+    for name in apex_modules():
         assert imported
         del sys.modules[name]
 
@@ -204,25 +193,17 @@ def test_an_installed_apex_that_is_broken_is_replaced_with_a_warning(tmp_path, m
 
 def test_cuda_on_cpu():
     with cuda_on_cpu():
+        one = torch.tensor([1.0])
         tensors = [
-            torch.zeros(2, device="cuda"),
-            torch.zeros(2, device=torch.device("cuda:1")),
-            torch.tensor([1.0]).cuda(),
-            torch.tensor([1.0]).cuda(1, non_blocking=True),
-            torch.tensor([1.0]).to("cuda:0"),
-            torch.tensor([1.0]).to(0),
-            torch.tensor([1.0]).to(device=torch.device("cuda"), dtype=torch.half),
-            torch.cuda.FloatTensor([1.0]),
-            torch.ones(1).type("torch.cuda.HalfTensor"),
-            torch.ones(1).type(torch.cuda.LongTensor),
-            torch.ones(1).pin_memory(),
+            *(torch.zeros(2, device=device) for device in ("cuda", torch.device("cuda:1"))),
+            *(one.cuda(), one.cuda(1, non_blocking=True), one.to("cuda:0"), one.to(0), one.pin_memory()),
+            *(one.to(device=torch.device("cuda"), dtype=torch.half), torch.cuda.FloatTensor([1.0])),
             *torch.nn.LSTM(2, 2).cuda().parameters(),
             *torch.nn.Linear(2, 2, device="cuda").to("cuda").parameters(),
         ]
+        half, long = one.type("torch.cuda.HalfTensor"), one.type(torch.cuda.LongTensor)
         torch.cuda.synchronize()
         torch.cuda.set_device(0)
         assert torch.cuda.current_device() == 0
-        assert tensors[8].dtype == torch.float16
-        assert tensors[9].dtype == torch.int64
-    assert {t.device.type for t in tensors} == {"cpu"}
-    assert isinstance(torch.cuda.synchronize, types.FunctionType)
+    assert (half.dtype, long.dtype) == (torch.float16, torch.int64)
+    assert {t.device.type for t in (*tensors, half, long)} == {"cpu"}

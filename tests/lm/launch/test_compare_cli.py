@@ -153,30 +153,6 @@ def test_another_comparison_in_the_same_folder_is_refused(continued, change, tol
     assert told in err
 
 
-def test_comparing_what_was_run(continued) -> None:
-    """The same runs by their directories: only the report is written, and only where --out says."""
-    before = continued.files()
-    runs = [f"out/runs/{label}-1111" for label in ("fp32", "amp-fp32", "manual")]
-    done = continued.run("compare", runs[0], "--expect-equal", "fp32,amp-fp32", *runs[1:], "--out", "new/place")
-    assert (done.code, done.err) == (0, "")
-    after = continued.files()
-    assert after.keys() - before.keys() == {"new", "new/place", *(f"new/place/{name}" for name in REPORT)}
-    assert {name: after[name] for name in before} == before
-    differs = continued.run("compare", *runs, "--expect-equal", "fp32,manual", "--out", "new/place")
-    assert differs.code == 1
-    assert re.fullmatch(r"error: --expect-equal fp32,manual: [^\n]+\n", differs.err)
-    assert "The report is in new/place/report.html" in differs.out
-    assert continued.files().keys() == after.keys()
-
-
-def test_a_report_needs_no_out(programs) -> None:
-    make_run(programs.folder / "a")
-    assert programs.run("compare", "a").code == 0
-    (out,) = (programs.folder / "runs").iterdir()
-    assert re.fullmatch(r"compare-\d{8}-\d{6}", out.name)
-    assert {path.name for path in out.iterdir()} == REPORT
-
-
 TRAIN = ["--out", "o", "--", *TINY]
 MISTAKES = {
     "unknown mode": (["--modes", "fp32,fp8", *TRAIN], r"'fp8' is no mode; there are fp32, manual, .*amp-fp32"),
@@ -184,23 +160,13 @@ MISTAKES = {
     "no mode": (["--modes", "", *TRAIN], "'' is no mode"),
     "no seeds": (["--seeds", "0", *TRAIN], "--seeds: '0' is not a whole number of at least 1"),
     "no jobs": (["--jobs", "0", *TRAIN], "--jobs"),
-    "negative margin": (["--margin", "-1", *TRAIN], "--margin"),
     "run and modes": (["a", "--modes", "fp32"], "--modes is for modes to run, and RUN is one that has run"),
     "run and probe": (["a", "--probe"], "--probe is for modes to run"),
     "run and trainer flags": (["a", "--", "--nhid", "8"], "-- is for modes to run"),
-    "missing run": (["nowhere"], "nowhere: there is no such directory"),
-    "file for run": (["file"], "file: this is no directory"),
-    "run of no steps": (["empty"], "no steps"),
-    "other model": (["a", "b"], "nhid"),
-    "unknown reference": (["a", "--reference", "manual"], "manual"),
-    "unknown pair": (["a", "--expect-equal", "fp32,manual"], "manual"),
-    "half a pair": (["a", "--expect-equal", "fp32"], "'fp32' is not two different modes"),
-    "pair of one": (["a", "--expect-equal", "fp32,fp32"], "not two different modes"),
     "reference not run": (["--modes", "manual", "--reference", "fp32", *TRAIN], "'fp32' is not one of --modes manual"),
     "pair not run": (["--expect-equal", "fp32,amp-fp32", *TRAIN], "'amp-fp32' is not one of --modes"),
     "out is a file": (["--out", "file", "--", *TINY], "--out file"),
     "out below a file": (["--out", "file/o", "--", *TINY], "--out file/o: cannot write there"),
-    "report below a file": (["a", "--out", "file/o"], "--out file/o: cannot write there"),
     "out of something else": (["--out", "corpus", "--", *TINY], "--out corpus holds something else"),
     "trainer's mode": ([*TRAIN, "--fp16"], "--fp16 after -- is set by compare.py itself"),
     "trainer's dtype": ([*TRAIN, "--dtype=float32"], "--dtype=float32 after --"),
@@ -213,15 +179,12 @@ MISTAKES = {
     "no value": ([*TRAIN, "--seed"], "--seed: expected one argument"),
     "flag of one trainer": ([*TRAIN, "--scale-window", "9", "--fp16-utils", "own"], "--fp16-utils"),
     "no corpus": (["--out", "o", "--", "--data", "nowhere"], "--data nowhere: there is no such folder"),
-    "no such flag": (["--mode", "fp32"], "unrecognized arguments: --mode"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(programs, mistake) -> None:
     make_run(programs.folder / "a")
-    make_run(programs.folder / "b", seed=2, job={"nhid": 5})
-    make_run(programs.folder / "empty", losses=[])
     (programs.folder / "file").write_text("")
     flags, told = MISTAKES[mistake]
     assert re.search(told, programs.refuse("compare", *flags))
@@ -240,6 +203,25 @@ def test_nothing_to_compare(programs, monkeypatch) -> None:
     )
     assert done.out.count(" | failed      | ") == 4
     assert not (programs.folder / "o/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "holds something else"),
+        (b'{"modes": 1}', "holds something else"),
+        (b"\xff", "holds something else"),
+        (b'{"modes": "\\u001b[2J\\n", "seeds": null}', r"was made with modes \\x1b\[2J\\n, now \['fp32'\]; seeds None"),
+    ],
+)
+def test_a_plan_made_to_do_harm(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "compare.json").write_bytes(content)
+    with (
+        pytest.raises(UsageError, match=said) as error,
+        comparison_folder(tmp_path, {"modes": ["fp32"], "seeds": [1]}),
+    ):
+        pass
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.slow

@@ -80,7 +80,6 @@ CONTRADICTIONS: dict[str, list[tuple[Any, str]]] = {
         ("text", "decoder.bias is not a tensor"),
         (torch.full((16,), torch.nan), "finite numbers"),
         (torch.zeros(16, dtype=torch.int64), "finite numbers"),
-        (torch.zeros(16, dtype=torch.complex64), "finite numbers"),
     ],
     "vocabulary": [
         (None, "'vocabulary'"),

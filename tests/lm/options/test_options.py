@@ -51,14 +51,18 @@ def from_file(tmp_path: Path, script: str, values: dict[str, Any], dash: str) ->
     return parse_args(script, None, ["--config", str(tmp_path / "c.toml")])
 
 
+def underscored(word: str) -> str:
+    """Return a word of the command line with "_" in its flag."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
 SOURCES = {
     "flags": lambda tmp_path, script, values: parse_args(script, None, words(values)),
     "flags apart": lambda tmp_path, script, values: parse_args(
         script, None, [part for word in words(values) for part in word.split("=", 1)]
     ),
-    "flags with _": lambda tmp_path, script, values: parse_args(
-        script, None, [f"--{name[2:].replace('-', '_')}{sep}{v}" for w in words(values) for name, sep, v in [w.partition("=")]]
-    ),
+    "flags with _": lambda tmp_path, script, values: parse_args(script, None, [underscored(w) for w in words(values)]),
     "file with -": lambda tmp_path, script, values: from_file(tmp_path, script, values, "-"),
     "file with _": lambda tmp_path, script, values: from_file(tmp_path, script, values, "_"),
     "file under flags": lambda tmp_path, script, values: parse_args(

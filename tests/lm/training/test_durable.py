@@ -117,7 +117,7 @@ def test_files_that_may_not_grow(tmp_path, record_testsuite_property):
     cases = [
         ("config.json", [], 1000),
         ("steps.jsonl", [*rarely, "--bptt", "1"], 4000),
-        ("model.safetensors", rarely, 6000),
+        ("model.safetensors", rarely, 3500),
     ]
     cases += [("checkpoint.safetensors", [], limit) for limit in (4000, 8000, 12000)]
     with Forks() as forks:

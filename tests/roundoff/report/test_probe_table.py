@@ -4,7 +4,7 @@ import pytest
 
 from odd_probes import empty, extreme, nothing_known, renamed
 from roundoff.report.probe_table import COLUMNS, percent, side_by_side, table
-from roundoff.report.probe_view import heat, short
+from roundoff.report.probe_view import short
 from samples import KS, MODES, TENSORS, sample
 
 EVIL = "evil\x1b[2J\r\n\u202e<script>" + "x" * 300
@@ -42,8 +42,6 @@ def test_sentences_around_the_table() -> None:
         "32 batches of 7 x 10 words of corpus."
     )
     assert lines[1].endswith("length 1.1e-01; standard deviation from batch to batch (noise): 3.1e-01 +-4%.")
-    result["weights"] = {"kind": "run", "path": "runs/a", "epoch": 3, "steps": 400}
-    assert "weights of runs/a after 400 steps; 32 batches" in table(result)
 
 
 def test_without_explanations_the_figures_and_the_advice_are_left() -> None:
@@ -120,20 +118,6 @@ def test_long_names_keep_both_ends() -> None:
     long = "rnn.layers.11.self_attn.in_proj_weight"
     assert short(long) == "rnn.layers.11…in_proj_weight"
     assert len(short(long, 12)) == 12
-
-
-def test_colours_of_flushing_and_overflow() -> None:
-    """-1 all flushed, 0 neither, from 0.5 on overflow, which wins; logarithmic from a millionth on."""
-    result = sample()
-    shares = {
-        "flushed": [1.0, 1e-3, 1e-9, 0.0, 0.9, 0.0],
-        "overflowed": [0.0, 0.0, 0.0, 0.0, 1e-9, 1.0],
-        "subnormal": [0.0] * 6,
-    }
-    result["scales"] |= {"k": list(range(6)), "predicted": dict.fromkeys(TENSORS, shares)}
-    found = heat(result)
-    assert found.shape == (len(TENSORS), 6)
-    assert found[3] == pytest.approx([-1, -0.5, -0.02, 0, 0.51, 1])
 
 
 def test_extreme_figures_fit() -> None:

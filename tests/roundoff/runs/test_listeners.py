@@ -9,7 +9,8 @@ import pytest
 
 from programs import BATCHES, TINY
 from roundoff.runs.directory import RunDirectory
-from roundoff.runs.listeners import curves, listening
+from roundoff.runs.listeners import listening
+from roundoff.runs.meter import curves
 from roundoff.runs.reading import perplexity
 from roundoff.terminal import Terminal
 from runs import kill_at

@@ -211,6 +211,7 @@ def test_epochs_of_a_loop_that_counts_none(tmp_path):
     record = read_run(tmp_path / "run")
     assert [(row["epoch"], row["loss"]) for row in record.steps] == [(1, 3.0), (2, 2.0)]
     assert [(row["epoch"], row["valid_loss"]) for row in record.epochs] == [(1, 3.0), (2, 2.0)]
+    assert [row["valid_loss"] for row in reading.read_run(tmp_path / "run").epochs] == [3.0, 2.0]
     assert all(row["seconds"] >= 0 for row in record.epochs)
 
 
@@ -255,12 +256,12 @@ def noon(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "name"),
     [
-        ("main", [], "main-fp32"),
-        ("main", ["--fp16"], "main-fp16"),
-        ("main_fp16_optimizer", ["--fp16"], "main_fp16_optimizer-fp16-static"),
-        ("main_fp16_optimizer", ["--fp16", "--dynamic-loss-scale"], "main_fp16_optimizer-fp16-dynamic"),
-        ("main_amp", [], "main_amp-float16"),
-        ("main_amp", ["--dtype", "bfloat16"], "main_amp-bfloat16"),
+        ("main", [], "fp32"),
+        ("main", ["--fp16"], "manual"),
+        ("main_fp16_optimizer", ["--fp16"], "fp16-optimizer"),
+        ("main_fp16_optimizer", ["--fp16", "--dynamic-loss-scale"], "fp16-optimizer-dynamic"),
+        ("main_amp", [], "amp-fp16"),
+        ("main_amp", ["--dtype", "bfloat16"], "amp-bf16"),
     ],
 )
 def test_default_name_and_its_collisions(programs, script, flags, name):

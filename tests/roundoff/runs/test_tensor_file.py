@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +76,7 @@ def test_any_tree_comes_back(tmp_path: Path, tree: Any) -> None:
     whole = saved(tmp_path / "file", tree)
     assert same(load_tensors(tmp_path / "file", FORMAT), tree)
     assert saved(tmp_path / "file", tree) == whole  # equal trees make equal files
+    assert all(isinstance(t, Tensor) for t in safetensors.torch.load_file(tmp_path / "file").values())
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -100,7 +102,15 @@ def test_a_tensor_in_two_places_is_saved_once_and_shared_again(tmp_path: Path) -
 
 
 def test_what_makes_no_tree(tmp_path: Path) -> None:
-    for tree in ({1.5: 2}, {"a": {None: 1}}, {"a": object()}, b"bytes", {True: 1}):
+    for tree in (
+        {1.5: 2},
+        {"a": {None: 1}},
+        {"a": object()},
+        b"bytes",
+        {"a": torch.zeros(3).to_sparse()},
+        torch.zeros(3, dtype=torch.complex64),
+        {True: 1},
+    ):
         with pytest.raises(TypeError, match=r"^(the tree|a) "):
             save_tensors(tmp_path / "file", tree, FORMAT)
     assert list(tmp_path.iterdir()) == []

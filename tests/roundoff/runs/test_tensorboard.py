@@ -106,9 +106,9 @@ def test_hyperparameters_with_the_final_perplexity(programs):
 @needed
 def test_a_run_of_another_job_has_its_loss_as_metric(tmp_path):
     """It has no perplexity, and no tokens."""
-    from roundoff.runs.listeners import event_files
+    from roundoff.runs.event_files import EventFiles
 
-    with RunDirectory(tmp_path / "run", job={"lr": 0.5}, mode="bf16", listeners=[event_files()]) as run:
+    with RunDirectory(tmp_path / "run", job={"lr": 0.5}, mode="bf16", listeners=[EventFiles()]) as run:
         run.step(2.0, lr=0.5, grad_norm=1.0)
         run.epoch(3.0)
         run.finish(test_loss=4.0)

@@ -1,12 +1,16 @@
 """Runs side by side: what is refused, who is the reference, and which losses are equal in every bit."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from programs import ROOT
 from roundoff.errors import UsageError
+from roundoff.report.summary import table
 from roundoff.runs.reading import Run, read_run
 from roundoff.verdict.comparison import compare
 from roundoff.verdict.types import Comparison, Failure
@@ -14,142 +18,170 @@ from synthetic import LOSSES, SEEDS, make_config, make_run, make_runs
 
 OTHER = [*LOSSES[:4], math.nextafter(LOSSES[4], 9), *LOSSES[5:]]
 """One bit differs at step 5."""
+EARLY = [*LOSSES[:2], 1.0, *LOSSES[3:]]
+"""Step 3 differs."""
 
 
-def run(folder: Path, label: str, seed: int = 1111, *rest: Any, **config: Any) -> Run:
-    return read_run(make_run(folder / f"{label}-{seed}-{len(list(folder.glob('*')))}", label, seed, *rest, **config))
+class Runs:
+    """Makes runs in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+
+    def __call__(self, label: str = "fp32", seed: int = 1111, losses: Any = None, **rest: Any) -> Run:
+        self.count += 1
+        return read_run(make_run(self.folder / f"{label}-{seed}-{self.count}", label, seed, losses, **rest))
+
+    def scaled(self, *runs: tuple[str, float | None, int]) -> list[Run]:
+        """Runs of these modes, loss scales and seeds."""
+        return [self(label, seed, loss_scales=[1.0] * 8, precision={"loss_scale": s}) for label, s, seed in runs]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
 
 
 def refusal(runs: list[Run], *rest: Any, **options: Any) -> str:
     with pytest.raises(UsageError) as error:
         compare(runs, *rest, **options)
-    text = str(error.value)
-    assert text.isprintable()
-    return text
+    assert str(error.value).isprintable()
+    return str(error.value)
 
 
 def labels(comparison: Comparison) -> list[str]:
     return [mode.label for mode in comparison.modes]
 
 
+def words(comparison: Comparison) -> list[str]:
+    return [mode.verdict.word for mode in comparison.modes]
+
+
+def pairs(runs: list[Run], *rest: Any, **options: Any) -> list[tuple[str, str]]:
+    return [(pair.first, pair.second) for pair in compare(runs, *rest, **options).pairs]
+
+
 def failure(label: str, seed: int = 1111) -> Failure:
     return Failure(label, seed, ["main.py"], 1, "error: out of memory")
 
 
-def test_order_and_reference(tmp_path: Path) -> None:
-    runs = [run(tmp_path, label) for label in ("amp-fp16", "manual", "fp32")]
+def test_the_reference_comes_first_and_is_fp32_unless_asked(run) -> None:
+    runs = [run(label) for label in ("amp-fp16", "manual", "fp32")]
     assert labels(compare(runs)) == ["fp32", "amp-fp16", "manual"]
     assert labels(compare(runs[:2])) == ["amp-fp16", "manual"]
     seen = compare(runs, reference="manual")
     assert (seen.reference, labels(seen)) == ("manual", ["manual", "amp-fp16", "fp32"])
-    assert [mode.verdict.word for mode in seen.modes] == ["reference", "described", "described"]
+    assert words(seen) == ["reference", "described", "described"]
     assert seen.modes[0].verdict.sentence == "manual is the reference: test loss 5.5000 nats, mean of 1 seed."
 
 
-def test_a_failed_fp32_is_not_the_reference_unless_asked_for(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "manual"), run(tmp_path, "amp-fp16")]
+def test_failures(run) -> None:
+    """A mode that left no run is shown, and is the reference only where it is asked for."""
+    runs = [run("manual"), run("amp-fp16")]
     seen = compare(runs, [failure("fp32")])
     assert labels(seen) == ["manual", "amp-fp16", "fp32"]
     assert (seen.modes[2].status, seen.modes[2].verdict.word, seen.modes[2].steps) == ("failed", "not finished", 0)
     asked = compare(runs, [failure("fp32")], reference="fp32")
-    assert [mode.verdict.word for mode in asked.modes] == ["reference", "not finished", "not finished"]
+    assert words(asked) == ["reference", "not finished", "not finished"]
+    alone = compare([], [failure("manual"), failure("fp32")])
+    assert [(mode.status, mode.final_loss_scale) for mode in alone.modes] == [("failed", None)] * 2
 
 
-def test_only_failures(tmp_path: Path) -> None:
-    seen = compare([], [failure("manual"), failure("fp32")])
-    assert [mode.status for mode in seen.modes] == ["failed", "failed"]
-    assert seen.modes[0].final_loss_scale is None
-
-
-def test_nothing_to_compare() -> None:
+def test_what_is_refused(run) -> None:
+    runs = [run(), run("manual"), run()]
     assert refusal([]) == "no runs to compare; give at least one run directory"
-
-
-def test_unknown_labels(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual")]
+    twice = f"{runs[0].path} and {runs[2].path} are both fp32 with seed 1111; leave one of them out"
+    assert refusal(runs) == refusal(runs, anyway=True) == twice
     known = "there are fp32, manual"
-    assert refusal(runs, reference="x\n") == f"--reference: no run of the mode 'x\\\\n'; {known}"
-    assert refusal(runs, expect_equal=[("fp32", "y")]) == f"--expect-equal: no run of the mode 'y'; {known}"
-    assert "a mode equals itself" in refusal(runs, expect_equal=[("fp32", "fp32")])
+    assert refusal(runs[:2], reference="x\n") == f"--reference: no run of the mode 'x\\\\n'; {known}"
+    assert refusal(runs[:2], expect_equal=[("fp32", "y")]) == f"--expect-equal: no run of the mode 'y'; {known}"
+    assert "a mode equals itself" in refusal(runs[:2], expect_equal=[("fp32", "fp32")])
 
 
-def test_duplicates_are_refused_even_anyway(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual"), run(tmp_path, "fp32")]
-    text = f"{runs[0].path} and {runs[2].path} are both fp32 with seed 1111; leave one of them out"
-    assert refusal(runs) == text
-    assert refusal(runs, anyway=True) == text
+A, B, C = ({"name": "A"}, {"name": "B"}, {"name": "C", "more": {"a": [1, 2]}})
+JOBS: dict[str, tuple[Any, Any, list[str]]] = {
+    "every field": (
+        {"model": "GRU", "tied": True, "lr": 5.0, "clip": math.inf, "epochs": 3, "max_steps": 9, "dry_run": True},
+        {},
+        [
+            "model is GRU in A, LSTM in B", "tied is True in A, False in B", "lr is 5.0 in A, 20.0 in B",
+            "clip is inf in A, 0.25 in B", "epochs is 3 in A, 2 in B", "max_steps is 9 in A, None in B",
+            "dry_run is True in A, False in B",
+        ],
+    ),
+    "a corpus": (
+        {"corpus": {"sha256": {"train": "aa" * 31 + "ab"}, "words": 3}},
+        {},
+        [f"corpus.sha256.train is {'a' * 19}… in A, {'a' * 19}… in B", "corpus.words is 3 in A, 2186 in B"],
+    ),
+    "a field that one lacks": ({"warmup": 10}, {}, ["warmup is 10 in A, missing in B"]),
+    "null is not missing": ({"warmup": None}, {}, ["warmup is None in A, missing in B"]),
+    "a mapping beside a text": ({"corpus": "x"}, {}, ["corpus is x in A, {'name': 'corpus', … in B"]),
+    "deep and in a list": (
+        {"x": {"y": {"z": [1, {"a": 2}]}}},
+        {"x": {"y": {"z": [1, {"a": 3}]}}},
+        ["x.y.z is [1, {'a': 2}] in A, [1, {'a': 3}] in B"],
+    ),
+    "true is not 1": ({"x": True}, {"x": 1}, ["x is True in A, 1 in B"]),
+    "20 is 20.0": ({"lr": 20}, {"lr": 20.0}, []),
+    "nan is nan": ({"x": math.nan}, {"x": "nan"}, []),
+    "order means nothing": ({"x": {"a": 1, "b": 2}}, {"x": {"b": 2, "a": 1}}, []),
+    "harm": ({"a\n\x1b[31m": "x\r\n" * 100}, {}, [r"a\n\x1b[31m is x\r\nx\r\nx\r\nx\r\… in A, missing in B"]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "ours"),
-    [
-        ("model", "GRU", "LSTM"), ("emsize", 16, 8), ("nhid", 16, 8), ("nlayers", 1, 2), ("nhead", 4, 2),
-        ("dropout", 0.5, 0.2), ("tied", True, False), ("batch_size", 40, 20), ("bptt", 70, 35),
-        ("optimizer", "adamw", "sgd"), ("lr", 5.0, 20.0), ("clip", math.inf, 0.25), ("epochs", 3, 2),
-        ("max_steps", 100, None), ("dry_run", True, False),
-    ],
-)  # fmt: skip
-def test_another_job_is_refused(tmp_path: Path, field: str, value: Any, ours: Any) -> None:
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", job={field: value}), run(tmp_path, "amp-fp16")]
-    difference = f"{field} is {ours} in {runs[0].path}, {runs[2].path}, {value} in {runs[1].path}"
-    assert refusal(runs) == (f"these runs do not train the same job: {difference}; leave some out, or add --anyway")
-    assert compare(runs, anyway=True).differences == [difference]
+@pytest.mark.parametrize("case", JOBS)
+def test_another_job_is_refused(run, case: str) -> None:
+    ours, theirs, expected = JOBS[case]
+    runs = [run(job=ours), run("manual", job=theirs)]
+    seen = compare(runs, anyway=True).differences
+    assert [line.replace(str(runs[0].path), "A").replace(str(runs[1].path), "B") for line in seen] == expected
+    if expected:
+        said = f"these runs do not train the same job: {'; '.join(seen)}; leave some out, or add --anyway"
+        assert refusal(runs) == said
 
 
-@pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_another_corpus_is_refused(tmp_path: Path, split: str) -> None:
-    corpus = make_config()["job"]["corpus"]
-    other = {"sha256": {split: "ff" * 32}}
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", job={"corpus": other})]
-    ours = corpus["sha256"][split][:19] + "…"
-    text = f"corpus.sha256.{split} is {ours} in {runs[0].path}, {'f' * 19}… in {runs[1].path}"
-    assert text in refusal(runs)
+def test_a_job_is_any_mapping(tmp_path: Path) -> None:
+    """Nothing of a language model is asked for: two modes of another program that name each other."""
+    paths = []
+    for mode, other in (("a", "b"), ("b", "a")):
+        paths.append(make_run(tmp_path / mode, mode, seed=3, precision={"equals": [other]}))
+        config = {"job": {"model": "cnn"}, "precision": {"mode": mode, "equals": [other], "loss_scale": 2}, "seed": 3}
+        (paths[-1] / "config.json").write_text(str(config | {"environment": {}}).replace("'", '"'))
+    seen = compare([read_run(str(path)) for path in paths])
+    assert (labels(seen), seen.differences, [pair.expected for pair in seen.pairs]) == (["a", "b"], [], [True])
 
 
-def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    corpus = {"vocab_size": 2188, "words": 2187}
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", job={"corpus": corpus})]
-    text = refusal(runs)
-    assert f"corpus.words is 2186 in {runs[0].path}, 2187 in {runs[1].path}; corpus.vocab_size is 2192 in" in text
+def test_long_lists_are_cut(run) -> None:
+    runs = [run(seed=seed) for seed in SEEDS] + [run("manual", seed, job={"bptt": 1}) for seed in SEEDS]
+    assert " and 2 more" in refusal(runs)
+    many = compare([run(job={str(i): 1 for i in range(5000)}), run("manual")], anyway=True).differences
+    assert (len(many), many[-1]) == (21, "4980 more fields of the job differ")
 
 
-def test_other_flags_and_machines_are_not_another_job(tmp_path: Path) -> None:
-    environment = {"torch": "2.6.0", "threads": 8}
-    options = {"environment": environment | {"device": "A GPU"}, "options": {"log_interval": 5, "data": "b"}}
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "manual", **options)]
-    seen = compare(runs)
+def test_other_options_and_machines_are_not_another_job(run) -> None:
+    environment = {"torch": "2.6.0", "threads": 8, "device": "A GPU"}
+    seen = compare([run(), run("manual", environment=environment, options={"log_interval": 5})])
     assert seen.differences == []
     assert seen.covers[-1] == "The runs differ in device, torch version or threads, which alone can change bits."
 
 
-def test_other_seeds_are_refused(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "fp32", 1112), run(tmp_path, "manual")]
+def test_other_seeds_are_refused(run) -> None:
+    runs = [run(), run(seed=1112), run("manual")]
     assert "seed is 1111, 1112 in fp32 but 1111 in manual" in refusal(runs)
     assert compare(runs, [failure("manual", 1112)]).differences == []
     assert compare(runs, anyway=True).modes[1].verdict.pairs == 1
 
 
-def test_many_runs_are_named_shortly(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32", seed) for seed in SEEDS] + [
-        run(tmp_path, "manual", seed, job={"bptt": 1}) for seed in SEEDS
+def test_figures_of_a_mode(run) -> None:
+    runs = [run(seed=1111 + i, test_loss=loss) for i, loss in enumerate([5.0, 5.5, 6.0])]
+    scales, taken = [65536.0] * 2 + [32768.0] * 6, [True, False] + [True] * 6
+    runs += [
+        run("amp-fp16", 1112, test_loss=5.5, loss_scales=[8.0] * 8, peak_memory_bytes=7),
+        run("amp-fp16", 1111, OTHER, test_loss=5.25, loss_scales=scales, applied=taken, tokens_per_second=500.0),
+        run("amp-fp16", 1113, LOSSES[:3], test_loss=9.0, status="interrupted", tokens_per_second=None),
     ]
-    assert " and 2 more" in refusal(runs)
-
-
-def test_hostile_names_stay_on_one_line(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "fp32"), run(tmp_path, "a\n\x1b[31m<b>", job={"model": "x\r\n" * 100})]
-    assert "x\\r\\nx" in refusal(runs)
-
-
-def test_figures_of_a_mode(tmp_path: Path) -> None:
-    make_runs(tmp_path, "fp32", [5.0, 5.5, 6.0])
-    scales = [65536.0] * 2 + [32768.0] * 6
-    run_a = make_run(tmp_path / "a", "amp-fp16", 1112, test_loss=5.5, loss_scales=[8.0] * 8, peak_memory_bytes=7)
-    taken = [True, False] + [True] * 6
-    run_b = make_run(tmp_path / "b", "amp-fp16", 1111, OTHER, 5.25, scales, taken, tokens_per_second=500.0)
-    run_c = make_run(tmp_path / "c", "amp-fp16", 1113, LOSSES[:3], 9.0, status="interrupted", tokens_per_second=None)
-    paths = [*sorted(tmp_path.glob("fp32*")), run_a, run_b, run_c]
-    mode = compare([read_run(path) for path in paths]).modes[1]
+    mode = compare(runs).modes[1]
     assert [r.seed for r in mode.runs] == [1111, 1112, 1113]
     assert mode.status == "finished, interrupted"
     assert mode.test_loss == 5.375  # an interrupted run's test loss is of another length of training
@@ -161,8 +193,8 @@ def test_figures_of_a_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "diverged"])
-def test_unfinished_runs_have_no_test_loss(tmp_path: Path, status: str | None) -> None:
-    mode = compare([run(tmp_path, "fp32"), run(tmp_path, "manual", status=status)]).modes[1]
+def test_unfinished_runs_have_no_test_loss(run, status: str | None) -> None:
+    mode = compare([run(), run("manual", status=status)]).modes[1]
     assert mode.status == (status or "unfinished")
     assert (mode.test_loss, mode.test_ppl, mode.verdict.word) == (None, None, "not finished")
 
@@ -170,23 +202,167 @@ def test_unfinished_runs_have_no_test_loss(tmp_path: Path, status: str | None) -
 def test_verdicts_are_paired_by_seed_and_take_the_margin(tmp_path: Path) -> None:
     paths = make_runs(tmp_path, "fp32", [5.0, 6.0, 7.0]) + make_runs(tmp_path, "manual", [5.02, 6.021, 7.019])
     runs = [read_run(path) for path in paths]
-    assert compare(runs).modes[1].verdict.word == "worse"
-    assert compare(runs[::-1], reference="manual").modes[1].verdict.word == "better"
-    assert compare(runs, margin=0.03).modes[1].verdict.word == "equivalent"
+    for options, word in (({}, "worse"), ({"margin": 0.03}, "equivalent"), ({"reference": "manual"}, "better")):
+        assert compare(runs[::-1], **{"reference": "fp32"} | options).modes[1].verdict.word == word
 
 
-def test_first_difference_is_the_least_over_seeds(tmp_path: Path) -> None:
-    early = [*LOSSES[:2], 1.0, *LOSSES[3:]]
-    runs = [run(tmp_path, "fp32", seed) for seed in SEEDS[:2]]
-    runs += [run(tmp_path, "manual", 1111, OTHER), run(tmp_path, "manual", 1112, early)]
-    runs += [run(tmp_path, "amp-fp16", seed, LOSSES[:6]) for seed in SEEDS[:2]]
+def test_what_the_intervals_cover(run) -> None:
+    lines = compare([run(), run("manual")]).covers
+    assert len(lines) == 3
+    assert "covers the variation between seeds" in lines[0]
+    assert "does not cover other data" in lines[1]
+    three = [run(label, seed, test_loss=seed / 200) for label in ("a", "b", "c") for seed in SEEDS[:3]]
+    assert "Each of the 2 verdicts has its own 5% risk" in compare(three).covers[3]
+
+
+def test_first_difference_is_the_least_over_seeds(run) -> None:
+    runs = [run(seed=seed) for seed in SEEDS[:2]]
+    runs += [run("manual", 1111, OTHER), run("manual", 1112, EARLY)]
+    runs += [run("amp-fp16", seed, LOSSES[:6]) for seed in SEEDS[:2]]
     assert [mode.first_difference for mode in compare(runs).modes] == [None, 3, None]
 
 
-def test_says_what_the_intervals_cover(tmp_path: Path) -> None:
-    lines = compare([run(tmp_path, "fp32"), run(tmp_path, "manual")]).covers
-    assert "covers the variation between seeds" in lines[0]
-    assert "does not cover other data" in lines[1]
-    assert len(lines) == 3
-    three = [p for label in ("fp32", "manual", "amp-fp16") for p in make_runs(tmp_path / "m", label, [5.0, 5.1, 5.2])]
-    assert "Each of the 2 verdicts has its own 5% risk" in compare([read_run(p) for p in three]).covers[3]
+FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
+
+
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        (["fp32", "manual", "amp-fp16", "amp-bf16", "fp16-optimizer-dynamic"], []),
+        (["fp16-optimizer", "manual"], [("manual", "fp16-optimizer")]),
+        (["amp-fp32", "fp16-optimizer-fp32"], [FP32[1:]]),
+        (["fp32", "amp-fp32", "fp16-optimizer-fp32"], [FP32[:2], FP32[::2], FP32[1:]]),
+    ],
+)
+def test_modes_that_name_each_other_must_agree(run, modes: list[str], expected: list[tuple[str, str]]) -> None:
+    seen = compare([run(mode) for mode in modes]).pairs
+    assert [(pair.first, pair.second) for pair in seen] == expected
+    assert all(pair.expected and pair.equal and pair.steps == 8 for pair in seen)
+
+
+HALF = ("manual", "fp16-optimizer")
+BFLOAT = {"dtype": "bfloat16"}
+MUST = {
+    "one scale": (HALF, {}, {}, True),
+    "an exact fraction": (HALF, {"loss_scale": 2.0**-3}, {"loss_scale": 2.0**-3}, True),
+    "two scales in half": (HALF, {}, {"loss_scale": 256.0}, False),
+    "no power of two": (HALF, {"loss_scale": 1000.0}, {"loss_scale": 1000.0}, False),
+    "a dynamic scale": (HALF, {}, {"loss_scale": None}, False),
+    "an endless scale": (HALF, {"loss_scale": math.inf}, {"loss_scale": math.inf}, False),
+    "a scale of 0": (HALF, {"loss_scale": 0.0}, {"loss_scale": 0.0}, False),
+    "two scales in fp32": (FP32[:2], {}, {"loss_scale": 1024.0}, True),
+    "no power of two in fp32": (FP32[:2], {}, {"loss_scale": 1000.0}, False),
+    "two scales in bf16": (FP32[:2], BFLOAT, BFLOAT | {"loss_scale": 1024.0}, False),
+    "two scales in an unknown dtype": (FP32[:2], {"dtype": None}, {"dtype": None, "loss_scale": 2}, False),
+    "one names the other": (FP32[:2], {"equals": []}, {}, False),
+    "the other names one": (FP32[:2], {}, {"equals": []}, False),
+}
+
+
+@pytest.mark.parametrize("case", MUST)
+def test_when_loss_scales_let_modes_agree(run, case: str) -> None:
+    modes, ours, theirs, expected = MUST[case]
+    runs = [run(mode, loss_scales=[1.0] * 8, precision=p) for mode, p in zip(modes, (ours, theirs), strict=True)]
+    assert pairs(runs) == ([modes] if expected else [])
+    (asked,) = compare(runs, expect_equal=[modes]).pairs
+    assert (asked.expected, asked.equal) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"environment": {"device": "B"}}, {"environment": {"torch": "2.6.0"}}, {"environment": {"threads": 3}},
+        {"environment": {"tf32": True}}, {"environment": {"processes": 2}}, {"job": {"lr": 5.0}},
+        {"job": {"corpus": {"sha256": {"valid": "ff" * 32}}}},
+    ],
+)  # fmt: skip
+def test_other_machines_and_jobs_need_not_agree(run, other: dict[str, Any]) -> None:
+    assert pairs([run(), run("amp-fp32", **other)], anyway=True) == []
+
+
+def test_a_longer_run_must_agree_as_far_as_the_other_goes(run) -> None:
+    longer = {"epochs": 4, "max_steps": 9, "dry_run": True}
+    (pair,) = compare([run(job=longer), run("amp-fp32", 1111, LOSSES[:5])], anyway=True).pairs
+    assert (pair.expected, pair.steps) == (True, 5)
+
+
+def test_asked_pairs_come_first_and_once(run) -> None:
+    runs = [run(mode) for mode in ("fp32", "amp-fp32", *HALF)]
+    seen = compare(runs, expect_equal=[("manual", "fp32"), ("fp16-optimizer", "manual"), ("fp32", "manual")]).pairs
+    assert [(pair.first, pair.second, pair.expected) for pair in seen] == [
+        ("fp32", "manual", False),
+        ("fp16-optimizer", "manual", True),
+        ("fp32", "amp-fp32", True),
+    ]
+
+
+NOTHING = [6.0, math.nan, math.inf]
+BOTH = "bit-equal in the {} steps that both have, but "
+SENTENCES: dict[str, tuple[list[Any], list[Any], int, bool, str]] = {
+    "equal": ([LOSSES], [LOSSES], 8, True, "bit-equal for all 8 steps."),
+    "nan equals nan": ([NOTHING], [NOTHING], 3, True, "bit-equal for all 3 steps."),
+    "a bit": (
+        [LOSSES, LOSSES], [LOSSES, OTHER], 16, False,
+        "differ first at step 5 (seed 1112): 5.5 in manual, 5.500000000000001 in fp16-optimizer. "
+        "They must agree by design.",
+    ),
+    "the first step over all seeds": (
+        [LOSSES] * 3, [OTHER, EARLY, OTHER], 24, False,
+        "differ first at step 3 (seed 1112): 6.0 in manual, 1.0 in fp16-optimizer. They must agree by design.",
+    ),
+    "another length": (
+        [LOSSES], [LOSSES[:6]], 6, False,
+        BOTH.format(6) + "with seed 1111 manual has 8 steps and fp16-optimizer 6.",
+    ),
+    "a seed of one": (
+        [LOSSES, LOSSES], [LOSSES], 8, False, BOTH.format(8) + "seed 1112 has a run of manual only.",
+    ),
+    "no seed of both": ([LOSSES], [], 0, False, "not compared: no seed has a run of both."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SENTENCES)
+def test_what_is_said_of_a_pair(run, case: str) -> None:
+    ours, theirs, steps, equal, sentence = SENTENCES[case]
+    runs = [run("manual", seed, losses) for seed, losses in zip(SEEDS, ours, strict=False)]
+    runs += [run("fp16-optimizer", seed, losses) for seed, losses in zip(SEEDS, theirs, strict=False)]
+    failures = [failure("fp16-optimizer", seed) for seed in SEEDS[len(theirs) : len(ours)]]
+    (pair,) = compare(runs, failures, expect_equal=[] if theirs else [HALF]).pairs
+    assert (pair.steps, pair.equal, pair.sentence) == (steps, equal, f"manual and fp16-optimizer: {sentence}")
+
+
+def test_each_loss_scale_is_a_mode_with_its_seeds(run) -> None:
+    runs = [("manual", scale, seed) for scale in (1.0, 128.0, 0.1, 2.0**-8, 2.0**17) for seed in (1, 2)]
+    seen = compare(run.scaled(("fp32", 1.0, 1), ("fp32", 1.0, 2), *runs))
+    names = ("fp32", *(f"manual-scale-{scale}" for scale in ("1", "128", "0.1", "2^-8", "2^17")))
+    assert {mode.label: [r.seed for r in mode.runs] for mode in seen.modes} == {name: [1, 2] for name in names}
+    assert all(mode.verdict.pairs == 2 for mode in seen.modes)
+    assert "manual-scale-0.1" in table(seen)
+    both = compare(run.scaled(("amp-fp16", None, 1), ("amp-fp16", 1024.0, 1)), reference="amp-fp16-scale-1024")
+    assert labels(both) == ["amp-fp16-scale-1024", "amp-fp16-dynamic"]
+    one = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 2), ("amp-fp16", None, 1), ("amp-fp16", None, 2))
+    assert labels(compare(one)) == ["manual", "amp-fp16"]
+    twice = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 1), ("manual", 2.0, 1))
+    assert "are both manual-scale-1 with seed 1" in refusal(twice)
+
+
+def test_reading_and_comparing_need_no_torch_and_judging_names_its_extra(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['scipy'] = None\n"
+        "from roundoff import compare, read_run\n"
+        "runs = [read_run(path) for path in sys.argv[1:]]\n"
+        "assert compare(runs[::2]).pairs[0].equal and not {'torch', 'numpy'} & set(sys.modules)\n"
+        "try: compare(runs)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    paths = [make_run(tmp_path / f"{label}-{seed}", label, seed) for label in FP32[:2] for seed in (1, 2)]
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, paths)]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert (done.stderr, done.stdout) == ("", "UsageError scipy is not installed: pip install 'roundoff[report]'\n")
+
+
+def test_every_field_of_a_job_counts(run) -> None:
+    for name, value in make_config()["job"].items():
+        other = {"another": 1} if isinstance(value, dict) else 7.5
+        (line,) = compare([run(), run("manual", job={name: other})], anyway=True).differences
+        assert line.startswith(name)
