@@ -127,7 +127,7 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
 
 def job_options(script: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a run's `options` that every trainer takes: the job, and a loss scale that was asked for."""
-    kept = {name: options[name] for name in OF_JOB}
+    kept = {name: options[name] for name in OF_JOB if name in options}
     asked = [name for name in (*OF_JOB, *OF_PRECISION) if name in options and name in options_of(script)]
     args = merge(script, checked(script, {name: options[name] for name in asked}))
     if args.static_loss_scale not in (None, default_loss_scale(script, args.dtype)):

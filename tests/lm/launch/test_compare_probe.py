@@ -9,6 +9,7 @@ import pytest
 
 from lm.launch import jobs as launch
 from lm.launch.probe_jobs import run_probes
+from lm.launch.probing.sources import OF_JOB
 from pages import Page, numbers
 from programs import Programs, strict_json
 from roundoff.gradients.result import read_probe
@@ -45,6 +46,12 @@ class Probes:
         self.fails = False
         monkeypatch.setattr(launch, "SCRIPTS", self.scripts)
         runs = [make_run(self.out / "runs" / f"{label}-1111", label) for label in ("fp32", "manual", "amp-bf16")]
+        for path in runs:
+            config = json.loads((path / "config.json").read_text())
+            job = {name: value for name, value in config["job"].items() if name in OF_JOB}
+            (path / "config.json").write_text(
+                json.dumps(config | {"options": config["options"] | job | {"seed": config["seed"]}})
+            )
         (self.out / "compare.json").write_text("{}")
         self.runs = [read_run(path) for path in runs]
 
@@ -72,8 +79,8 @@ def test_fresh_weights_of_the_same_flags_and_those_at_the_end_are_probed(probes:
     modes = ["--modes", "fp32,manual,amp-bf16", "--out"]
     assert fresh == [
         *("probe.py", *modes, str(probes.out / "probes/fp32-1111-initial"), "--batches", "7", "--data", "corpus", "--"),
-        *("--batch_size=20", "--bptt=35", "--model=LSTM", "--emsize=8", "--nhid=8", "--nlayers=2", "--dropout=0.2"),
-        *("--no-tied", "--lr=20.0", "--clip=0.25", "--seed=1111"),
+        *("--batch_size=20", "--bptt=35", "--model=LSTM", "--emsize=8", "--nhid=8", "--nlayers=2", "--nhead=2"),
+        *("--dropout=0.2", "--no-tied", "--optimizer=sgd", "--lr=20.0", "--clip=0.25", "--seed=1111"),
     ]
     assert final == [
         *("probe.py", *modes, str(probes.out / "probes/fp32-1111-final"), "--batches", "7"),
@@ -88,7 +95,7 @@ def test_fresh_weights_of_the_same_flags_and_those_at_the_end_are_probed(probes:
 def test_a_loss_scale_that_was_asked_for_is_that_of_the_probe(probes: Probes) -> None:
     path = probes.runs[0].path / "config.json"
     config = json.loads(path.read_text())
-    config["environment"]["command"] += ["--static-loss-scale", "2", "--init-scale", "65536"]
+    config["options"] |= {"static_loss_scale": 2.0, "init_scale": 65536.0}
     path.write_text(json.dumps(config))
     fresh, _ = commands(probes.compare())
     assert fresh[-2:] == ["--seed=1111", "--static-loss-scale=2.0"]
