@@ -18,8 +18,9 @@ from lm.launch.probe_jobs import run_probes
 from lm.options.modes import DEFAULT_MODES, MODES, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, whole
 from roundoff.errors import RunError, UsageError
+from roundoff.extras import require_report
 from roundoff.program import exit_code
-from roundoff.report.compare_command import add_options, default_out, publish, require_packages, settings
+from roundoff.report.compare_command import add_options, default_out, publish, settings
 from roundoff.runs.reading import Run, read_run
 from roundoff.terminal import say
 from roundoff.verdict.comparison import compare
@@ -118,7 +119,7 @@ def continued_by_hand(out: Path) -> Iterator[None]:
 def main() -> int:
     """Run or read, compare, print and write."""
     args = parse_args(sys.argv[1:])
-    require_packages()
+    require_report()
     if args.runs:
         runs, failures = [read_run(path) for path in args.runs], list[Failure]()
     else:

@@ -24,6 +24,7 @@ from main_amp import make_precision as amp_precision
 from main_fp16_optimizer import make_precision as fp16_optimizer_precision
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from roundoff.errors import UsageError
+from roundoff.extras import require_report
 from roundoff.gradients.result import write_probe
 from roundoff.program import exit_code
 from roundoff.runs.files import check_writable
@@ -114,6 +115,7 @@ def main() -> int:
     """Probe, print and write."""
     args = parse_args(sys.argv[1:])
     check_out(args.out)
+    require_report()
     source = find_source(args)
     command = ["probe.py", *sys.argv[1:]]
     result = run_probe(source, args.modes, args.batches, args.flush_limit, command, PRECISIONS)

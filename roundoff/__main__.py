@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete
+from roundoff.extras import require_report
 from roundoff.program import exit_code
-from roundoff.report.compare_command import add_options, default_out, publish, require_packages, settings
+from roundoff.report.compare_command import add_options, default_out, publish, settings
 from roundoff.runs.reading import read_run
 from roundoff.verdict.comparison import compare
 
@@ -44,7 +45,7 @@ def parse_args(words: list[str]) -> argparse.Namespace:
 def run() -> int:
     """Do what the command line asks for."""
     args = parse_args(sys.argv[1:])
-    require_packages()
+    require_report()
     publish(compare([read_run(path) for path in args.runs], **settings(args)), args)
     return 0
 

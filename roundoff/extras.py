@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from roundoff.errors import UsageError
+
+REPORT = ("matplotlib", "plotly", "scipy", "tabulate")
+"""The packages of the extra `report`."""
 
 
 @contextmanager
@@ -16,5 +20,22 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        raise UsageError(f"{package} is not installed: pip install 'roundoff[{extra}]'") from None
+        raise _missing(str(error.name).partition(".")[0], extra) from None
+
+
+def require_report() -> None:
+    """Check that the packages of the extra `report` are there, without their import, which takes time and memory.
+
+    Runs and probes may take hours, and should not end in a missing package.
+
+    Raises:
+        UsageError: one of them is not installed.
+    """
+    for package in REPORT:
+        if find_spec(package) is None:
+            raise _missing(package, "report")
+
+
+def _missing(package: str, extra: str) -> UsageError:
+    """Return the error of a missing package."""
+    return UsageError(f"{package} is not installed: pip install 'roundoff[{extra}]'")

@@ -234,7 +234,7 @@ def test_what_needs_an_extra_names_it_before_anything_is_done(base, folder, abou
     commands = [
         ["compare.py", "--", *TINY[:-2]],
         ["compare.py", *runs],
-        ["probe.py", *PROBE, "--", *SMALL],
+        ["probe.py", *PROBE, "--batches", "1000", "--", *SMALL],  # a mistake that measuring would find
         ["roundoff-script", "compare", *runs],
     ]
     for command, done in zip(commands, run_all(base, folder, commands), strict=True):

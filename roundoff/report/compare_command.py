@@ -5,13 +5,11 @@
 
 import argparse
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from roundoff.cli import finite_above_0
 from roundoff.errors import RunError, UsageError
-from roundoff.extras import needs
 from roundoff.report.html import write_html
 from roundoff.report.png import write_png
 from roundoff.report.probe_table import table as probe_table
@@ -57,13 +55,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def default_out() -> Path:
     """Return the folder of a report for which --out names none."""
     return Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def require_packages() -> None:
-    """Raise UsageError if a package of the report is missing; runs may take hours, and should not end in that."""
-    with needs("report"):
-        for package in ("matplotlib", "plotly", "scipy", "tabulate"):
-            import_module(package)
 
 
 def publish(comparison: Comparison, args: argparse.Namespace) -> None:
