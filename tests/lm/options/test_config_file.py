@@ -63,7 +63,7 @@ def test_a_run_from_a_file_can_be_resumed_without_it(programs, monkeypatch):
     assert programs.run("main", *SAME, "--run-dir", "run").code == 0
     expected = outcome(programs.folder)
     (programs.folder / "run").rename(programs.folder / "whole")
-    kill_at(monkeypatch, programs, "train_step", 25, "main", "--config", "c.toml", "--run-dir", "run")
+    kill_at(programs, 25, "main", "--config", "c.toml", "--run-dir", "run")
     (programs.folder / "c.toml").unlink()
     resume(programs, "main")
     assert outcome(programs.folder) == expected
