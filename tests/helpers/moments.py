@@ -28,8 +28,12 @@ Come = Callable[[str], object]
 AfterStep = Callable[[int, RNNModel, Precision, StepResult], object]
 
 
-def watch_batches(come: Come, seen: Callable[[RNNModel], object] = lambda _: None) -> list[RemovableHandle]:
-    """Call `come` with each moment that torch knows of, and `seen` with the model before each training batch."""
+def watch_batches(
+    come: Come,
+    seen: Callable[[RNNModel], object] = lambda _: None,
+    loss: Callable[[torch.Tensor], object] = lambda _: None,
+) -> list[RemovableHandle]:
+    """Call `come` with each moment that torch knows of, `seen` with the model before a training batch, `loss` after."""
 
     def before(module: Any, inputs: Any) -> None:
         if isinstance(module, RNNModel) and inputs[0].any():  # before the first batch each run tries one of zeros
@@ -39,6 +43,7 @@ def watch_batches(come: Come, seen: Callable[[RNNModel], object] = lambda _: Non
 
     def after(module: Any, inputs: Any, outputs: Any) -> None:
         if isinstance(module, RNNModel) and module.training and inputs[0].any():
+            loss(outputs[0].detach())
             outputs[0].register_hook(lambda _: come("backward"))
 
     return [

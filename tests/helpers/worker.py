@@ -131,11 +131,13 @@ def spoil(steps: dict[str, list[int]], parameter: str) -> None:
 
 
 def dump(name: str) -> None:
-    """After each step write what this rank has to the file `name`-<rank>: its step's result, weights, generator."""
+    """After each step write what this rank has to the file `name`-<rank>: its loss, result, weights, generator."""
+    losses: list[torch.Tensor] = []
 
     def row(step: int, model: Any, precision: Any, result: Any) -> None:
         weights, masters = moments.tensors_of(model, precision)
         content = {
+            "loss": losses[-1].item(),
             "grad_norm": float(result.grad_norm).hex(),
             "loss_scale": float(result.loss_scale),
             "applied": bool(result.applied),
@@ -146,6 +148,7 @@ def dump(name: str) -> None:
         with Path(f"{name}-{processes.rank()}").open("a") as file:
             file.write(json.dumps(content) + "\n")
 
+    moments.watch_batches(lambda _: None, loss=losses.append)
     for script in SCRIPTS:
         vars(importlib.import_module(script))["fit"] = moments.after_steps(script, row)
 
