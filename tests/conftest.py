@@ -43,9 +43,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def programs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Programs]:
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Programs]:
     """The trainers and generate.py, in a folder of their own with a small corpus."""
     programs = Programs(tmp_path, monkeypatch, capsys)
     yield programs

@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
+import lm.launch.probing.build
 import pytest
 import torch
 import torch.nn.functional as F
 from test_house import FENCE, ROOT, SCRIPTS
 
-import lm.launch.probing.build
 from jobs import MODES as TRAINERS
 from jobs import SIZE, build
 from lm.data.corpus import get_batch

@@ -14,7 +14,7 @@ import torch
 import jobs
 from lm.model.model_file import load_model
 from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS
-from programs import BATCHES, MODEL, TINY, read_rows, read_run, strict_json
+from programs import BATCHES, TINY, read_rows, read_run
 from ranks import Ended, torchrun
 from runs import Command, outcome, read_one
 
@@ -196,7 +196,9 @@ def test_an_overflow_that_stays_ends_all(ranks, full):
     assert 1 in ended.codes
     assert set(ended.codes) <= {1, -signal.SIGTERM}
     (line,) = "".join(ended.err).splitlines()
-    assert re.match(r"error: main_amp.py in mode \S+ has diverged: .* 4 steps in a row, up to step 8, .*decoder.bias", line)
+    assert re.match(
+        r"error: main_amp.py in mode \S+ has diverged: .* 4 steps in a row, up to step 8, .*decoder.bias", line
+    )
     assert [row["applied"] for row in read_rows(ranks.folder / "run" / "steps.jsonl")] == [True] * 4 + [False] * 4
     if not full:
         result = read_run(ranks.folder / "run").result

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from disks import RUN_FILES
 from lm.model.recurrent import LSTM
 from programs import SCRIPTS, TINY, Programs, read_run, start
 from roundoff.program import exit_code
+from runs import RUN_FILES
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 

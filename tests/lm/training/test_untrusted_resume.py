@@ -17,7 +17,7 @@ from fuzzing import fuzz
 from hostile import COMMANDS
 from jobs import mostly_slow
 from programs import HALF, SCRIPTS, TINY, Programs
-from runs import signal_at
+from runs import act_at
 
 
 @pytest.fixture
@@ -28,8 +28,7 @@ def stopped(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> Programs:
 
 
 def stop(programs: Programs, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    with monkeypatch.context() as patch:
-        signal_at(patch, signal.SIGTERM, "train_step", 3)
+    with act_at(3, lambda: signal.raise_signal(signal.SIGTERM)):
         assert programs.run(script, *TINY, *HALF[script], "--epochs", "1").code == 143
     (programs.folder / "run" / "checkpoint.previous.pt").unlink(missing_ok=True)
 
