@@ -1,20 +1,16 @@
 """Set-up shared by all tests."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import jobs
 import ranks as several
-from disks import START, clear
 from lm.model.model_file import save_model
 from programs import WORDS, Programs, make_model, write_corpus
-from programs import write_corpus as write_sentences
-from runs import outcome
+from runs import Command, Expected, Faulty
 
 # The suite runs one process a core; more threads than cores only get in each other's way.
 torch.set_num_threads(1)
@@ -47,9 +43,12 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Programs:
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Programs]:
     """The trainers and generate.py, in a folder of their own with a small corpus."""
-    return Programs(tmp_path, monkeypatch, capsys)
+    programs = Programs(tmp_path, monkeypatch, capsys)
+    yield programs
+    for hook in programs.hooks:
+        hook.remove()
 
 
 @pytest.fixture
@@ -57,23 +56,6 @@ def saved(programs: Programs) -> Programs:
     """Programs, with a model in model.safetensors."""
     save_model(programs.folder / "model.safetensors", make_model(), WORDS)
     return programs
-
-
-@pytest.fixture
-def tiny(programs: Programs) -> Programs:
-    """Programs, with a corpus of 9 batches an epoch."""
-    shutil.rmtree(programs.folder / "corpus")
-    write_corpus(programs.folder / "corpus", train=20)
-    return programs
-
-
-@pytest.fixture
-def expected(tiny: Programs) -> dict[str, Any]:
-    """The outcome of the run that nobody disturbs, of which nothing is left."""
-    assert tiny.run(*START).code == 0
-    result = outcome(tiny.folder)
-    clear(tiny.folder)
-    return result
 
 
 @pytest.fixture(scope="session")
@@ -88,5 +70,18 @@ def all_ranks() -> Iterator[several.Ranks]:
 def ranks(all_ranks: several.Ranks, tmp_path: Path) -> several.Ranks:
     """The trainers in several processes, in a folder of their own with a small corpus."""
     all_ranks.folder = tmp_path
-    write_sentences(tmp_path / "corpus")
+    if not (tmp_path / "corpus").exists():
+        write_corpus(tmp_path / "corpus")
     return all_ranks
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[Command, Expected]:
+    """What the runs left that nobody disturbed, each of which is needed once."""
+    return {}
+
+
+@pytest.fixture
+def faulty(ranks: several.Ranks, undisturbed: dict[Command, Expected]) -> Faulty:
+    """Runs to disturb."""
+    return Faulty(ranks, undisturbed)

@@ -8,7 +8,6 @@ A fault is (place, value). The places, of which each one takes its first element
 """
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from torch import Tensor
 from lm.model.decoder_loss import decoder_loss
 from lm.model.kernels import linear
 from lm.model.language_model import RNNModel
-from roundoff.precision import Precision
+from moments import AfterStep, after_steps
 
 Plan = dict[int, tuple[str, float]]
 """The faults by step, from step 2 on: before the first step every trainer tries its model."""
@@ -94,26 +93,17 @@ def put_into(
     monkeypatch: pytest.MonkeyPatch,
     script: str,
     plan: Plan,
-    after_step: Callable[[int, RNNModel, Precision], None],
+    after_step: AfterStep,
 ) -> None:
-    """Put `plan` into the next run of `script`, and let `after_step` see number, model and precision of each step."""
-    module = importlib.import_module(script)
-    fit = module.fit
+    """Put `plan` into the next run of `script`, and let `after_step` see each step; see `moments.after_steps`."""
+    faults: list[Faults] = []
 
-    def fit_with_faults(args: Any, corpus: Any, model: RNNModel, precision: Any) -> int:
-        take_step = precision.step
+    def begin(model: RNNModel) -> None:
+        faults.append(Faults(plan, model, monkeypatch))
 
-        def step(max_norm: float) -> Any:
-            faults.spoil_gradient()
-            result = take_step(max_norm)
-            after_step(faults.step, model, precision)
-            faults.step += 1
-            return result
+    def act(step: int, *rest: Any) -> None:
+        after_step(step, *rest)
+        faults[0].step = step + 1
 
-        precision.step = step
-        with monkeypatch.context() as patch:
-            faults = Faults(plan, model, patch)
-            code: int = fit(args, corpus, model, precision)
-        return code
-
-    monkeypatch.setattr(module, "fit", fit_with_faults)
+    fit = after_steps(script, act, lambda: faults[0].spoil_gradient(), begin)
+    monkeypatch.setattr(importlib.import_module(script), "fit", fit)

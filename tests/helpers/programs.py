@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 
-import lm.training.loop
 from lm.launch.entry import run_trainer
 from lm.model.language_model import RNNModel
+from moments import watch_batches
 from roundoff.program import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,9 @@ TINY = [
     *("--epochs", "2", "--run-dir", "run"),
 ]
 """A model that trains in milliseconds on `write_corpus`: 359 training tokens make 89 rows, so `BATCHES` an epoch."""
+
+MODEL = "model.pt"
+"""Where a trainer saves its model by default."""
 
 SMALL = TINY[2:10]
 """Its sizes alone."""
@@ -113,6 +117,7 @@ class Programs:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
         monkeypatch.chdir(folder)
+        self.hooks: list[RemovableHandle] = []
         write_corpus(folder / "corpus")
 
     def run(self, script: str, *flags: str) -> Done:
@@ -155,15 +160,15 @@ class Programs:
         return done.err
 
     def before_training(self, act: Callable[[RNNModel], object]) -> None:
-        """Let `act` have the model of every run from now on, when all checks are behind it."""
-        try_once = lm.training.loop.try_once
+        """Let `act` have the model of every run from now on, before its first training batch."""
+        met: list[RNNModel] = []
 
-        def try_then_act(model: RNNModel, *rest: Any) -> dict[str, str]:
-            dtypes = try_once(model, *rest)
-            act(model)
-            return dtypes
+        def seen(model: RNNModel) -> None:
+            if not any(model is each for each in met):
+                met.append(model)
+                act(model)
 
-        self._monkeypatch.setattr(lm.training.loop, "try_once", try_then_act)
+        self.hooks += watch_batches(lambda _: None, seen)
 
     def spoil_gradients(self, steps: set[int], parameter: str, value: float = torch.inf) -> list[RNNModel]:
         """Put `value` into one element of this parameter's gradient at these steps; return where the model will be."""

@@ -1,4 +1,4 @@
-"""Runs the trainers in several processes, forked or through torchrun; see `rank`."""
+"""Runs the trainers in several processes, forked or through torchrun; see `worker`."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from programs import ROOT, TINY, read_rows
-from rank import PATIENCE
+from worker import PATIENCE
 
-RANK = Path(__file__).with_name("rank.py")
+WORKER = Path(__file__).with_name("worker.py")
 
 
 class Ended(NamedTuple):
@@ -28,7 +28,7 @@ class Ranks:
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._parent = subprocess.Popen(
-            [sys.executable, str(RANK)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(WORKER)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.folder = Path()
 
@@ -65,9 +65,9 @@ class Ranks:
 
 
 def torchrun(folder: Path, script: str, *flags: str, processes: int = 2, **faults: Any) -> Ended:
-    """`torchrun --nproc-per-node processes script.py flags`; with `faults`, through rank.py."""
+    """`torchrun --nproc-per-node processes script.py flags`; with `faults`, through worker.py."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    program = [str(RANK), json.dumps(faults), script] if faults else [str(ROOT / f"{script}.py")]
+    program = [str(WORKER), json.dumps(faults), script] if faults else [str(ROOT / f"{script}.py")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *program, *flags]
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

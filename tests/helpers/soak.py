@@ -27,24 +27,8 @@ MEASURE_EVERY = 100
 MAX_SKIPPED = 301
 WINDOW = 16
 SIZE = [
-    "--model",
-    "RNN_TANH",
-    "--emsize",
-    "4",
-    "--nhid",
-    "4",
-    "--nlayers",
-    "1",
-    "--bptt",
-    "2",
-    "--batch_size",
-    "2",
-    "--lr",
-    "0.5",
-    "--dropout",
-    "0",
-    "--log-interval",
-    "200",
+    *("--model", "RNN_TANH", "--emsize", "4", "--nhid", "4", "--nlayers", "1", "--bptt", "2", "--batch_size", "2"),
+    *("--lr", "0.5", "--dropout", "0", "--log-interval", "200"),
 ]
 FLAGS = [*SIZE, "--max-steps", str(STEPS), "--epochs", "99", "--init-scale", "1", "--scale-window", str(WINDOW)]
 VALUES = (math.inf, -math.inf, math.nan)

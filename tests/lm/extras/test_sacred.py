@@ -149,7 +149,7 @@ def test_a_run_of_sacred_can_be_resumed_with_and_without_it(programs, monkeypatc
     whole_run = outcome(programs.folder, "whole", "whole.pt")
     for name, again in {"a": ["with", "resume=a"], "b": ["--resume", "b"]}.items():
         command = ["main", "with", *UPDATES, f"run_dir={name}", f"save={name}.pt"]
-        kill_at(monkeypatch, programs, "train_step", 25, *command)
+        kill_at(programs, 25, *command)
         assert programs.run("main", *again).code == 0
         assert outcome(programs.folder, name, f"{name}.pt") == whole_run
 

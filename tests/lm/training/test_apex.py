@@ -66,29 +66,19 @@ def test_an_installed_apex_is_used_and_records_the_same(monkeypatch, tmp_path, c
 
 
 @pytest.mark.usefixtures("apex_like")
-def test_a_run_with_apex_is_resumed(programs, monkeypatch):
+def test_a_run_with_apex_is_resumed(programs):
     flags = [*TINY, "--fp16", "--dynamic-loss-scale", "--scale-window", "4", "--fp16-utils", "apex"]
     assert programs.run("main_fp16_optimizer", *flags).code == 0
     expected = outcome(programs.folder)
     shutil.rmtree("run")
-    kill_at(monkeypatch, programs, "train_step", 30, "main_fp16_optimizer", *flags, "--checkpoint-interval", "5")
+    kill_at(programs, 30, "main_fp16_optimizer", *flags, "--checkpoint-interval", "5")
     resume(programs, "main_fp16_optimizer")
     assert outcome(programs.folder) == expected
 
 
-def test_an_apex_without_fp16_utils_is_said_clearly(monkeypatch, tmp_path, corpus, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
-    code = jobs.run(monkeypatch, corpus, tmp_path / "run", "main_fp16_optimizer", "--fp16-utils", "apex")
-    assert code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "NVIDIA removed it in May 2025" in error
-
-
-def test_apex_that_is_not_there_is_said_clearly(monkeypatch, tmp_path, corpus, capsys) -> None:
-    code = jobs.run(monkeypatch, corpus, tmp_path / "run", "main_fp16_optimizer", "--fp16-utils", "apex")
-    assert code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "apex.fp16_utils" in error
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("there", "said"), [(True, "NVIDIA removed it in May 2025"), (False, "apex.fp16_utils")])
+def test_what_is_not_there_is_said_clearly(programs, monkeypatch, there, said) -> None:
+    """An apex without fp16_utils, and none at all."""
+    if there:
+        monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    assert said in programs.refuse("main_fp16_optimizer", *TINY, "--fp16-utils", "apex")

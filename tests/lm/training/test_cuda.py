@@ -25,8 +25,8 @@ def test_readme_commands(monkeypatch, tmp_path, command) -> None:
     flags += [*size, "--cuda", "--max-steps", "60"]
     assert jobs.run(monkeypatch, "python-docs", tmp_path / "run", script, *flags) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["device"] == "cuda"
-    assert config["dtypes"]["hidden"] == config["dtype"]
+    assert config["options"]["device"] == "cuda"
+    assert config["precision"]["dtypes"]["hidden"] == config["precision"]["dtype"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["test_ppl"] < 1000  # of 2,200 words

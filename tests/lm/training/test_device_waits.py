@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import jobs
+from lm.options.modes import DEFAULT_MODES
 from lm.training.loop import Training
 from roundoff.precision import MasterWeights
 
@@ -61,13 +62,18 @@ def meta_job(monkeypatch, tmp_path, corpus, mode: str, optimizer: Any, *flags: s
     return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags)
 
 
-@pytest.mark.parametrize("kind", jobs.mostly_slow(["LSTM", "GRU", "RNN_TANH", "Transformer"], "LSTM"))
-@pytest.mark.parametrize("mode", jobs.MODES)
-def test_no_step_waits_for_the_device(monkeypatch, tmp_path, corpus, mode, kind) -> None:
-    job = meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--model", kind)
+def steps(job: Training, count: int) -> Training:
+    """Take steps; this is the one test that calls the loop's own."""
     job.model.train()
-    for i in range(3):
+    for i in range(count):
         job.train_step(i * job.args.bptt)
+    return job
+
+
+@pytest.mark.parametrize("kind", jobs.mostly_slow(["LSTM", "GRU", "RNN_TANH", "Transformer"], "LSTM"))
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, *DEFAULT_MODES))
+def test_no_step_waits_for_the_device(monkeypatch, tmp_path, corpus, mode, kind) -> None:
+    job = steps(meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--model", kind), 3)
     assert job.records.steps == 3
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         job.records.flush()  # the one place where the loop waits, once a log interval
@@ -77,10 +83,7 @@ def test_no_step_waits_for_the_device(monkeypatch, tmp_path, corpus, mode, kind)
 def test_no_step_of_adamw_waits(monkeypatch, tmp_path, corpus, mode) -> None:
     """Nor its check and its skip: the kernel has the verdict as a tensor."""
     found = meta_kernel(monkeypatch)
-    job = meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--optimizer", "adamw")
-    job.model.train()
-    for i in range(3):
-        job.train_step(i * job.args.bptt)
+    steps(meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--optimizer", "adamw"), 3)
     assert len(found) == 3
     assert all(flag.is_meta and flag.dtype == torch.float32 for flag in found)
 
@@ -90,7 +93,6 @@ def test_an_optimizer_that_cannot_skip_by_itself_costs_the_wait_that_gradscaler_
     monkeypatch, tmp_path, corpus, mode
 ) -> None:
     job = meta_job(monkeypatch, tmp_path, corpus, mode, WaitingSGD)
-    job.model.train()
     waits = 0
     real_item = torch.Tensor.item
 
@@ -102,7 +104,7 @@ def test_an_optimizer_that_cannot_skip_by_itself_costs_the_wait_that_gradscaler_
         return 0.0
 
     monkeypatch.setattr(torch.Tensor, "item", counted_item)
-    job.train_step(0)
+    steps(job, 1)
     assert waits == 1
 
 

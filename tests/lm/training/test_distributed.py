@@ -1,23 +1,27 @@
-"""Several processes train what one process trains, step by step the same on all of them."""
+"""Several processes train what one trains, step by step the same on all of them; and however they end, they end.
+
+`test_faults` disturbs runs of two processes, too. Each start of torchrun itself takes seconds; elsewhere a parent does
+what torchrun does with forked processes.
+"""
 
 import math
+import re
 import signal
 
 import pytest
 import torch
 
 import jobs
-from checkpoints import saved_weights
-from programs import BATCHES, TINY, read_rows, read_run, strict_json
-from runs import outcome
+from lm.model.model_file import load_model
+from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS
+from programs import BATCHES, TINY, read_rows, read_run
+from ranks import Ended, torchrun
+from runs import Command, outcome, read_one
 
-FP32 = {"main": ["main"], "fp16_optimizer": ["main_fp16_optimizer"], "amp": ["main_amp", "--dtype", "float32"]}
-HALF = {
-    name: jobs.MODES[name] for name in ("manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
-}
-every_half_mode = pytest.mark.parametrize("mode", HALF)
-HUNDRED = ["--epochs", "6", "--max-steps", "100", "--dropout", "0", "--log-interval", "5", "--lr", "2"]
+HALF = ("manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 TOLERANCE = 1e-5
+TRAIN = [*TINY, "--checkpoint-interval", "7", "--log-interval", "5", "--dropout", "0.3"]
+STOP = {"moment": "backward", "n": BATCHES + 7}
 
 
 def difference(these, those, key: str) -> float:
@@ -27,155 +31,97 @@ def difference(these, those, key: str) -> float:
 
 
 def read_dumps(folder, name: str, processes: int = 2):
-    """What each rank had after each step; see `rank.dump`."""
+    """What each rank had after each step; see `worker.dump`."""
     return [read_rows(folder / f"{name}-{n}") for n in range(processes)]
 
 
-def check_equal_to_one(ranks, processes: int, script: str, *flags: str) -> None:
-    one = ranks.train(1, script, *HUNDRED, *flags, name="one")
-    several = ranks.train(processes, script, *HUNDRED, *flags, name="several")
-    assert len(one) == 100
+EQUAL = {  # -> processes, command; the first two are quick
+    "2": (2, ["main"]),
+    "4 tied": (4, ["main", "--tied"]),
+    "2 GRU": (2, ["main", "--model", "GRU"]),
+    "2 tied fp16_optimizer": (2, ["main_fp16_optimizer", "--tied"]),
+    "2 amp": (2, ["main_amp", "--dtype", "float32"]),
+}
+
+
+@pytest.mark.parametrize("case", jobs.mostly_slow(EQUAL, "2", "4 tied"))
+def test_several_processes_train_what_one_trains(ranks, request, case):
+    """100 steps; with two processes, as a quick check, 36 of them."""
+    processes, (script, *flags) = EQUAL[case]
+    steps, epochs = (100, 6) if request.config.getoption("--slow") else (2 * BATCHES, 2)
+    flags += ["--epochs", epochs, "--max-steps", steps, "--dropout", "0", "--log-interval", "5", "--lr", "2"]
+    one = ranks.train(1, script, *flags, name="one")
+    several = ranks.train(processes, script, *flags, name="several")
+    assert len(one) == steps
     assert 0 < difference(several, one, "loss") < TOLERANCE  # exactly equal they cannot be
     assert difference(several, one, "grad_norm") < TOLERANCE
     for name in ("step", "epoch", "lr", "applied", "loss_scale"):
         assert [row[name] for row in several] == [row[name] for row in one]
-
     alone, together = read_run(ranks.folder / "one"), read_run(ranks.folder / "several")
-    assert len(alone.epochs) == 6
+    assert len(alone.epochs) == epochs
     assert difference(together.epochs, alone.epochs, "valid_loss") < TOLERANCE
     assert difference([together.result], [alone.result], "test_loss") < TOLERANCE
-    assert (alone.config["processes"], together.config["processes"]) == (1, processes)
-    expected = saved_weights(ranks.folder / "one.pt")
-    for name, weight in saved_weights(ranks.folder / "several.pt").items():
+    assert [run.config["environment"]["processes"] for run in (alone, together)] == [1, processes]
+    expected = load_model(ranks.folder / "one.pt")[0].state_dict()
+    for name, weight in load_model(ranks.folder / "several.pt")[0].state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", jobs.mostly_slow(["LSTM", "tied"], "LSTM"))
-@pytest.mark.parametrize("mode", jobs.mostly_slow(FP32, "main"))
-def test_two_processes_train_what_one_trains(ranks, mode, kind):
-    check_equal_to_one(ranks, 2, *FP32[mode], *(["--tied"] if kind == "tied" else []))
-
-
-@pytest.mark.parametrize(("processes", "flags"), [(4, ["--tied"]), (2, ["--model", "GRU"])], ids=["4", "GRU"])
-def test_more_processes_and_other_models(ranks, processes, flags):
-    check_equal_to_one(ranks, processes, "main", *flags)
-
-
-def test_only_rank_0_writes_and_speaks(ranks):
-    ranks.train(2, "main", "--log-interval", "5")
-    assert {path.name for path in ranks.folder.iterdir()} == {
-        *("corpus", "run", "run.pt"),
-        *("out-0", "out-1", "err-0", "err-1"),
-    }
-    said = (ranks.folder / "out-0").read_text().splitlines()
-    assert sum(line.startswith("| epoch ") for line in said) == 2 * (BATCHES // 5)
-    assert sum(line.startswith("| end of epoch ") for line in said) == 2
-    assert sum(line.startswith("| End of training ") for line in said) == 1
-    assert (ranks.folder / "out-1").read_text() == ""
 
 
 @pytest.mark.parametrize("processes", jobs.mostly_slow([2, 4], 2))
 def test_equal_runs_are_equal_to_the_byte(ranks, processes):
-    """With dropout, whose masks are others on each rank."""
+    """With dropout, whose masks are others on each rank. Rank 0 alone writes and speaks."""
     for name in ("a", "b"):
-        ranks.train(processes, "main_amp", "--dropout", "0.3", name=name, dump={"name": f"{name}.dump"})
+        ranks.train(processes, "main_amp", "--dropout", "0.3", "--log-interval", "5", name=name, dump={"name": name})
     assert outcome(ranks.folder, "a", "a.pt") == outcome(ranks.folder, "b", "b.pt")
-    for rows in zip(*read_dumps(ranks.folder, "a.dump", processes), strict=True):
+    for rows in zip(*read_dumps(ranks.folder, "a", processes), strict=True):
         assert len({row["random"] for row in rows}) == processes
         assert len({row["weights"] for row in rows}) == 1
+    written = {f"{name}-{n}" for name in ("a", "b", "out", "err") for n in range(processes)}
+    assert {path.name for path in ranks.folder.iterdir()} == {"corpus", "a", "b", "a.pt", "b.pt"} | written
+    said = (ranks.folder / "out-0").read_text().splitlines()
+    assert sum(line.startswith("| epoch ") for line in said) == 2 * (BATCHES // 5)
+    assert sum(line.startswith("| end of epoch ") for line in said) == 2
+    assert sum(line.startswith("| End of training ") for line in said) == 1
+    assert {(ranks.folder / f"out-{n}").read_text() for n in range(1, processes)} == {""}
 
 
-@every_half_mode
+@pytest.mark.parametrize("mode", jobs.mostly_slow(HALF, "manual", "fp16-optimizer-dynamic", "amp-fp16"))
 def test_all_ranks_skip_together(ranks, mode):
     """Where one of them alone has an inf in a gradient, at the ends of epochs and log intervals too."""
     bad = {"1": [1, 3, 4, BATCHES, 2 * BATCHES], "0": [9, BATCHES + 1]}
-    expected = sorted(bad["0"] + bad["1"])
-    script, *flags = HALF[mode]
+    script, *flags = jobs.MODES[mode]
     spoil = {"steps": bad, "parameter": "rnn.weight_hh_l1"}
     flags += ["--log-interval", "5", "--init-scale", "1024", "--scale-window", "6"]
     steps = ranks.train(2, script, *flags, spoil=spoil, dump={"name": "dump"})
-    first, second = read_dumps(ranks.folder, "dump")
-    assert [row["step"] for row in steps if not row["applied"]] == expected
-
-    before = None
-    for row, mine, other in zip(steps, first, second, strict=True):
+    assert [row["step"] for row in steps if not row["applied"]] == sorted(bad["0"] + bad["1"])
+    before, scale, good = None, steps[0]["loss_scale"], 0
+    for row, mine, other in zip(steps, *read_dumps(ranks.folder, "dump"), strict=True):
         assert mine | {"loss": 0, "random": 0} == other | {"loss": 0, "random": 0}
         assert mine["applied"] is row["applied"]
         assert row["loss"] == pytest.approx((mine["loss"] + other["loss"]) / 2, rel=1e-6)
         assert mine["loss"] != other["loss"]  # each has columns of its own
         now = (mine["weights"], mine["masters"])
         assert before is None or (now == before) is not row["applied"]
-        before = now
-
-    scale, good = steps[0]["loss_scale"], 0
-    for row in steps:
         assert row["loss_scale"] == scale
-        good = good + 1 if row["applied"] else 0
+        before, good = now, good + 1 if row["applied"] else 0
         if mode in ("fp16-optimizer-dynamic", "amp-fp16"):
             scale *= 0.5 if not row["applied"] else 2.0 if good % 6 == 0 else 1.0
 
 
-@pytest.mark.parametrize("mode", ["manual", "fp16-optimizer-dynamic", "amp-fp16"])
-def test_an_overflow_that_stays_ends_all(ranks, mode):
-    script, *flags = HALF[mode]
-    spoil = {"steps": {"1": list(range(5, 99))}, "parameter": "decoder.bias"}
-    ended = ranks.run(2, script, *TINY, *flags, "--max-skipped", "4", spoil=spoil)
-    assert 1 in ended.codes
-    assert set(ended.codes) <= {1, -signal.SIGTERM}  # which the first to end brings upon the others
-    (line,) = "".join(ended.err).splitlines()  # once for both
-    assert line.startswith("error: ")
-    assert "4 steps in a row, up to step 8, " in line
-    assert "decoder.bias" in line
-    run = read_run(ranks.folder / "run")
-    assert [row["applied"] for row in run.steps] == [True] * 4 + [False] * 4
-    assert (run.result["status"], run.result["steps"], run.result["skipped"]) == ("diverged", 8, 4)
-    refused = ranks.run(2, script, "--resume", "run")
-    assert 2 in refused.codes
-    assert ["has diverged" in line for line in "".join(refused.err).splitlines()] == [True]
-
-
-def config(ranks):
-    return strict_json((ranks.folder / "run" / "config.json").read_text())
-
-
-def killed(ranks, processes: int, script: str, *flags: str) -> None:
-    """A run that kill -9 ends at step 25, after a checkpoint at step 21."""
-    kill = {"rank": processes - 1, "name": "train_step", "call": 25, "number": signal.SIGKILL}
-    ended = ranks.run(processes, script, *TINY, "--checkpoint-interval", "7", *flags, kill=kill, patience={})
-    assert ended.codes == [1] * (processes - 1) + [-9]
-
-
-def resume(ranks, processes: int, script: str) -> None:
-    ended = ranks.run(processes, script, "--resume", "run")
-    assert (ended.codes, "".join(ended.err)) == ([0] * processes, ""), ended
-    assert "at epoch 2, step 22\n" in ended.out[0]
-    assert ended.out[1:] == [""] * (processes - 1)
-
-
-@pytest.mark.parametrize(
-    ("processes", "mode", "flags"),
-    [
-        (2, "fp16-optimizer-dynamic", ["--tied"]),
-        (4, "fp32", ["--model", "GRU"]),
-    ],
-)
-def test_resumed_it_is_the_same_run(ranks, processes, mode, flags):
-    script, *flags = *jobs.MODES[mode], *flags, "--dropout", "0.3", "--scale-window", "4"
-    ranks.train(processes, script, *flags, name="whole")
-    killed(ranks, processes, script, *flags)
-    resume(ranks, processes, script)
-    assert outcome(ranks.folder) == outcome(ranks.folder, "whole", "whole.pt")
-
-
-@pytest.mark.parametrize(("before", "after", "kind"), [(1, 2, "LSTM"), (2, 1, "GRU"), (2, 4, "LSTM")])
-def test_resumed_with_another_number_of_processes(ranks, before, after, kind):
+@pytest.mark.parametrize("change", jobs.mostly_slow([(1, 2, "LSTM"), (2, 1, "GRU"), (2, 4, "LSTM")], (2, 1, "GRU")))
+def test_resumed_with_another_number_of_processes(ranks, change):
+    """Without dropout the run is the same, but for the order of sums."""
+    before, after, kind = change
     flags = ["--dropout", "0", "--lr", "5", "--model", kind]
     whole = ranks.train(1, "main", *flags, name="whole")
-    killed(ranks, before, "main", *flags)
-    assert config(ranks)["processes"] == before
-    resume(ranks, after, "main")
+    kill = STOP | {"do": "kill -9", "rank": before - 1}
+    ended = ranks.run(before, "main", *TRAIN, *flags, at=kill, patience={})
+    assert ended.codes == [1] * (before - 1) + [-9]
+    ended = ranks.run(after, "main", "--resume", "run")
+    assert (ended.codes, "".join(ended.err)) == ([0] * after, ""), ended
+    assert "at epoch 2, step 22\n" in ended.out[0]
     run = read_run(ranks.folder / "run")
-    assert run.config["processes"] == after
+    assert run.config["environment"]["processes"] == after
     assert difference(run.steps, whole, "loss") < TOLERANCE
     assert difference(run.epochs, read_run(ranks.folder / "whole").epochs, "valid_loss") < TOLERANCE
 
@@ -185,10 +131,163 @@ def test_resumed_with_another_number_of_processes_and_dropout(ranks):
     """It goes on, with other masks, from the same weights."""
     flags = ["--dropout", "0.3", "--tied"]
     whole = ranks.train(2, "main_amp", *flags, name="whole")
-    killed(ranks, 2, "main_amp", *flags)
-    resume(ranks, 4, "main_amp")
+    ranks.run(2, "main_amp", *TRAIN, *flags, at=STOP | {"do": "kill -9"}, patience={})
+    assert ranks.run(4, "main_amp", "--resume", "run").codes == [0] * 4
     run = read_run(ranks.folder / "run")
     assert run.steps[:21] == whole[:21]
     assert len(run.steps) == 2 * BATCHES
     assert all(math.isfinite(row["loss"]) for row in run.steps)
     assert run.steps[21:] != whole[21:]
+
+
+# Ends.
+
+
+def errors(ended: Ended) -> list[str]:
+    """What the processes have to say, without what torchrun adds."""
+    return sorted(line for text in ended.err for line in text.splitlines() if line.startswith("error: "))
+
+
+LOST = "error: cannot go on: no answer from rank {} ("
+ENDS = {  # -> what happens to which rank when; exit codes; lines of error, each by its beginning
+    "kill -9": (2, STOP, [1, -signal.SIGKILL], [LOST.format(1)]),
+    "out of memory": (2, {"moment": "update", "n": 7}, [1, 1], [LOST.format(1), "error: rank 1: not enough memory: "]),
+    "mistake": (2, STOP, [1, 70], [LOST.format(1)]),
+    "hang": (4, STOP, [1, -signal.SIGKILL, 1, 1], [LOST.format(1)]),
+    "SIGTERM": (2, STOP, [143, 143], []),
+}
+
+
+@pytest.mark.parametrize("do", jobs.mostly_slow(ENDS, "kill -9", "out of memory", "mistake", "SIGTERM"))
+def test_the_end_of_one_rank_ends_all(ranks, do):
+    """In time, and named by one line; only a mistake in the program shows where it is, on its rank."""
+    processes, moment, codes, lines = ENDS[do]
+    patience = {"timeout": 4, "roll_call": 3} if do == "hang" else {}
+    ended = ranks.run(processes, "main", *TRAIN, at=moment | {"do": do, "rank": 1}, patience=patience)
+    for code, expected in zip(ended.codes, codes, strict=True):
+        assert code in (expected, -signal.SIGTERM), ended  # which the first to end brings upon the others
+    assert [line.startswith(start) for line, start in zip(errors(ended), lines, strict=True)] == [True] * len(lines)
+    assert ["Traceback" in text for text in ended.err] == [do == "mistake" and n == 1 for n in range(processes)]
+
+
+def test_kill_9_names_nobody_else(ranks):
+    """Neither those that waited for the one that has gone, nor those that waited for them."""
+    ended = ranks.run(4, "main", *TRAIN, at=STOP | {"rank": 2, "do": "kill -9"})
+    assert ended.codes == [1, 1, -signal.SIGKILL, 1]
+    (line,) = errors(ended)
+    assert line.startswith(LOST.format(2))
+    assert "--resume" in line
+    assert "Traceback" not in "".join(ended.err)
+
+
+def test_no_rank_waits_for_others_once_it_has_failed(ranks):
+    """Nor for a thread that carries a message to them, which would wait for as long as they hang."""
+    ended = ranks.run(2, "main", *TRAIN, leave_alone=STOP | {"moment": "train_step"})
+    assert (ended.codes[0] > 0, ended.codes[1]) == (True, 0), ended
+    assert "RuntimeError: a kernel failed" in ended.err[0]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_overflow_that_stays_ends_all(ranks, full):
+    """Said once for both; on a full disk, too. The run is not resumed."""
+    spoil = {"steps": {"1": list(range(5, 99))}, "parameter": "decoder.bias"}
+    fault = {"at": {"moment": "write result.json", "n": 1, "do": "full disk"}} if full else {}
+    ended = ranks.run(2, "main_amp", *TINY, "--max-skipped", "4", spoil=spoil, patience={}, **fault)
+    assert 1 in ended.codes
+    assert set(ended.codes) <= {1, -signal.SIGTERM}
+    (line,) = "".join(ended.err).splitlines()
+    assert re.match(
+        r"error: main_amp.py in mode \S+ has diverged: .* 4 steps in a row, up to step 8, .*decoder.bias", line
+    )
+    assert [row["applied"] for row in read_rows(ranks.folder / "run" / "steps.jsonl")] == [True] * 4 + [False] * 4
+    if not full:
+        result = read_run(ranks.folder / "run").result
+        assert (result["status"], result["steps"], result["skipped"]) == ("diverged", 8, 4)
+        assert "has diverged" in refused(ranks, 2, "--resume", "run", script="main_amp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_through_torchrun(ranks, number):
+    """As a cluster or a user sends a signal: each process gets it, all stop at the same step; or one is killed."""
+    killed = number == signal.SIGKILL
+    fault = {"at": STOP | {"do": "kill -9", "rank": 1}} if killed else {"signal_torchrun": STOP | {"number": number}}
+    ended = torchrun(ranks.folder, "main", *TRAIN, **fault)
+    lines = errors(ended)
+    if killed:
+        assert ended.codes[0] != 0
+        assert [line.startswith(LOST.format(1)) for line in lines] == [True]
+        assert not (ranks.folder / "run" / "result.json").exists()
+        return
+    assert lines == []
+    interrupted = number == signal.SIGINT
+    assert ended.out[0].count("Exiting from training early\n") == interrupted
+    assert ended.out[0].count("| End of training | test loss ") == interrupted
+    assert ended.out[0].count("| stopped by SIGTERM; to go on: --resume run\n") == (not interrupted)
+    run = read_run(ranks.folder / "run")
+    assert (run.result["status"], run.result["test_loss"] is None) == ("interrupted", not interrupted)
+    assert BATCHES + 7 <= len(run.steps) == run.result["steps"] < 2 * BATCHES
+    if not interrupted:
+        assert ended.codes[0] != 0
+        assert read_one(ranks.folder / "run" / FILE)["records"]["steps"] == len(run.steps)
+
+
+# Mistakes: what all processes find is said once; where only one finds it, the others do not wait for ever.
+
+
+def refused(ranks, processes: int, *flags: str, script: str = "main", **faults) -> str:
+    """The one line of a command that is a mistake."""
+    ended = ranks.run(processes, script, *flags, **faults)
+    assert 2 in ended.codes
+    assert set(ended.codes) <= {2, -signal.SIGTERM}  # that ends those which have not found it
+    assert "".join(ended.out) == ""
+    (line,) = "".join(ended.err).splitlines()
+    assert re.match(r"error: (?!rank)", line)
+    return line
+
+
+GPU = "with 2 processes on this machine, which has {} GPU"
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "gpus", "message"),
+    [
+        (3, TINY, 0, "--batch_size 4 cannot be divided among 3 processes"),
+        (2, [*TINY, "--nonsense"], 0, "--nonsense"),
+        (2, [*TINY, "--lr", "x"], 0, "'x' is not"),
+        (2, ["--resume", "nothing"], 0, "--resume nothing holds no run"),
+        (2, [*TINY, "--cuda"], 0, "no CUDA GPU"),
+        (2, [*TINY, "--cuda"], 1, GPU.format(1)),
+        (2, [*TINY, "--device=cuda"], 1, GPU.format(1)),
+        (2, [*TINY, "--device=cuda:0"], 2, GPU.format(2)),
+    ],
+)
+def test_mistakes_are_said_once(ranks, processes, flags, gpus, message):
+    assert message in refused(ranks, processes, *flags, gpus={"count": gpus})
+    assert not (ranks.folder / "run").exists()
+
+
+def test_a_run_directory_that_is_taken(ranks):
+    """Only rank 0 looks."""
+    ranks.train(2, "main", "--epochs", "1")
+    before = outcome(ranks.folder, "run", "run.pt")
+    assert "--run-dir run holds a run already" in refused(ranks, 2, *TINY)
+    assert outcome(ranks.folder, "run", "run.pt") == before
+
+
+def test_a_damaged_checkpoint(faulty):
+    """Both read the one before it, which rank 0 alone puts in its place; without that one, it is said once."""
+    job = Command(2, "main", ())
+    faulty.undisturbed(job)
+    faulty.start(job, at={"moment": "backward", "n": 15, "do": "kill -9"}, patience={})
+    newest, previous = faulty.run_dir / FILE, faulty.run_dir / PREVIOUS
+    newest.write_bytes(newest.read_bytes()[:1000])
+    content = previous.read_bytes()
+    previous.unlink()
+    assert "cannot be used" in refused(faulty.ranks, 2, "--resume", "run")
+    previous.write_bytes(content)
+    kill = {"moment": "train_step", "n": 1, "do": "kill -9"}
+    ended = faulty.ranks.run(2, "main", "--resume", "run", at=kill, patience={})
+    assert ended.out[0].splitlines()[1] == "| going on with run at epoch 2, step 10"
+    (faulty.run_dir / DAMAGED).unlink()
+    faulty.check(job)

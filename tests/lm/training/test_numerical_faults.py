@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import jobs
-from checkpoints import saved_weights
 from faults import Faults, Plan, put_into
 from lm.data.corpus import Corpus, batchify, get_batch
-from lm.model.language_model import RNNModel, next_word_loss
+from lm.model.language_model import RNNModel, detach, next_word_loss
+from lm.model.model_file import load_model
 from lm.options.modes import DEFAULT_MODES
-from lm.training.loop import Training, detach
+from lm.training.loop import Training
+from moments import tensors_of
+from programs import BATCHES, HALF, MODEL, SCRIPTS, TINY, read_run
 
 VALUES = (math.inf, -math.inf, math.nan)
 GRADIENTS = ("encoder.weight", "rnn.weight_hh_l0", "decoder.bias")
@@ -97,9 +99,9 @@ def train(monkeypatch, tmp_path, corpus, capsys) -> Callable[..., Watched]:
         script, *mode_flags = jobs.MODES[mode]
         weights = []
 
-        def keep(step: int, model: RNNModel, precision: Any) -> None:
+        def keep(step: int, model: RNNModel, precision: Any, result: Any) -> None:
             weights.append({name: weight.detach().clone() for name, weight in model.state_dict().items()})
-            masters = [p for group in precision.param_groups for p in group["params"]]
+            _, masters = tensors_of(model, precision)
             assert len(masters) == len(weights[-1])
             for weight in (*weights[-1].values(), *masters):
                 assert weight.isfinite().all(), step
@@ -129,8 +131,16 @@ def equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and jobs.bits(list(a.values())) == jobs.bits(list(b.values()))
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, *DEFAULT_MODES))
+def pairs(places: Iterable[str]) -> list[Any]:
+    """Every mode with every place; quick are half of these pairs in the default modes, like the squares of a board."""
+    return [
+        pytest.param(mode, place, marks=[] if (i + k) % 2 == 0 and mode in DEFAULT_MODES else [pytest.mark.slow])
+        for i, mode in enumerate(jobs.MODES)
+        for k, place in enumerate(places)
+    ]
+
+
+@pytest.mark.parametrize(("mode", "place"), pairs(PLACES))
 def test_a_run_recovers(train, monkeypatch, corpus, mode, place) -> None:
     """Each fault costs its own step, unless its gradient is true; all else is as in plain PyTorch."""
     plan = {step: (place, value) for step, value in zip((3, 6, 8), VALUES, strict=True)}
@@ -143,12 +153,12 @@ def test_a_run_recovers(train, monkeypatch, corpus, mode, place) -> None:
     plain = plain_loop(monkeypatch, corpus, mode, plan, 12)
     assert comparable(run.rows) == comparable(plain.rows)
     assert equal_bits(run.weights[-1], plain.weights)
-    assert equal_bits(saved_weights(run.saved), plain.weights)
+    saved = load_model(run.saved)[0].state_dict()
+    assert equal_bits({name: saved[name].to(weight.dtype) for name, weight in plain.weights.items()}, plain.weights)
     assert math.isfinite(run.result["test_loss"])
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place not in ("hidden", "score")])
-@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, *DEFAULT_MODES))
+@pytest.mark.parametrize(("mode", "place"), pairs(place for place in PLACES if place not in ("hidden", "score")))
 def test_a_fault_that_stays_ends_the_run(train, monkeypatch, corpus, mode, place) -> None:
     plan = {step: (place, VALUES[step % 3]) for step in range(4, 99)}
     run = train(mode, plan, "--max-skipped", "5", "--max-steps", "20")
@@ -158,8 +168,9 @@ def test_a_fault_that_stays_ends_the_run(train, monkeypatch, corpus, mode, place
     assert run.err.count("\n") == 1
     bad = plain.first_bad
     assert bad == ("none" if place == "loss-offset" else place if place in GRADIENTS else "encoder.weight")
-    for told in ("5 steps in a row, up to step 8", f"loss scale {run.rows[-1][2]:g};", f"non-finite gradient: {bad};"):
-        assert told in run.err
+    told = ("5 steps in a row, up to step 8", f"loss scale {run.rows[-1][2]:g};", f"non-finite gradient: {bad};")
+    for part in (*told, f"{jobs.MODES[mode][0]}.py in mode ", "--lr"):
+        assert part in run.err
     assert equal_bits(run.weights[-1], plain.weights)
     assert equal_bits(run.weights[-1], run.weights[2]) == (place != "loss-offset")
     assert not run.saved.exists()
@@ -239,3 +250,84 @@ def test_a_growing_scale_stops_where_its_reciprocal_would_lose_digits(make) -> N
     """GradScaler alone would go on to 1.5 * 2^127, which is finite."""
     job = make("amp-fp16", "--scale-window", "1", "--init-scale", str(1.5 * 2.0**126))
     assert [float(step_with(job, 0.0).loss_scale) for _ in range(3)] == [1.5 * 2.0**126, 2.0**127, 2.0**127]
+
+
+# When a run gives up.
+
+BAD = "decoder.bias"
+
+
+def test_what_to_try_fits_the_mode(programs) -> None:
+    programs.spoil_gradients(set(range(1, 99)), BAD)
+    tried = {}
+    for mode, (script, *flags) in jobs.MODES.items():
+        err = programs.run(script, *TINY, *flags, "--max-skipped", "1", "--run-dir", mode).err
+        tried[mode] = err.partition("; try ")[2]
+    assert all("--lr" in advice for advice in tried.values())
+    half = {"manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-fp16-static"}
+    assert {mode for mode, advice in tried.items() if "bfloat16" in advice} == half
+    static = {"manual", "fp16-optimizer", "amp-fp16-static"}
+    assert {mode for mode, advice in tried.items() if "dynamic" in advice} == static
+    assert "--dynamic-loss-scale" in tried["fp16-optimizer"]  # this very script has it
+
+
+@pytest.mark.parametrize("script", ["main_fp16_optimizer", "main_amp"])
+def test_a_dynamic_scale_finds_its_way_down(programs, script) -> None:
+    """With 2^24 the first steps overflow: as many are skipped as halvings are needed, and the run goes on."""
+    run = programs.train(script, *HALF[script], "--init-scale", str(2.0**24), "--log-interval", "4")
+    assert sum(not row["applied"] for row in run.steps) == run.result["skipped"]
+    assert not any(row["applied"] for row in run.steps[:4])
+    assert all(row["applied"] for row in run.steps[-BATCHES:])
+    scale = 2.0**24
+    for row in run.steps:
+        assert row["loss_scale"] == scale
+        scale *= 1.0 if row["applied"] else 0.5
+    assert run.out.splitlines()[0].endswith(f" | skipped 4 | loss scale {2**21:g}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_learning_rate_that_blows_up(programs, script) -> None:
+    """Weights near 1e38 give a loss that is inf, be the gradients finite or not: no mode goes on with that for ever."""
+    flags = ["--lr", "1e38", "--clip", "inf", "--max-skipped", "6", "--dropout", "0"]
+    done = programs.run(script, *TINY, *flags, *(["--dtype", "float32"] if script == "main_amp" else []))
+    run = read_run(programs.folder / "run")
+    assert (done.code, run.result["status"]) == (1, "diverged")
+    assert len(run.steps) < BATCHES
+    assert {row["loss"] for row in run.steps[-6:] if row["applied"]} <= {"inf", "nan"}
+
+
+@pytest.mark.parametrize("log_interval", ["1", "3", "4", "5", "200"])
+def test_one_step_short_of_max_skipped_goes_on(programs, log_interval) -> None:
+    """3 bad, 1 good, 3 bad, ... never 4 in a row, over the ends of epochs too."""
+    bad = {step for step in range(1, 2 * BATCHES + 1) if step % 4 != 0}
+    models = programs.spoil_gradients(bad, BAD)
+    run = programs.train("main_amp", "--max-skipped", "4", "--log-interval", log_interval)
+    assert [row["step"] for row in run.steps if not row["applied"]] == sorted(bad)
+    assert (run.result["status"], run.result["skipped"], run.result["steps"]) == ("finished", len(bad), 2 * BATCHES)
+    assert all(weight.isfinite().all() for weight in models[0].state_dict().values())
+
+
+@pytest.mark.parametrize("log_interval", ["1", "3", "200"])
+@pytest.mark.parametrize(("first", "script"), [(1, "main"), (3, "main_fp16_optimizer"), (BATCHES - 1, "main_amp")])
+def test_max_skipped_in_a_row_ends_the_run(programs, script, log_interval, first) -> None:
+    """Wherever the bad steps lie, and although good ones follow, the line names step, scale and parameter."""
+    programs.spoil_gradients(set(range(first, first + 4)), BAD)
+    flags = [*HALF[script], "--max-skipped", "4", "--log-interval", log_interval]
+    done = programs.run(script, *TINY, *flags)
+    run = read_run(programs.folder / "run")
+    assert (done.code, run.result["status"], run.result["steps"]) == (1, "diverged", len(run.steps))
+    assert [row["step"] for row in run.steps if not row["applied"]] == list(range(first, first + 4))
+    assert {row["grad_norm"] for row in run.steps if not row["applied"]} <= {"inf", "nan"}
+    for told in (f"up to step {first + 3}", f"loss scale {run.steps[first + 2]['loss_scale']:g}", BAD):
+        assert told in done.err
+    assert "End of training" not in done.out
+
+
+def test_a_diverged_run_keeps_the_model_of_an_earlier_epoch(programs) -> None:
+    programs.spoil_gradients(set(range(BATCHES + 1, 99)), BAD)
+    done = programs.run("main", *TINY, "--max-skipped", "4")
+    run = read_run(programs.folder / "run")
+    assert (done.code, len(run.epochs)) == (1, 1)
+    model, _ = load_model(programs.folder / MODEL)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    assert run.result["tokens_per_second"] > 0

@@ -121,7 +121,7 @@ def test_a_run_killed_and_resumed(programs, monkeypatch, mode) -> None:
     assert programs.run(script, *flags).code == 0
     expected = outcome(programs.folder)
     Path("run").rename("whole")
-    kill_at(monkeypatch, programs, "train_step", BATCHES + 10, script, *flags)
+    kill_at(programs, BATCHES + 10, script, *flags)
     resume(programs, script)
     assert outcome(programs.folder) == expected
 

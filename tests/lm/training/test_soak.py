@@ -22,7 +22,7 @@ STATIC = {"manual": 128.0, "fp16-optimizer": 128.0}
 def run_soak() -> Iterator[Callable[[str, Path], int]]:
     """Runs one soak in a fresh process; starting Python and torch is paid for once."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "soak.py")]
+    command = [sys.executable, str(soak.__file__)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
 

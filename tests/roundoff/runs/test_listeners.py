@@ -85,7 +85,7 @@ def test_all_that_is_recorded_is_heard(programs):
 
 @pytest.mark.parametrize("kill", [2, BATCHES + 3])
 def test_a_resumed_run_says_after_which_step_it_goes_on(programs, monkeypatch, kill):
-    kill_at(monkeypatch, programs, "train_step", kill, "main", *TINY)
+    kill_at(programs, kill, "main", *TINY)
     heard = Heard()
     with listening(heard):
         assert programs.run("main", "--resume", "run").code == 0

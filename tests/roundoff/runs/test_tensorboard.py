@@ -123,7 +123,7 @@ def test_a_run_of_another_job_has_its_loss_as_metric(tmp_path):
 def test_a_resumed_run_goes_on_with_the_same_curves(programs, monkeypatch, interval, kill):
     """What was trained twice, after the checkpoint of every 6 steps, is there once."""
     flags = ("--tensorboard", "--log-interval", str(interval), "--checkpoint-interval", "6")
-    kill_at(monkeypatch, programs, "train_step", kill, "main", *TINY, *flags)
+    kill_at(programs, kill, "main", *TINY, *flags)
     resume(programs, "main")
     assert len(list((programs.folder / "run").glob("*tfevents*"))) == 2
     check_curves(programs, read_run(programs.folder / "run"), interval)

@@ -1,38 +1,40 @@
-"""One process of a distributed run, with faults injected: under torchrun, or forked by a parent that imported torch.
+"""Processes of the trainers with faults, forked by a parent that has imported torch, which takes seconds.
 
-    torchrun ... rank.py FAULTS SCRIPT FLAGS...     as one process that torchrun starts
-    rank.py                                         as the parent: JSON requests on stdin, answers on stdout
+    torchrun ... worker.py FAULTS SCRIPT FLAGS...   as one process that torchrun starts
+    worker.py                                       as the parent: JSON requests on stdin, answers on stdout
 
-Starting a process costs the seconds of `import torch`; forking one costs none. FAULTS is a JSON object, from a
-function of this file to its arguments.
+FAULTS is a JSON object, from a function of this file to its arguments. Where there is a choice, `rank` says who.
 """
 
+import errno
 import faulthandler
 import hashlib
 import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
 
+import moments
 from lm.launch.entry import run_trainer
 from lm.training import distributed
-from lm.training.loop import Training
 from roundoff import processes
 
 PATIENCE = 60.0
 """Seconds after which a run of these tests has hung."""
 GRACE = 8.0
 """Seconds between SIGTERM and SIGKILL for the other processes when one has failed, where torchrun waits for 30."""
+SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
 
 
 def main(faults: str, script: str, *flags: str) -> int:
@@ -48,57 +50,108 @@ def main(faults: str, script: str, *flags: str) -> int:
         return stop.code if isinstance(stop.code, int) else 1
 
 
-def before(name: str, act: Callable[..., object]) -> None:
-    """Call `act`, with the number of the call and the arguments, before `Training.name`."""
-    original = getattr(Training, name)
-    calls = 0
+def at(moment: str, n: int, do: str, rank: int = 0) -> None:
+    """Let `rank` do one of `ACTS` the `n`-th time that `moment` comes; see `moments`."""
+    if processes.rank() == rank:
+        _when(moment, n, ACTS[do])
 
-    def acting(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        act(calls, *args)
-        return original(*args)
 
-    setattr(Training, name, acting)
+def _when(moment: str, n: int, act: Callable[[moments.Disk], object]) -> None:
+    left = n
+
+    def come(now: str) -> None:
+        nonlocal left
+        left -= now == moment
+        if now == moment and left == 0:
+            act(disk)
+
+    disk = moments.Disk(come)
+    moments.watch_batches(come)
+
+
+def _send(number: int, times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), number)
+
+
+def _leave_child() -> None:
+    child = subprocess.Popen(["sleep", "60"], close_fds=False)  # noqa: S607
+    Path("child").write_text(str(child.pid))
+    _send(signal.SIGKILL)
+
+
+def _fail(message: str) -> None:
+    raise RuntimeError(message)
+
+
+ACTS: dict[str, Callable[[moments.Disk], object]] = {
+    "kill -9": lambda _: _send(signal.SIGKILL),
+    "kill -9 but a child": lambda _: _leave_child(),
+    "hang": lambda _: _send(signal.SIGSTOP),
+    "SIGTERM": lambda _: _send(signal.SIGTERM),
+    "Ctrl-C": lambda _: _send(signal.SIGINT),
+    "Ctrl-C twice": lambda _: _send(signal.SIGINT, 2),
+    "full disk": lambda disk: setattr(disk, "full", True),
+    "read-only disk": lambda disk: setattr(disk, "read_only", True),
+    "refused call": lambda disk: setattr(disk, "refuses", True),
+    "mistake": lambda _: _fail("a kernel failed"),
+    "out of memory": lambda _: _fail("not enough memory: you tried to allocate 1 TB"),
+}
+
+
+def note(name: str) -> None:
+    """Write each moment, as it comes, as a line to the file `name`."""
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def come(moment: str) -> None:
+        os.write(file, f"{moment}\n".encode())
+
+    moments.Disk(come)
+    moments.watch_batches(come)
 
 
 def spoil(steps: dict[str, list[int]], parameter: str) -> None:
     """Let a rank, alone, have an inf in the gradient of `parameter` at its steps."""
-    count = 0
+    mine, count = steps.get(str(processes.rank()), []), 0
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
         nonlocal count
         count += 1
-        if count not in steps.get(str(processes.rank()), []):
-            return gradient
-        gradient = gradient.clone()
-        gradient.view(-1)[-1] = torch.inf
+        if count in mine:
+            gradient = gradient.clone()
+            gradient.view(-1)[-1] = torch.inf
         return gradient
 
-    before("run", lambda _, training: dict(training.model.named_parameters())[parameter].register_hook(hook))
+    watched: list[Any] = []
+
+    def seen(model: Any) -> None:
+        if not watched:
+            watched.append(dict(model.named_parameters())[parameter].register_hook(hook))
+
+    moments.watch_batches(lambda _: None, seen)
 
 
 def dump(name: str) -> None:
-    """After each step write what this rank has to the file `name`-<rank>: its step's result, weights, generator."""
-    step = Training.train_step
+    """After each step write what this rank has to the file `name`-<rank>: its loss, result, weights, generator."""
+    losses: list[torch.Tensor] = []
 
-    def dumping(training: Training, i: int) -> None:
-        step(training, i)
-        assert training.records._pending
-        loss, norm, scale, applied = training.records._values[len(training.records._pending) - 1]
-        row = {
-            "loss": loss.item(),
-            "grad_norm": norm.item().hex(),
-            "loss_scale": scale.item(),
-            "applied": bool(applied),
-            "weights": _digest(*training.model.state_dict().values()),
-            "masters": _digest(*[p for group in training.precision.param_groups for p in group["params"]]),
+    def row(step: int, model: Any, precision: Any, result: Any) -> None:
+        weights, masters = moments.tensors_of(model, precision)
+        content = {
+            "loss": losses[-1].item(),
+            "grad_norm": float(result.grad_norm).hex(),
+            "loss_scale": float(result.loss_scale),
+            "applied": bool(result.applied),
+            "weights": _digest(*weights),
+            "masters": _digest(*masters),
             "random": _digest(torch.get_rng_state()),
         }
         with Path(f"{name}-{processes.rank()}").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(content) + "\n")
 
-    Training.train_step = dumping  # type: ignore[method-assign]
+    moments.watch_batches(lambda _: None, loss=losses.append)
+    for script in SCRIPTS:
+        vars(importlib.import_module(script))["fit"] = moments.after_steps(script, row)
 
 
 def _digest(*tensors: torch.Tensor) -> str:
@@ -108,62 +161,39 @@ def _digest(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def fail(rank: int, name: str, call: int, error: str) -> None:
-    """Let `rank` raise an error of its own as `Training.name` is called for that time."""
-    errors = {
-        "disk": OSError(28, "No space left on device", "steps.jsonl"),
-        "runtime": RuntimeError("a kernel failed"),
-        "memory": RuntimeError("not enough memory: you tried to allocate 1 TB"),
-    }
-
-    def act(calls: int, *_: Any) -> None:
-        if processes.rank() == rank and calls == call:
-            raise errors[error]
-
-    before(name, act)
-
-
-def kill(rank: int, name: str, call: int, number: int = signal.SIGKILL) -> None:
-    """Let `rank` send itself a signal as `Training.name` is called for that time."""
-
-    def act(calls: int, *_: Any) -> None:
-        if processes.rank() == rank and calls == call:
-            os.kill(os.getpid(), number)
-
-    before(name, act)
-
-
-def leave_alone(name: str, call: int) -> None:
+def leave_alone(moment: str, n: int) -> None:
     """Let rank 0 fail while it waits for a message from rank 1, which goes on only when rank 0 has gone."""
 
-    def act(calls: int, training: Training, *_: Any) -> None:
-        if calls != call:
-            return
+    def act(_: object) -> None:
+        pid = Path("pid-0")
         if processes.rank() == 0:
-            distributed._store.set("pid", str(os.getpid()))
+            pid.with_name("pid").write_text(str(os.getpid()))
+            pid.with_name("pid").rename(pid)
             dist.broadcast(torch.zeros(1), 1, async_op=True)
             raise RuntimeError("a kernel failed")
+        while not pid.exists():
+            time.sleep(0.01)
         with suppress(ProcessLookupError):
             while True:
-                os.kill(int(distributed._store.get("pid")), 0)
+                os.kill(int(pid.read_text()), 0)
                 time.sleep(0.01)
         os._exit(0)
 
-    before(name, act)
+    _when(moment, n, act)
 
 
-def signal_torchrun(name: str, call: int, number: int) -> None:
-    """Send torchrun a signal as `Training.name` is called for that time, and go on once it is here."""
+def signal_torchrun(moment: str, n: int, number: int) -> None:
+    """Send torchrun a signal at a moment, and go on once torchrun has sent it here."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
 
-    def act(calls: int, training: Training, *_: Any) -> None:
-        if calls == call:
-            if processes.rank() == 0:
-                os.kill(os.getppid(), number)
-            deadline = time.monotonic() + PATIENCE
-            while not training.stop._asked and time.monotonic() < deadline:
-                time.sleep(0.01)
+    def act(_: object) -> None:
+        signal.set_wakeup_fd(write)
+        if processes.rank() == 0:
+            os.kill(os.getppid(), number)
+        os.read(read, 1)
 
-    before(name, act)
+    _when(moment, n, act)
 
 
 def patience(timeout: float = 60.0, roll_call: float = 0.3) -> None:
@@ -177,10 +207,25 @@ def gpus(count: int) -> None:
     torch.cuda.device_count = lambda: count  # type: ignore[assignment]
 
 
+def no_links() -> None:
+    """Let the file system have no hard links."""
+
+    def link(*_: object) -> NoReturn:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    setattr(os, "link", link)  # noqa: B010
+
+
+def largest_file(size: int) -> None:
+    """Let the kernel refuse to make any file larger than `size` bytes."""
+    resource = importlib.import_module("resource")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 def serve() -> None:
     """Answer requests until stdin ends."""
-    importlib.import_module("torch._dynamo")  # by DistributedDataParallel, which takes seconds
-    for script in ("main", "main_fp16_optimizer", "main_amp"):
+    importlib.import_module("torch._dynamo")  # by DistributedDataParallel and optimizers, which takes seconds
+    for script in SCRIPTS:
         importlib.import_module(script)
     for line in sys.stdin:
         read, write = os.pipe()
@@ -205,9 +250,10 @@ class _Agent:
             self._fork(rank, processes, ports[rank][0], json.dumps(faults), command): rank for rank in range(processes)
         }
         self.codes = [0] * processes
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for _, write in ports:
-            os.write(write, str(self.store.port).encode())
+        if processes > 1:
+            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            for _, write in ports:
+                os.write(write, str(self.store.port).encode())
 
     def _fork(self, rank: int, processes: int, port: int, faults: str, command: list[str]) -> int:
         names = ((1, self.folder / f"out-{rank}"), (2, self.folder / f"err-{rank}"))
@@ -245,7 +291,7 @@ class _Agent:
         failed = False
         stopped = set()
         while self.running:
-            child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            child, status = os.waitpid(-1, (os.WNOHANG if failed or len(self.codes) > 1 else 0) | os.WUNTRACED)
             if child and os.WIFSTOPPED(status):
                 stopped.add(child)
             elif child:
