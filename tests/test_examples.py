@@ -72,7 +72,7 @@ def test_two_modes_are_trained_and_plotted(monkeypatch, tmp_path, capsys):
     for name, dtype in {"fp32": "float32", "amp-bf16": "bfloat16"}.items():
         run = read_run(example.folder / name)
         losses[name] = [row["loss"] for row in run.steps]
-        assert run.config["dtypes"]["logits"] == dtype
+        assert run.config["precision"]["dtypes"]["logits"] == dtype
         assert lines[name].get_label() == f"{name}, test perplexity {run.result['test_ppl']:.0f}"
         assert lines[name].get_xdata().tolist() == list(range(1, 101))
         assert lines[name].get_ydata().tolist() == losses[name]

@@ -305,11 +305,11 @@ class RunDirectory:
         """Write `result.json`; `status` is "finished", "interrupted" or "diverged"."""
         row: dict[str, Any] = {"status": status} | losses(test_loss, self._derived, "test_")
         row |= {"steps": self.steps, "skipped": self.skipped} | figures
-        self._write("result.json", row)
-        self.ended = True
         if self.path is not None:
             for listener in self._listeners:
                 listener.result(row)
+        self._write("result.json", row)  # last: a disk that is full hides the result from nobody
+        self.ended = True
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self.path is None:

@@ -1,11 +1,13 @@
 """Running the modes as processes: what is run, where, how many at a time, and what happens to them on an interrupt."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,41 +16,50 @@ import jobs
 from lm.launch import jobs as launch
 from lm.launch import progress
 from lm.launch.jobs import Job, check_flags, comparison_folder, run_jobs, slot_environments
-from lm.options.config import parse_args
-from lm.options.modes import MODES, label
+from lm.options.config import make_args
+from lm.options.modes import MODES, Mode, mode_of
+from lm.options.options import as_values
 from roundoff.errors import UsageError
+from roundoff.runs.jsonfile import to_json
 
-PLAN = {"modes": ["fp32"], "seeds": [1], "flags": [], "jobs": 1}
+PLAN = {"modes": ["fp32"], "seeds": [1], "options": {}, "jobs": 1}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_is_what_its_trainer_calls_it(mode) -> None:
     """Or a run made here would be compared under another name."""
-    script, *flags = MODES[mode]
-    assert label(vars(parse_args(script, None, flags))) == mode
-    assert (launch.SCRIPTS / script).is_file()
+    chosen = MODES[mode]
+    assert mode_of(make_args(chosen.script, **chosen.options)) == chosen
+    assert make_args(chosen.script, **chosen.options).dtype == chosen.dtype
+    assert (launch.SCRIPTS / f"{chosen.script}.py").is_file()
+
+
+def test_modes_that_must_be_equal_name_each_other() -> None:
+    for mode in MODES.values():
+        assert all(MODES[other].equals == mode.equals for other in mode.equals)
+        assert mode.name in mode.equals or not mode.equals
 
 
 def test_the_command_of_a_run() -> None:
-    job = Job("fp16-optimizer-dynamic", 7, ["--nhid", "8"], Path("out/runs/x"))
+    job = Job("fp16-optimizer-dynamic", 7, {"nhid": 8, "tied": False}, Path("out/runs/x"))
     assert job.command == [
         *(sys.executable, str(Path(launch.__file__).parents[2] / "main_fp16_optimizer.py")),
-        *("--fp16", "--dynamic-loss-scale", "--nhid", "8", "--seed", "7"),
-        *("--run-dir", "out/runs/x", "--save", "out/runs/x/model.safetensors"),
+        *("--fp16", "--dynamic-loss-scale", "--nhid=8", "--no-tied", "--seed=7"),
+        *("--run-dir=out/runs/x", "--save=out/runs/x/model.safetensors"),
     ]
 
 
 @pytest.mark.parametrize(
     ("flags", "seed", "rest"),
     [
-        ([], 1111, []),
-        (["--nhid", "8", "--seed", "5", "--tied"], 5, ["--nhid", "8", "--tied"]),
-        (["--seed=5", "--seed", "6"], 6, []),
+        ([], 1111, {}),
+        (["--nhid", "8", "--seed", "5", "--tied"], 5, {"nhid": 8, "tied": True}),
+        (["--seed=5", "--seed", "6"], 6, {}),
     ],
 )
-def test_the_seed_is_taken_out_of_the_flags(corpus, flags, seed, rest) -> None:
-    data = ["--data", str(corpus), "--emsize", "8"]
-    assert check_flags(["fp32", "amp-bf16"], [*data, *flags]) == (seed, [*data, *rest], "cpu")
+def test_the_seed_is_taken_out_of_the_options(corpus, flags, seed, rest) -> None:
+    found = check_flags(["fp32", "amp-bf16"], ["--data", str(corpus), "--emsize", "8", *flags])
+    assert found == (seed, {"data": str(corpus), "emsize": 8, **rest}, "cpu")
 
 
 def test_runs_at_a_time_share_the_threads_of_the_cpu(monkeypatch) -> None:
@@ -77,12 +88,12 @@ def trainer(tmp_path, monkeypatch):
     """Lets a few lines of Python stand for all trainers, since torch takes seconds to import."""
     (tmp_path / "scripts").mkdir()
     monkeypatch.setattr(launch, "SCRIPTS", tmp_path / "scripts")
-    monkeypatch.setattr(launch, "MODES", {"a": ["a.py"], "b": ["b.py"], "c": ["c.py"]})
+    monkeypatch.setattr(launch, "MODES", {name: Mode(name, name, {}, "float32") for name in "abc"})
 
     def write(**sources: str) -> list[Job]:
         for name, source in sources.items():
             (tmp_path / f"scripts/{name}.py").write_text(f"import os, signal, sys, time\n{source}\n")
-        return [Job(name, 1, [], tmp_path / "out/runs" / f"{name}-1") for name in sources]
+        return [Job(name, 1, {}, tmp_path / "out/runs" / f"{name}-1") for name in sources]
 
     return write
 
@@ -182,50 +193,48 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def record(job: Job, status: str, command: list[str]) -> None:
+def record(job: Job, status: str, **changes: Any) -> None:
+    """Leave what a trainer leaves that was given the options of `job`, but for `changes`."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    (job.run_dir / "config.json").write_text(json.dumps({"environment": {"command": command}}))
+    args = make_args(MODES[job.label].script, **{**job.all_options(), **changes})
+    (job.run_dir / "config.json").write_text(to_json({"options": as_values(args)}))
     (job.run_dir / "result.json").write_text(json.dumps({"status": status}))
 
 
 def test_which_runs_are_kept(tmp_path) -> None:
     """This very run, be it where it may; not one of another seed, mode or size, nor what cannot be read."""
-    here = Job("manual", 5, ["--nhid", "8"], tmp_path / "manual-5")
+    here = Job("manual", 5, {"nhid": 8, "clip": math.inf}, tmp_path / "manual-5")
     assert here.result() is None
-    record(here, "finished", here.command[1:])
+    record(here, "finished")
     assert here.result() == {"status": "finished"}
-    elsewhere = Job("manual", 5, ["--nhid", "8"], Path("/elsewhere/manual-5")).command
-    record(here, "diverged", ["/home/main.py", *elsewhere[2:]])
+    record(here, "diverged", run_dir="/elsewhere/manual-5", save="/elsewhere/model.safetensors")
     assert here.result() == {"status": "diverged"}
-    record(
-        here, "finished", ["main.py", *elsewhere[2:], "--save", "there/model.safetensors"]
-    )  # resumed in a third place
-    assert here.result() == {"status": "finished"}
     for other in (
-        Job("fp32", 5, ["--nhid", "8"], here.run_dir),
-        Job("manual", 6, ["--nhid", "8"], here.run_dir),
-        Job("manual", 5, ["--nhid", "9"], here.run_dir),
+        Job("fp32", 5, here.options, here.run_dir),
+        Job("manual", 6, here.options, here.run_dir),
+        Job("manual", 5, {"nhid": 9, "clip": math.inf}, here.run_dir),
     ):
         assert other.result() is None
         assert not other.started()
-    for no_command in ([], "main.py", ["main.py", 3], ["main.py", "--save"], None):
-        record(here, "finished", no_command)
+    for content in ({}, {"options": None}, {"options": {}}, {"options": []}, []):
+        (here.run_dir / "config.json").write_text(json.dumps(content))
         assert here.result() is None
+    record(here, "finished")
     (here.run_dir / "result.json").write_text('{"status": ')
     assert here.result() is None
     shutil.rmtree(here.run_dir)
     assert here.result() is None
 
 
-def test_a_run_under_way_goes_on_wherever_the_folder_is_now(trainer, tmp_path) -> None:
-    (here,) = trainer(a="print(sys.argv[1:])")
+def test_a_run_under_way_goes_on_wherever_the_folder_is_now(tmp_path, monkeypatch) -> None:
+    (tmp_path / "main.py").write_text("import sys; print(sys.argv[1:])")
+    monkeypatch.setattr(launch, "SCRIPTS", tmp_path)
+    here = Job("fp32", 1, {}, tmp_path / "out/runs/fp32-1")
     with comparison_folder(tmp_path / "out", PLAN) as lock:
-        record(here, "interrupted", ["a.py", *Job("a", 1, [], Path("elsewhere/a-1")).command[2:]])
+        record(here, "interrupted", run_dir="elsewhere/fp32-1", save="elsewhere/model.safetensors")
         run_jobs([here], [{}], lock)
-    assert (
-        here.log.read_text()
-        == f"{['--resume', str(here.run_dir), '--save', str(here.run_dir / 'model.safetensors')]}\n"
-    )
+    words = [f"--resume={here.run_dir}", f"--save={here.run_dir / 'model.safetensors'}"]
+    assert here.log.read_text() == f"{words}\n"
     assert (here.run_dir / "config.json").exists()
 
 

@@ -101,7 +101,7 @@ def test_every_trainers_model(programs, script, flags, kind) -> None:
     lr = "0.5" if kind == "Transformer" else "5"
     run = programs.train(script, *flags, *EXPORT, "--model", kind, "--lr", lr, "--max-steps", "9", "--epochs", "1")
     assert "| model.onnx: ONNX opset 17, fp32; onnxruntime is within " in run.out.splitlines()[-1]
-    assert run.config["onnx_export"] == "model.onnx"
+    assert run.config["options"]["onnx_export"] == "model.onnx"
     model, _ = load_model(Path("model.safetensors"))
     compare(Path("model.onnx"), model.eval(), 7, 3, 1e-5)
     if flags and script != "main_amp":  # model.safetensors is half: against what the trained model itself says in fp16

@@ -7,9 +7,10 @@ import torch
 
 import lm.model.kernels
 import lm.model.transformer
-from lm.model.language_model import RNNModel, make_model, next_word_loss
+from lm.model.language_model import RNNModel, next_word_loss
 from lm.model.model_file import save_model
 from lm.options.config import parse_args
+from lm.training.build import make_model
 from programs import WORDS, Programs
 from roundoff.errors import UsageError
 

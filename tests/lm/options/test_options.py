@@ -189,12 +189,12 @@ CONFIG = (
 SAME = [*TINY[:-2], "--dropout", "0.5", "--log-interval", "6"]
 
 
-def test_a_run_from_a_file_is_the_run_with_flags_and_is_resumed_without_the_file(programs, monkeypatch) -> None:
+def test_a_run_from_a_file_is_the_run_with_flags_and_is_resumed_without_the_file(programs) -> None:
     write(programs.folder, CONFIG)
     assert programs.run("main", *SAME, "--run-dir", "run").code == 0
     expected = outcome(programs.folder)
     (programs.folder / "run").rename(programs.folder / "whole")
-    kill_at(monkeypatch, programs, "train_step", 25, "main", "--config", "c.toml", "--run-dir", "run")
+    kill_at(programs, 25, "main", "--config", "c.toml", "--run-dir", "run")
     (programs.folder / "c.toml").unlink()
     resume(programs, "main")
     assert outcome(programs.folder) == expected

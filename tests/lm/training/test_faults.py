@@ -1,7 +1,5 @@
 """A run that is disturbed in any way, at any moment, and then resumed is, to the bit, the run that nobody disturbed."""
 
-import errno
-import io
 import itertools
 import json
 import os
@@ -15,14 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 import jobs
 from lm.model.model_file import load_model
 from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS, read_checkpoint
 from programs import MODEL, Done, Programs, read_rows, start, strict_json
 from ranks import Ended
-from roundoff.runs.files import write_atomically
 from runs import FLAGS, RUN_FILES, Command, Faulty, act_at, check_whole, one_line, outcome, read_one, state_bits
 
 
@@ -362,21 +358,6 @@ def test_an_output_that_is_full(faulty: Faulty) -> None:
         _, err = process.communicate(timeout=60)
     one_line(Done(process.returncode, "", err.decode()), 1, "standard output", "No space left", "--resume run")
     faulty.check(SHORT)
-
-
-def test_what_torch_makes_of_a_failed_write(tmp_path: Path) -> None:
-    """A RuntimeError of its own, but the error of the disk is what is told."""
-
-    class Full(io.BytesIO):
-        def write(self, data: Any) -> int:
-            if self.tell() > 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data)
-
-    with pytest.raises(OSError, match="No space left") as failed:
-        write_atomically(tmp_path / "file", lambda file: torch.save({"weight": torch.zeros(5000)}, Full()))
-    assert failed.value.filename == str(tmp_path / "file")
-    assert list(tmp_path.iterdir()) == []
 
 
 # Damage.

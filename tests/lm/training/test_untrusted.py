@@ -19,19 +19,18 @@ from jobs import mostly_slow
 from lm.training.checkpoint import FILE, FORMAT, OLD, PREVIOUS
 from programs import HALF, SCRIPTS, TINY, Programs
 from roundoff.runs.tensor_file import load_tensors, save_tensors
-from runs import signal_at
+from runs import act_at
 
 
 @pytest.fixture
-def stopped(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> Programs:
+def stopped(programs: Programs) -> Programs:
     """With a run in "run" that SIGTERM has stopped, which has a checkpoint and none before it."""
-    stop(programs, monkeypatch, "main")
+    stop(programs, "main")
     return programs
 
 
-def stop(programs: Programs, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    with monkeypatch.context() as patch:
-        signal_at(patch, signal.SIGTERM, "train_step", 3)
+def stop(programs: Programs, script: str) -> None:
+    with act_at(3, lambda: signal.raise_signal(signal.SIGTERM)):
         assert programs.run(script, *TINY, *HALF[script], "--epochs", "1").code == 143
     (programs.folder / "run" / PREVIOUS).unlink(missing_ok=True)
 
@@ -80,11 +79,9 @@ PLAIN = [None, True, -1, 0, 1, 2**62, 1.5, float("nan"), float("inf"), "", "\x1b
 
 
 @pytest.mark.parametrize("script", mostly_slow(SCRIPTS, "main_fp16_optimizer"))
-def test_a_changed_checkpoint_is_gone_on_with_or_refused(
-    programs: Programs, monkeypatch: pytest.MonkeyPatch, script: str
-) -> None:
+def test_a_changed_checkpoint_is_gone_on_with_or_refused(programs: Programs, script: str) -> None:
     """Or ends as a run that diverges does."""
-    stop(programs, monkeypatch, script)
+    stop(programs, script)
     run, spare = programs.folder / "run", programs.folder / "spare"
     shutil.copytree(run, spare)
     original = load_tensors(run / FILE, FORMAT)
