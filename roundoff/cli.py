@@ -1,7 +1,7 @@
 """The parts that every command line of the project has in common.
 
-Short errors, defaults in the help, numbers with bounds, --version, completion in the shell, and flags made from
-values that come from elsewhere. Python's argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
+Short errors, defaults in the help, switches, numbers with bounds, --version, and completion in the shell. Python's
+argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
 """
 
 import argparse

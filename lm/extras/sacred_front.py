@@ -1,7 +1,7 @@
 """The trainers under Sacred: the options of `lm.options` as the configuration of an Experiment.
 
 Imported only where a command line asks for it. Sacred parses and shows the configuration, keeps its observers
-informed, and has a run's `main` run with the flags that say the same as the configuration.
+informed, and has a run's `main` run with the `Options` that the configuration gives.
 """
 
 import os
