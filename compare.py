@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lm.launch.jobs import Job, check_flags, comparison_folder, run_jobs, slot_environments
+from lm.launch.jobs import Training, check_flags, comparison_folder, run_jobs, slot_environments
 from lm.launch.probe_jobs import run_probes
 from lm.options.modes import DEFAULT_MODES, MODES, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, whole
@@ -89,7 +89,9 @@ def run_modes(args: argparse.Namespace) -> tuple[list[Run], list[Failure]]:
     seeds = list(range(first_seed, first_seed + count))
     # One thread more or less changes sums in their last bits, so --jobs is part of what was asked for.
     with comparison_folder(args.out, {"modes": labels, "seeds": seeds, "options": options, "jobs": at_once}) as lock:
-        jobs = [Job(label, seed, options, args.out / "runs" / f"{label}-{seed}") for seed in seeds for label in labels]
+        jobs = [
+            Training(label, seed, args.out / "runs" / f"{label}-{seed}", options) for seed in seeds for label in labels
+        ]
         say(f"| {len(jobs)} runs in {args.out}")
         with continued_by_hand(args.out):
             failures = run_jobs(jobs, slot_environments(min(at_once, len(jobs)), device), lock)

@@ -71,7 +71,7 @@ def generate(model: RNNModel, words: int, temperature: float, vocabulary_size: i
 
 
 def as_text(words: Iterable[str]) -> Iterator[str]:
-    """`words` in pieces of text as they come: separated by spaces, `WORDS_A_LINE` a line."""
+    """Yield `words` in pieces of text as they come: separated by spaces, `WORDS_A_LINE` a line."""
     column = 0
     for word in words:
         yield f" {word}" if column else word
@@ -91,7 +91,7 @@ def show(text: Iterable[str]) -> None:
 
 
 def with_progress(words: Iterable[str], count: int, log_interval: int) -> Iterator[str]:
-    """`words`, of which there are `count`, and a line after each `log_interval` of them."""
+    """Yield `words`, of which there are `count`; print a line after each `log_interval` of them."""
     for i, word in enumerate(words, 1):
         if i % log_interval == 0:
             say(f"| Generated {i}/{count} words")
@@ -101,7 +101,7 @@ def with_progress(words: Iterable[str], count: int, log_interval: int) -> Iterat
 def main() -> int:
     """Load, draw, write."""
     args = parse_args()
-    device = device_of(getattr(args, "device", None), cuda=args.cuda, accel=args.accel)
+    device = device_of(args.device, cuda=args.cuda, accel=args.accel)
     if args.outf != "-":
         if os.path.realpath(args.outf) == os.path.realpath(args.checkpoint):
             raise UsageError(f"--outf and --checkpoint are both {args.outf}; give the text a file of its own")

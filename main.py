@@ -22,7 +22,7 @@ def make_precision(args: Options, model: RNNModel) -> Precision:
     params = masters = list(model.parameters())
     if args.fp16:
         params, masters = prep_param_lists(model.to(torch.float16))
-    return MasterWeights(params, make_optimizer(args, masters), args.static_loss_scale or 1.0)
+    return MasterWeights(params, make_optimizer(args, masters), args.loss_scale or 1.0)
 
 
 # -----------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from roundoff.precision import Autocast, Precision
 def make_precision(args: Options, model: RNNModel) -> Precision:
     """Return autocast over fp32 weights with GradScaler; its loss scale is dynamic in fp16, else static."""
     optimizer = make_optimizer(args, model.parameters())
-    init = args.static_loss_scale or args.init_scale
+    init = args.loss_scale or args.init_scale
     scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
-    return Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.static_loss_scale)
+    return Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.loss_scale)
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def make_precision(args: Options, model: RNNModel) -> Precision:
         model.to(torch.float16)
     optimizer = import_fp16_utils(args.fp16_utils).FP16_Optimizer(
         make_optimizer(args, model.parameters()),
-        static_loss_scale=args.static_loss_scale or 1.0,
+        static_loss_scale=args.loss_scale or 1.0,
         dynamic_loss_scale=args.dynamic_loss_scale,
         dynamic_loss_args={
             "init_scale": args.init_scale,

@@ -26,7 +26,7 @@ def build(script: str, args: Any, model: Any) -> Any:
         return roundoff.MasterWeights(model.parameters(), torch.optim.SGD(model.parameters(), lr=args.lr, fused=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=args.init_scale, growth_interval=args.scale_window)
-    return roundoff.Autocast(optimizer, scaler, args.device, torch.float16, args.static_loss_scale)
+    return roundoff.Autocast(optimizer, scaler, args.device, torch.float16, args.loss_scale)
 
 
 @pytest.mark.parametrize("script", ["main", "main_amp"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from lm.data import corpora
 from lm.options.config import merge
-from lm.options.options import DEFAULT_LR, Options, checked, option_of, options_of
+from lm.options.options import DEFAULT_LR, Options, checked, help_of, options_of
 from lm.options.resolve import default_lr
 from lm.training.description import git_commit
 from roundoff import processes
@@ -63,7 +63,7 @@ class Configuration:
         self.defaults = {
             name: DEFAULTS.get(name, _plain(options_of(script)[ours].default)) for name, ours in self.names.items()
         }
-        self.comments = {name: option_of(options_of(script)[ours]).help for name, ours in self.names.items()}
+        self.comments = {name: help_of(options_of(script)[ours]) for name, ours in self.names.items()}
         self.comments["dataset"] += "; or a folder of such folders"
         self.asked: set[str] = set()
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lm.options.command_line import make_parser
-from lm.options.config import parse_args
+from lm.options.command_line import make_parser, read_command_line, with_dashes
+from lm.options.config import merge
 from lm.options.options import Options
 from lm.training.program import exit_code
 from roundoff.cli import OneLineParser, complete
@@ -24,10 +24,11 @@ def run_trainer(main: Callable[[Options], int], script_file: str, description: s
 
 
 def _run(main: Callable[[Options], int], script_file: str, description: str | None, argv: list[str]) -> int:
-    parser = make_parser(Path(script_file).stem, description)
+    script = Path(script_file).stem
+    parser = make_parser(script, description)
     complete(parser)
     if not is_for_sacred(parser, argv):
-        return main(parse_args(script_file, description, argv))
+        return main(merge(script, read_command_line(parser, script, argv)))
     try:
         from lm.extras import sacred_front
     except ModuleNotFoundError as error:
@@ -44,7 +45,7 @@ def is_for_sacred(parser: OneLineParser, argv: list[str]) -> bool:
     """Return whether a command line is one of Sacred's: no flag takes a bare word, nor has one letter but -h."""
     if not argv:
         return False
-    first = argv[0]
+    first = with_dashes(parser, argv[0])
     if re.fullmatch("-[A-Za-z]", first):
         return first != "-h"
     return not first.startswith("-") or ("with" in argv and not parser.knows(first))

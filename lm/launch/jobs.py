@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,14 +26,15 @@ from lm.launch.progress import Progress
 from lm.options.command_line import make_parser, read_command_line
 from lm.options.config import merge
 from lm.options.modes import MODES
-from lm.options.options import as_values, checked, flag, words
+from lm.options.options import as_values, flag, options_of, words
 from roundoff.errors import RunError, UsageError, printable
 from roundoff.runs.files import lock, unlock, write_atomically
 from roundoff.runs.jsonfile import read_object, to_json
 from roundoff.terminal import say
 from roundoff.verdict.types import Failure
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
+"""Where the scripts are."""
 OWN = ("run_dir", "resume", "save", "fp16", "dtype", "dynamic_loss_scale")
 """The options in which the runs of a comparison differ. They cannot be given to all of them."""
 PLACES = ("run_dir", "save")
@@ -41,58 +43,42 @@ POLL = 0.1  # seconds between two looks at the processes
 GRACE = 30.0  # seconds that a trainer has to write its checkpoint; Kubernetes and Slurm give as many
 
 
+def python(script: str) -> list[str]:
+    """Return the words that start a script of this project."""
+    return [sys.executable, str(ROOT / f"{script}.py")]
+
+
 @dataclass(frozen=True)
-class Job:
-    """A run to make.
+class Job(ABC):
+    """A process to run, whose results go to a directory.
 
     Attributes:
-        label: of the mode, a key of `MODES`.
+        label: of what it does, such as the name of a mode.
         seed: of the run.
-        options: of the trainer, checked, equal for every job of a comparison.
-        run_dir: where its records and its model go.
+        run_dir: where its results go.
     """
 
     label: str
     seed: int
-    options: Mapping[str, Any]
     run_dir: Path
 
     @property
+    @abstractmethod
     def command(self) -> list[str]:
         """Return the command line as a list."""
-        return [sys.executable, str(SCRIPTS / f"{MODES[self.label].script}.py"), *words(self.all_options())]
 
-    def all_options(self) -> dict[str, Any]:
-        """Return the options of this run: those of its mode and of the comparison, its seed and its places."""
-        places = {"run_dir": self.run_dir, "save": self.save}
-        return {**MODES[self.label].options, **self.options, "seed": self.seed, **places}
+    @abstractmethod
+    def result(self) -> dict[str, Any] | None:
+        """Return how the job ended, with its "status"; None unless the directory holds this very job, and its end."""
 
-    @property
-    def save(self) -> Path:
-        """Return the place of the model."""
-        return self.run_dir / "model.safetensors"
+    def resumed(self) -> list[str] | None:
+        """Return the command line that goes on with what the directory holds; None if nothing there can be used."""
+        return None
 
     @property
     def log(self) -> Path:
-        """Return the place of what the trainer prints on stdout and stderr."""
+        """Return the place of what the process prints on stdout and stderr."""
         return self.run_dir.with_name(f"{self.run_dir.name}.log")
-
-    def result(self) -> dict[str, Any] | None:
-        """Return the content of result.json; None unless the directory holds this very run, and its end."""
-        try:
-            result = read_object(self.run_dir / "result.json")
-            return result if self.started() and isinstance(result["status"], str) else None
-        except (UsageError, OSError, ValueError, LookupError):
-            return None
-
-    def started(self) -> bool:
-        """Return whether the directory holds the beginning of this very run, wherever the comparison lay then."""
-        try:
-            stored = read_object(self.run_dir / "config.json")["options"]
-            expected = merge(MODES[self.label].script, self.all_options())
-            return _without_places(stored) == _without_places(json.loads(to_json(as_values(expected))))
-        except (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
-            return False
 
     def failure(self, exit_code: int) -> Failure:
         """Return the failure of this job, with the last line that it printed."""
@@ -101,6 +87,52 @@ class Job:
         if exit_code < 0:
             message = f"{signal.strsignal(-exit_code)} (signal {-exit_code}); its last line: {message}"
         return Failure(self.label, self.seed, self.command, exit_code, message)
+
+
+@dataclass(frozen=True)
+class Training(Job):
+    """A run of a trainer; `label` is a key of `MODES`.
+
+    Attributes:
+        options: of the trainer, checked, equal for every run of a comparison.
+    """
+
+    options: Mapping[str, Any]
+
+    @property
+    def command(self) -> list[str]:
+        """See `Job.command`."""
+        return [*python(MODES[self.label].script), *words(self.all_options())]
+
+    def all_options(self) -> dict[str, Any]:
+        """Return the options of this run: those of its mode and of the comparison, its seed and its places."""
+        return {**MODES[self.label].options, **self.options, "seed": self.seed, **self._places}
+
+    @property
+    def _places(self) -> dict[str, Path]:
+        return {"run_dir": self.run_dir, "save": self.run_dir / "model.safetensors"}
+
+    def resumed(self) -> list[str] | None:
+        """See `Job.resumed`. The folder may have been moved since."""
+        places = {"resume": self.run_dir, "save": self._places["save"]}
+        return [*python(MODES[self.label].script), *words(places)] if self._started() else None
+
+    def result(self) -> dict[str, Any] | None:
+        """See `Job.result`; it is the content of result.json."""
+        try:
+            result = read_object(self.run_dir / "result.json")
+            return result if self._started() and isinstance(result["status"], str) else None
+        except (UsageError, OSError, ValueError, LookupError):
+            return None
+
+    def _started(self) -> bool:
+        """Return whether the directory holds the beginning of this very run, wherever the comparison lay then."""
+        try:
+            stored = read_object(self.run_dir / "config.json")["options"]
+            expected = merge(MODES[self.label].script, self.all_options())
+            return _without_places(stored) == _without_places(json.loads(to_json(as_values(expected))))
+        except (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
+            return False
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +153,11 @@ def check_flags(modes: Sequence[str], argv: Sequence[str]) -> tuple[int, dict[st
             raise UsageError(
                 f"{flag(name)} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR"
             )
-    for label in modes:
-        mode = MODES[label]
-        args = merge(mode.script, checked(mode.script, {**mode.options, **given}))
+    for mode in (MODES[label] for label in modes):
+        for name in given:
+            if name not in options_of(mode.script):
+                raise UsageError(f"{flag(name)} after --: {mode.script}.py (mode {mode.name}) has no such option")
+        args = merge(mode.script, {**mode.options, **given})
     corpora.read(args.data)
     given.pop("seed", None)
     return args.seed, given, args.device
@@ -225,15 +259,12 @@ class _Process:
     def __init__(self, job: Job, environment: dict[str, str], lock: int | None) -> None:
         self.job = job
         self.start = time.monotonic()
-        command = job.command
-        if job.started():
-            places = {"resume": job.run_dir, "save": job.save}  # the folder may have been moved
-            command = [*command[:2], *words(places)]
-        elif job.run_dir.exists():
+        command = job.resumed()
+        if command is None and job.run_dir.exists():
             shutil.rmtree(job.run_dir)
         with job.log.open("ab") as log:
             self.popen = subprocess.Popen(  # noqa: S603
-                command,
+                command or job.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

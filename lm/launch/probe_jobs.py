@@ -3,14 +3,12 @@
 The results are below the comparison's folder: `probes/<label>-<seed>-initial` and `-final`, with a log beside each.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.launch import jobs as launch
-from lm.launch.jobs import Job, comparison_folder, run_jobs
+from lm.launch.jobs import Job, comparison_folder, python, run_jobs
 from lm.launch.probing.sources import job_options
 from lm.options.config import stored_options
 from lm.options.options import words
@@ -26,7 +24,7 @@ BATCHES = 32
 
 @dataclass(frozen=True)
 class ProbeJob(Job):
-    """A probe to make; `options` are of the trainers, for fresh weights.
+    """A probe.
 
     Attributes:
         modes: labels of the modes to probe.
@@ -38,9 +36,8 @@ class ProbeJob(Job):
 
     @property
     def command(self) -> list[str]:
-        """Return the command line as a list."""
-        script = [sys.executable, str(launch.SCRIPTS / "probe.py")]
-        return [*script, "--modes", ",".join(self.modes), "--out", str(self.run_dir), *self.flags]
+        """See `Job.command`."""
+        return [*python("probe"), "--modes", ",".join(self.modes), "--out", str(self.run_dir), *self.flags]
 
     def found(self) -> dict[str, Any] | None:
         """Return the content of probe.json; None unless the directory holds this very probe."""
@@ -52,12 +49,8 @@ class ProbeJob(Job):
         return result if same and list(result["modes"]) == list(self.modes) else None
 
     def result(self) -> dict[str, Any] | None:
-        """Return how the probe ended; None if it did not."""
+        """See `Job.result`."""
         return None if self.found() is None else {"status": "finished"}
-
-    def started(self) -> bool:
-        """Return False: a probe cannot be resumed."""
-        return False
 
 
 def run_probes(out: Path, comparison: Comparison) -> list[Probe]:
@@ -87,12 +80,11 @@ def run_probes(out: Path, comparison: Comparison) -> list[Probe]:
 
 def _jobs(out: Path, run: Run, modes: list[str]) -> list[ProbeJob]:
     job, folder = run.config["job"], out / "probes"
-    script = run.config["options"]["script"]
-    options = job_options(script, stored_options(run.path, script))
+    options = job_options(stored_options(run.path, run.config["options"]["script"]))
     rows = job["corpus"]["train_tokens"] // job["batch_size"]
     batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // job["bptt"])))]
     fresh = [*batches, "--data", run.config["options"]["data"], "--", *words(options)]
     return [
-        ProbeJob(f"probe {when}", run.seed, options, folder / f"{run.label}-{run.seed}-{when}", modes, flags)
+        ProbeJob(f"probe {when}", run.seed, folder / f"{run.label}-{run.seed}-{when}", modes, flags)
         for when, flags in (("initial", fresh), ("final", [*batches, "--run", str(run.path)]))
     ]

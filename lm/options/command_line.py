@@ -1,14 +1,13 @@
 """The command line of a trainer, and the TOML file that --config names: each becomes a mapping of options."""
 
 import argparse
-import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from lm.options.options import SCRIPTS, Option, checked, flag, option_of, options_of
+from lm.options.options import SCRIPTS, Option, checked, flag, help_of, option_of, options_of
 from roundoff.cli import OneLineParser, Switch, add_version
-from roundoff.errors import UsageError, printable
+from roundoff.errors import UsageError
 
 
 def make_parser(script: str | None, description: str | None) -> OneLineParser:
@@ -16,12 +15,12 @@ def make_parser(script: str | None, description: str | None) -> OneLineParser:
 
     The result of parsing has the options that are given and no others.
     """
-    name = script or SCRIPTS[0]
+    program = script or SCRIPTS[0]
     parser = OneLineParser(
-        prog=f"{name}.py",
+        prog=f"{program}.py",
         description=description,
-        epilog=f"With Sacred: {name}.py [COMMAND] [with NAME=VALUE...] [-F DIR], where COMMAND is print_config, "
-        f"save_config, print_dependencies or none to train; {name}.py help shows them all.",
+        epilog=f"With Sacred: {program}.py [COMMAND] [with NAME=VALUE...] [-F DIR], where COMMAND is print_config, "
+        f"save_config, print_dependencies or none to train; {program}.py help shows them all.",
         allow_abbrev=False,  # an abbreviation of today is ambiguous with the next new flag
         argument_default=argparse.SUPPRESS,
     )
@@ -36,20 +35,19 @@ def make_parser(script: str | None, description: str | None) -> OneLineParser:
     for name, f in options_of(script).items():
         facts = option_of(f)
         group = groups.get(facts.group) or groups.setdefault(facts.group, parser.add_argument_group(facts.group))
-        _add(group, name, facts, f.default)
+        text = help_of(f)
+        if f.default is not None and facts.kind is not bool:
+            text += f" (default: {f.default})"
+        _add(group, name, facts, text.replace("%", "%%"))
     return parser
 
 
-def _add(group: Any, name: str, facts: Option, default: Any) -> None:
-    spellings = list(dict.fromkeys((flag(name), f"--{name.replace('_', '-')}")))
+def _add(group: Any, name: str, facts: Option, text: str) -> None:
+    spellings = dict.fromkeys((flag(name), f"--{name.replace('_', '-')}"))
     if facts.kind is bool:
-        group.add_argument(*spellings, action=Switch, help=facts.help)
+        group.add_argument(*spellings, action=Switch, help=text)
         return
-    shown = facts.otherwise or default
-    explained = facts.help if shown is None else f"{facts.help} (default: {shown})"
-    group.add_argument(
-        *spellings, type=facts.kind, choices=facts.choices, metavar=facts.metavar, help=explained.replace("%", "%%")
-    )
+    group.add_argument(*spellings, type=facts.kind, choices=facts.choices, metavar=facts.metavar, help=text)
 
 
 def read_command_line(parser: OneLineParser, script: str | None, argv: list[str]) -> dict[str, Any]:
@@ -58,29 +56,16 @@ def read_command_line(parser: OneLineParser, script: str | None, argv: list[str]
     Raises:
         UsageError: some option or value is wrong, wherever it comes from.
     """
-    given = vars(parser.parse_args([_with_dashes(word) for word in argv]))
+    given = vars(parser.parse_args([with_dashes(parser, word) for word in argv]))
     path = given.pop("config", None)
-    given = given if path is None else read_config_file(path, script) | given
-    for name, value in given.items():
-        if not _is_text(str(value)):
-            raise UsageError(
-                f"{flag(name)} {printable(value)} is not UTF-8, as a run's records are; give the file another name"
-            )
-    return given
+    return given if path is None else read_config_file(path, script) | given
 
 
-def _with_dashes(word: str) -> str:
-    """Spell a flag with "-", as the parser has it: both spellings are taken."""
+def with_dashes(parser: OneLineParser, word: str) -> str:
+    """Spell a flag of `parser` with "-", as the parser has it: both spellings are taken."""
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[a-z0-9_-]+", name) else word
-
-
-def _is_text(word: str) -> bool:
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    spelt = name.replace("_", "-") + equals + value
+    return spelt if name.startswith("--") and parser.knows(spelt) else word
 
 
 def read_config_file(path: Path, script: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.options.command_line import make_parser, read_command_line
-from lm.options.options import SCRIPTS, Options, checked, flag, option_of, options_of
+from lm.options.options import MAY_CHANGE, SCRIPTS, Options, alias_of, checked, flag, options_of
 from lm.options.resolve import resolve
 from roundoff.errors import UsageError, printable
 from roundoff.runs.jsonfile import read_object
@@ -48,26 +48,46 @@ def merge(script: str, given: Mapping[str, Any]) -> Options:
     Raises:
         UsageError: they contradict each other, or are not those of the run to resume.
     """
+    for name, value in given.items():
+        _check_text(name, value)
     if given.get("resume") is None:
         return resolve(Options(script=script, **given))
     stored = stored_options(given["resume"], script)
-    before = resolve(Options(script=script, **stored))
+    # What may change is left out: a package for it may be missing here, and that may be the reason to change it.
+    before = resolve(Options(script=script, **{name: v for name, v in stored.items() if name not in MAY_CHANGE}))
+    for name, value in given.items():
+        if name not in (*MAY_CHANGE, "resume") and not alias_of(script, name):
+            _check_same(given["resume"], name, getattr(before, name), value)
+    for name, value in given.items():
+        if (target := alias_of(script, name)) and (value or target != "dtype"):
+            stored.pop(target, None)
     now = resolve(Options(script=script, **{**stored, **given}))
-    for name, f in options_of(script).items():
-        old, new = getattr(before, name), getattr(now, name)
-        if name == "run_dir":
-            old, new = stored.get(name), given.get(name, stored.get(name))
-        if new != old and not (option_of(f).may_change or _is_alias(name, f, script)):
-            shown = "the default" if old is None else printable(old)
-            raise UsageError(
-                f"--resume {given['resume']} with {flag(name)} {new}: the run was started with {shown}; "
-                "leave the flag out, or start a new run"
-            )
+    for name in options_of(script):
+        if name not in (*MAY_CHANGE, "resume", "run_dir") and not alias_of(script, name):
+            _check_same(given["resume"], name, getattr(before, name), getattr(now, name))
     return now
 
 
+def _check_text(name: str, value: Any) -> None:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{flag(name)} {printable(value)} is not UTF-8, as a run's records are; give the file another name"
+        ) from None
+
+
+def _check_same(run: Path, name: str, before: Any, now: Any) -> None:
+    if now != before:
+        shown = "the default" if before is None else printable(before)
+        raise UsageError(
+            f"--resume {run} with {flag(name)} {now}: the run was started with {shown}; "
+            "leave the flag out, or start a new run"
+        )
+
+
 def stored_options(directory: Path, script: str) -> dict[str, Any]:
-    """Return the options that the run in `directory` was started with, but for aliases of others.
+    """Return the options that the run in `directory` was started with, without those that are absent.
 
     Raises:
         UsageError: it holds no run of `script`.
@@ -77,16 +97,17 @@ def stored_options(directory: Path, script: str) -> dict[str, Any]:
         raise UsageError(f"{where} holds no run (there is no config.json); give a run directory")
     try:
         options = read_object(directory / "config.json")["options"]
-        ran, known = options["script"], options_of(script)
-        if ran != script:
-            raise UsageError(f"{where} holds a run of {printable(ran, 40)}, not of {script}.py; use that script")
-        kept = {name: options.get(name) for name, f in known.items() if not _is_alias(name, f, script)}
-        return checked(script, kept)
+        ran, kept = options["script"], [n for n in options_of(script) if n != "resume" and not alias_of(script, n)]
     except OSError as error:
         raise UsageError(f"{where}: cannot read config.json ({error.strerror})") from None
-    except (LookupError, TypeError, AttributeError):
-        raise UsageError(f"{where}: config.json holds no options of a trainer; start a new run") from None
-
-
-def _is_alias(name: str, f: Any, script: str) -> bool:
-    return option_of(f).alias or name == "resume" or (name == "fp16" and script == "main_amp")
+    except (LookupError, TypeError):
+        raise UsageError(
+            f"{where}: config.json holds no options of a trainer; an older version, or another program, wrote it: "
+            "start a new run"
+        ) from None
+    if ran != script:
+        raise UsageError(f"{where} holds a run of {printable(ran, 40)}, not of {script}.py; use that script")
+    try:
+        return checked(script, {name: options.get(name) for name in kept})
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None

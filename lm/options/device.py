@@ -10,12 +10,10 @@ from roundoff.errors import UsageError
 
 
 def add_device_options(parser: argparse._ActionsContainer) -> None:
-    """Add --cuda, --accel and --device, which `roundoff.device.device_of` reads."""
+    """Add --cuda, --accel and --device, which `device_of` takes."""
     parser.add_argument("--cuda", action=Switch, help="the same as --device cuda")
     parser.add_argument("--accel", action=Switch, help="run on this machine's accelerator: CUDA, XPU or MPS")
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)", default=argparse.SUPPRESS
-    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)")
 
 
 def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:

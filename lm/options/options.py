@@ -10,7 +10,7 @@ from typing import Any
 from lm.data.corpora import BUILT_IN, DEFAULT
 from lm.model.language_model import KINDS
 from roundoff.cli import finite_above_0, number, whole
-from roundoff.errors import UsageError
+from roundoff.errors import UsageError, printable
 
 SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -38,7 +38,7 @@ class Option:
         scripts: the trainers that have the option.
         otherwise: what --help says of a default that follows from other options.
         may_change: whether a resumed run may be given another value.
-        alias: the option is another way to ask for one that is in `Options` too, so a resumed run ignores it.
+        alias: the option that this one is another way to ask for. An alias is no part of what a run records.
     """
 
     group: str
@@ -49,7 +49,7 @@ class Option:
     scripts: tuple[str, ...] = SCRIPTS
     otherwise: str | None = None
     may_change: bool = False
-    alias: bool = False
+    alias: str | None = None
 
 
 def option(group: str, kind: Callable[[str], Any], default: Any, help: str, **facts: Any) -> Any:
@@ -62,7 +62,7 @@ class Options:
     """The options of one run of a trainer.
 
     `lm.options.config` makes it. None means absent. In what `parse_args` and `make_args` return, `optimizer`, `lr`,
-    `dtype` and `device` are never absent, and an absent `static_loss_scale` means a dynamic one.
+    `dtype` and `device` are never absent.
     """
 
     script: str
@@ -100,7 +100,7 @@ class Options:
         choices=tuple(DEFAULT_LR),
         otherwise="sgd",
     )
-    use_optimizer: bool = option("training", bool, False, "the same as --optimizer adamw", alias=True)
+    use_optimizer: bool = option("training", bool, False, "the same as --optimizer adamw", alias="optimizer")
     lr: float = option(
         "training",
         finite_above_0,
@@ -134,14 +134,12 @@ class Options:
         "give up after this many steps in a row with a non-finite loss or gradient",
         metavar="STEPS",
     )
-    cuda: bool = option("training", bool, False, "the same as --device cuda", alias=True)
-    accel: bool = option("training", bool, False, "run on this machine's accelerator: CUDA, XPU or MPS", alias=True)
+    cuda: bool = option("training", bool, False, "the same as --device cuda", alias="device")
+    accel: bool = option("training", bool, False, "run on this machine's accelerator: CUDA, XPU or MPS", alias="device")
     device: str = option("training", str, None, "cpu, cuda, cuda:N, xpu or mps", metavar="DEVICE", otherwise="cpu")
     deterministic: bool = option("training", bool, False, "allow no operation that can differ between runs")
 
-    fp16: bool = option(
-        "precision", bool, False, "train with half weights; of main_amp.py: the same as --dtype float16"
-    )
+    fp16: bool = option("precision", bool, False, "train in float16; in main_amp.py, the same as --dtype float16")
     dtype: str = option(
         "precision",
         str,
@@ -226,6 +224,17 @@ class Options:
         metavar="RUN_DIR",
     )
 
+    @property
+    def loss_scale(self) -> float | None:
+        """The static loss scale: the one that is given, or the default of the mode. None: it is dynamic."""
+        if self.dynamic_loss_scale:
+            return None
+        if self.static_loss_scale is not None:
+            return self.static_loss_scale
+        if self.dtype != "float16":
+            return 1.0
+        return None if self.script == "main_amp" else FP16_STATIC_LOSS_SCALE
+
 
 def options_of(script: str | None) -> dict[str, Field[Any]]:
     """Return the options of the trainer `script`, in the order of --help; None: of all trainers."""
@@ -241,6 +250,18 @@ def option_of(f: "Field[Any]") -> Option:
 
 MAY_CHANGE = tuple(name for name, f in options_of(None).items() if option_of(f).may_change)
 """What a resumed run may be given anew: where it ends, what it shows, and where its files are now."""
+
+
+def alias_of(script: str, name: str) -> str | None:
+    """Return the option that the trainer's option `name` is another way to ask for, if it is one."""
+    return "dtype" if (script, name) == ("main_amp", "fp16") else option_of(options_of(script)[name]).alias
+
+
+def help_of(f: "Field[Any]") -> str:
+    """Return what is said of an option, with a default that follows from other options."""
+    facts = option_of(f)
+    text = facts.help.replace("MAY_CHANGE", ", ".join(map(flag, MAY_CHANGE)))
+    return f"{text} (default: {facts.otherwise})" if facts.otherwise else text
 
 
 def flag(name: str) -> str:
@@ -274,9 +295,9 @@ def checked(script: str | None, content: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise UsageError(f"there is no option {key!r}; {advice}")
+            raise UsageError(f"there is no option {printable(repr(key))}; {advice}")
         if name in values:
-            raise UsageError(f"{key!r} stands there twice, with - and with _")
+            raise UsageError(f"{printable(repr(key))} stands there twice, with - and with _")
         values[name] = None if value is None else _checked(name, option_of(known[name]), value)
     return {name: value for name, value in values.items() if value is not None}
 
@@ -285,21 +306,22 @@ def _checked(name: str, facts: Option, value: Any) -> Any:
     where = f"argument {flag(name)}:"
     if facts.kind is bool:
         if not isinstance(value, bool):
-            raise UsageError(f"{where} {value!r} is neither true nor false")
+            raise UsageError(f"{where} {printable(repr(value))} is neither true nor false")
         return value
     if isinstance(value, dict | list | tuple):
-        raise UsageError(f"{where} {value!r} is not one value")
+        raise UsageError(f"{where} {printable(repr(value))} is not one value")
     text = str(value)  # a number from a file is judged as the same digits on a command line are
     if facts.choices is not None and text not in facts.choices:
-        raise UsageError(f"{where} invalid choice: {text!r} (choose from {', '.join(facts.choices)})")
+        raise UsageError(f"{where} invalid choice: {printable(repr(text))} (choose from {', '.join(facts.choices)})")
     try:
         return facts.kind(text)
     except argparse.ArgumentTypeError as error:
-        raise UsageError(f"{where} {error}") from None
+        raise UsageError(f"{where} {printable(error, 300)}") from None
 
 
 def as_values(options: Options) -> dict[str, Any]:
-    """Return `options` as config.json holds them: plain values, without the run that was resumed."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    del values["resume"]
-    return values
+    """Return `options` as config.json holds them: plain values, without aliases and the run that was resumed."""
+    known = options_of(options.script)
+    left_out = {"resume", *(name for name in known if alias_of(options.script, name))}
+    values = {name: value for name, value in asdict(options).items() if name not in left_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from lm.model.onnx_file import check_onnx_export
 from lm.options.device import device_of
-from lm.options.options import DEFAULT_LR, FP16_STATIC_LOSS_SCALE, TRANSFORMER_LR, Options
+from lm.options.options import DEFAULT_LR, TRANSFORMER_LR, Options
 from roundoff import processes
 from roundoff.errors import UsageError
 from roundoff.runs.listeners import Listener
@@ -13,7 +13,7 @@ from roundoff.runs.listeners import Listener
 def resolve(given: Options) -> Options:
     """Return `given` with the options that are absent and follow from others, or from this machine.
 
-    Resolved options stay as they are.
+    Options that are there already stay as they are, but for a device of several processes.
 
     Raises:
         UsageError: options contradict each other, a package is missing, or there is no such device here.
@@ -31,7 +31,6 @@ def resolve(given: Options) -> Options:
         optimizer=optimizer,
         lr=given.lr or default_lr(optimizer, given.model),
         dtype=dtype,
-        static_loss_scale=_static_loss_scale(given, dtype),
         run_dir=given.resume or given.run_dir,
     )
 
@@ -39,13 +38,6 @@ def resolve(given: Options) -> Options:
 def default_lr(optimizer: str, model: str) -> float:
     """Return the learning rate of `optimizer`, a key of `DEFAULT_LR`, for a model of this kind."""
     return TRANSFORMER_LR if (optimizer, model) == ("sgd", "Transformer") else DEFAULT_LR[optimizer]
-
-
-def default_loss_scale(script: str, dtype: str) -> float | None:
-    """Return the static loss scale of a trainer that is told none; None: it is dynamic."""
-    if script == "main_amp":
-        return None if dtype == "float16" else 1.0
-    return FP16_STATIC_LOSS_SCALE if dtype == "float16" else 1.0
 
 
 def _check_model(given: Options) -> None:
@@ -88,12 +80,6 @@ def _dtype(given: Options) -> str:
     if given.fp16 and given.dtype not in (None, "float16"):
         raise UsageError(f"--fp16 and --dtype {given.dtype} contradict each other: give one of them")
     return given.dtype or "float16"
-
-
-def _static_loss_scale(given: Options, dtype: str) -> float | None:
-    if given.dynamic_loss_scale:
-        return None
-    return given.static_loss_scale or default_loss_scale(given.script, dtype)
 
 
 def event_files() -> Listener:

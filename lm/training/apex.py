@@ -7,7 +7,7 @@ from roundoff.errors import UsageError
 
 
 def import_fp16_utils(which: str) -> ModuleType:
-    """This project's fp16_utils ("own"), or NVIDIA's ("apex") where an apex from before May 2025 is installed.
+    """Import and return this project's fp16_utils ("own"), or NVIDIA's ("apex") of an apex from before May 2025.
 
     Raises:
         UsageError: apex is not installed, or has no fp16_utils any more.

@@ -20,8 +20,6 @@ FORMAT = "roundoff checkpoint 2"
 FILE = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 DAMAGED = "checkpoint.damaged.safetensors"
-OLD = "checkpoint.pt"
-"""The checkpoint of a version whose checkpoints were pickles."""
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Position:
 
     @classmethod
     def restore(cls, state: Any) -> Self:
-        """From a checkpoint.
+        """Return the position that a checkpoint holds.
 
         Raises:
             ValueError: `state` is no position.
@@ -113,10 +111,6 @@ def read_checkpoint(directory: Path) -> dict[str, Any] | None:
         return content
     if damaged:
         raise UsageError(f"--resume: {problem}; delete {' and '.join(damaged)} to start the run from its beginning")
-    if (directory / OLD).exists():
-        raise UsageError(
-            f"--resume: {directory / OLD} was written by an older version, whose files are not read; start a new run"
-        )
     return None
 
 
@@ -153,9 +147,10 @@ def processes_of(directory: Path) -> Any:
 
 
 def has_options(directory: Path, options: Any) -> bool:
-    """Return whether the run's config.json holds these options."""
-    recorded: Any = _entry(directory / "config.json", "options")
-    return bool(recorded == json.loads(to_json(options)))
+    """Return whether the run's config.json holds these options, wherever its directory is now."""
+    recorded = _entry(directory / "config.json", "options")
+    now = json.loads(to_json(options))
+    return isinstance(recorded, dict) and recorded | {"run_dir": None} == now | {"run_dir": None}
 
 
 def moved(directory: Path, config: dict[str, Any]) -> str:

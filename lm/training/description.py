@@ -25,16 +25,17 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
     mode = mode_of(args)
     several = processes.world_size() > 1  # each on a GPU of its own
     return {
+        "corpus": corpus.name,
         "job": {"corpus": corpus_facts(corpus), **{name: getattr(args, name) for name in JOB}},
         "precision": {
             "mode": mode.name,
             "dtype": args.dtype,
-            "loss_scale": args.static_loss_scale,
+            "loss_scale": args.loss_scale,
             "dtypes": dtypes,
             "equals": list(mode.equals),
         },
         "seed": args.seed,
-        "environment": environment([Path(sys.argv[0]).name, *sys.argv[1:]])
+        "environment": environment([*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]])
         | {"device": device_name(args.device), "processes": processes.world_size(), "tf32": args.tf32},
         "options": as_values(args) | ({"device": args.device.partition(":")[0]} if several else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -42,9 +43,8 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
 
 
 def corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    """Return the name, the digests and the sizes of a corpus."""
+    """Return the digests and the sizes of a corpus. Its name does not count: the same text may lie elsewhere."""
     return {
-        "name": corpus.name,
         "sha256": corpus.sha256,
         "train_tokens": len(corpus.train),
         "valid_tokens": len(corpus.valid),

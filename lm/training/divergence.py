@@ -12,7 +12,7 @@ def diverged(args: Options, model: RNNModel, row: dict[str, Any]) -> str:
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     advice = "a smaller --lr"
     if args.dtype == "float16":
-        if args.static_loss_scale is not None:
+        if args.loss_scale is not None:
             dynamic = "--dynamic-loss-scale" if args.script == "main_fp16_optimizer" else "main_amp.py's dynamic one"
             advice += f", a smaller --static-loss-scale, {dynamic}"
         advice += ", or main_amp.py --dtype bfloat16"

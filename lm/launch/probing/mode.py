@@ -41,7 +41,7 @@ class Mode:
     def __init__(self, name: str, args: Options, make_precision: MakePrecision, model: RNNModel) -> None:
         self.name, self.args = name, args
         self.description = f"{args.script}.py"
-        self.scale = float(args.static_loss_scale or args.init_scale)
+        self.scale = float(args.loss_scale or args.init_scale)
         self.dtype: torch.dtype = getattr(torch, args.dtype)
         self._make_precision, self._model = make_precision, model
 

@@ -119,7 +119,7 @@ def _check_batches(asked: int, there: int) -> None:
 def _job(source: Source) -> dict[str, Any]:
     return {
         "data": source.data,
-        "corpus": description.corpus_facts(source.corpus),
+        "corpus": {"name": source.corpus.name} | description.corpus_facts(source.corpus),
         "model": source.model.options,
         "weights": source.weights,
         "batch_size": source.args.batch_size,

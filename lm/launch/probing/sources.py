@@ -14,7 +14,6 @@ from lm.model.model_file import load_model
 from lm.options.command_line import make_parser, read_command_line
 from lm.options.config import merge, stored_options
 from lm.options.options import SCRIPTS, Options, as_values, checked, flag, options_of
-from lm.options.resolve import default_loss_scale
 from lm.training.build import make_model
 from lm.training.checkpoint import FILE, FORMAT
 from lm.training.process import set_up
@@ -24,7 +23,7 @@ from roundoff.runs.jsonfile import read_object
 from roundoff.runs.tensor_file import load_tensors
 
 OF_MODEL = ("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied")
-OF_PRECISION = ("fp16", "dtype", "dynamic_loss_scale", "static_loss_scale", "init_scale")
+OF_SCALE = ("static_loss_scale", "init_scale")
 OF_JOB = ("batch_size", "bptt", *OF_MODEL, "optimizer", "lr", "clip", "seed")
 REFUSED = {
     **dict.fromkeys(("fp16", "dtype", "dynamic_loss_scale"), "--modes says that"),
@@ -120,21 +119,13 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"--run {run}: {printable(error)}") from None
     args = replace(args, lr=at.lr)
-    return Source(
-        args, job_options(args.script, as_values(args)), data, corpus, model, _weights("run", run, at.epoch, steps)
-    )
+    return Source(args, job_options(as_values(args)), data, corpus, model, _weights("run", run, at.epoch, steps))
 
 
-def job_options(script: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a run's `options` that every trainer takes: the job, and a loss scale that was asked for."""
-    kept = {name: options[name] for name in OF_JOB if name in options}
-    asked = [name for name in (*OF_JOB, *OF_PRECISION) if name in options and name in options_of(script)]
-    args = merge(script, checked(script, {name: options[name] for name in asked}))
-    if args.static_loss_scale not in (None, default_loss_scale(script, args.dtype)):
-        kept["static_loss_scale"] = args.static_loss_scale
-    if args.init_scale != Options.init_scale:
-        kept["init_scale"] = args.init_scale
-    return checked(script, kept)
+def job_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a run's `options` that every trainer takes: the job, and the loss scales that were asked for."""
+    scales = [name for name in OF_SCALE if options.get(name) != options_of("main")[name].default]
+    return checked("main", {name: options[name] for name in (*OF_JOB, *scales) if name in options})
 
 
 def _weights(kind: str, path: Path | None = None, epoch: int | None = None, steps: int | None = None) -> dict[str, Any]:
@@ -156,7 +147,9 @@ def _read(argv: list[str], fixed: tuple[str, ...]) -> dict[str, Any]:
             raise UsageError(f"{flag(name)} after --: {REFUSED[name]}; leave it out")
         if name in fixed:
             raise UsageError(f"{flag(name)} after -- with --checkpoint: the model is that of the file; leave it out")
-    return checked("main", given)
+        if name not in options_of("main"):
+            raise UsageError(f"{flag(name)} after --: not every trainer has this option; leave it out")
+    return given
 
 
 def _options_of(run: Path) -> Options:
@@ -174,7 +167,14 @@ def _options_of(run: Path) -> Options:
         raise UsageError(f"--run {printable(run)}: cannot read config.json ({error.strerror})") from None
     except UsageError as error:
         raise UsageError(f"--run {printable(run)}: {str(error).removeprefix(f'--resume {printable(run)}: ')}") from None
-    return merge(script, {name: stored[name] for name in (*OF_JOB, *OF_PRECISION, "data") if name in stored})
+    return merge(
+        script,
+        {
+            name: stored[name]
+            for name in (*OF_JOB, *OF_SCALE, "fp16", "dtype", "dynamic_loss_scale", "data")
+            if name in stored
+        },
+    )
 
 
 def _checkpoint(run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lm.extras
-from lm.options.options import option_of, options_of
+from lm.options.options import help_of, options_of
 from programs import ROOT, SCRIPTS, TINY, Done, Programs, read_run
 from runs import kill_at, outcome, resume
 
@@ -64,7 +64,7 @@ def test_print_config_shows_every_option_with_its_default_and_comment(programs, 
         default = options[name].default
         assert lines[name][0] == repr(default)
     for name, (_, comment) in lines.items():
-        help_text = option_of(options[{"dataset": "data", "model_type": "model"}.get(name, name)]).help
+        help_text = help_of(options[{"dataset": "data", "model_type": "model"}.get(name, name)])
         assert comment.startswith(help_text)
     assert programs.files().keys() == {"corpus", *(f"corpus/{part}.txt" for part in ("train", "valid", "test"))}
 

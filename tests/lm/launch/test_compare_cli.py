@@ -177,7 +177,10 @@ MISTAKES = {
     "trainer's unknown flag": ([*TRAIN, "--hidden", "8"], "unrecognized arguments: --hidden 8"),
     "trainer's value": ([*TRAIN, "--nhid", "none"], "--nhid"),
     "no value": ([*TRAIN, "--seed"], "--seed: expected one argument"),
-    "flag of one trainer": ([*TRAIN, "--scale-window", "9", "--fp16-utils", "own"], "there is no option 'fp16_utils'"),
+    "flag of one trainer": (
+        [*TRAIN, "--scale-window", "9", "--fp16-utils", "own"],
+        r"--fp16-utils after --: main.py \(mode fp32\) has no such option",
+    ),
     "no corpus": (["--out", "o", "--", "--data", "nowhere"], "--data nowhere: there is no such folder"),
 }
 
@@ -194,7 +197,7 @@ def test_nothing_to_compare(programs, monkeypatch) -> None:
     (programs.folder / "scripts").mkdir()
     for name in ("main", "main_amp"):
         (programs.folder / f"scripts/{name}.py").write_text("import sys; sys.exit('error: out of luck')")
-    monkeypatch.setattr("lm.launch.jobs.SCRIPTS", programs.folder / "scripts")
+    monkeypatch.setattr("lm.launch.jobs.ROOT", programs.folder / "scripts")
     done = programs.run("compare", "--modes", "manual,amp-fp16", "--seeds", "2", *TRAIN, "--seed", "7")
     assert done.code == 1
     assert done.err == (

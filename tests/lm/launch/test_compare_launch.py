@@ -15,7 +15,7 @@ import torch
 import jobs
 from lm.launch import jobs as launch
 from lm.launch import progress
-from lm.launch.jobs import Job, check_flags, comparison_folder, run_jobs, slot_environments
+from lm.launch.jobs import Training, check_flags, comparison_folder, run_jobs, slot_environments
 from lm.options.config import make_args
 from lm.options.modes import MODES, Mode, mode_of
 from lm.options.options import as_values
@@ -31,7 +31,7 @@ def test_a_mode_is_what_its_trainer_calls_it(mode) -> None:
     chosen = MODES[mode]
     assert mode_of(make_args(chosen.script, **chosen.options)) == chosen
     assert make_args(chosen.script, **chosen.options).dtype == chosen.dtype
-    assert (launch.SCRIPTS / f"{chosen.script}.py").is_file()
+    assert (launch.ROOT / f"{chosen.script}.py").is_file()
 
 
 def test_modes_that_must_be_equal_name_each_other() -> None:
@@ -41,7 +41,7 @@ def test_modes_that_must_be_equal_name_each_other() -> None:
 
 
 def test_the_command_of_a_run() -> None:
-    job = Job("fp16-optimizer-dynamic", 7, {"nhid": 8, "tied": False}, Path("out/runs/x"))
+    job = Training("fp16-optimizer-dynamic", 7, Path("out/runs/x"), {"nhid": 8, "tied": False})
     assert job.command == [
         *(sys.executable, str(Path(launch.__file__).parents[2] / "main_fp16_optimizer.py")),
         *("--fp16", "--dynamic-loss-scale", "--nhid=8", "--no-tied", "--seed=7"),
@@ -87,13 +87,13 @@ def test_runs_at_a_time_go_round_the_gpus(monkeypatch, visible, names) -> None:
 def trainer(tmp_path, monkeypatch):
     """Lets a few lines of Python stand for all trainers, since torch takes seconds to import."""
     (tmp_path / "scripts").mkdir()
-    monkeypatch.setattr(launch, "SCRIPTS", tmp_path / "scripts")
+    monkeypatch.setattr(launch, "ROOT", tmp_path / "scripts")
     monkeypatch.setattr(launch, "MODES", {name: Mode(name, name, {}, "float32") for name in "abc"})
 
-    def write(**sources: str) -> list[Job]:
+    def write(**sources: str) -> list[Training]:
         for name, source in sources.items():
             (tmp_path / f"scripts/{name}.py").write_text(f"import os, signal, sys, time\n{source}\n")
-        return [Job(name, 1, {}, tmp_path / "out/runs" / f"{name}-1") for name in sources]
+        return [Training(name, 1, tmp_path / "out/runs" / f"{name}-1", {}) for name in sources]
 
     return write
 
@@ -193,7 +193,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def record(job: Job, status: str, **changes: Any) -> None:
+def record(job: Training, status: str, **changes: Any) -> None:
     """Leave what a trainer leaves that was given the options of `job`, but for `changes`."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
     args = make_args(MODES[job.label].script, **{**job.all_options(), **changes})
@@ -203,19 +203,19 @@ def record(job: Job, status: str, **changes: Any) -> None:
 
 def test_which_runs_are_kept(tmp_path) -> None:
     """This very run, be it where it may; not one of another seed, mode or size, nor what cannot be read."""
-    here = Job("manual", 5, {"nhid": 8, "clip": math.inf}, tmp_path / "manual-5")
+    here = Training("manual", 5, tmp_path / "manual-5", {"nhid": 8, "clip": math.inf})
     assert here.result() is None
     record(here, "finished")
     assert here.result() == {"status": "finished"}
     record(here, "diverged", run_dir="/elsewhere/manual-5", save="/elsewhere/model.safetensors")
     assert here.result() == {"status": "diverged"}
     for other in (
-        Job("fp32", 5, here.options, here.run_dir),
-        Job("manual", 6, here.options, here.run_dir),
-        Job("manual", 5, {"nhid": 9, "clip": math.inf}, here.run_dir),
+        Training("fp32", 5, here.run_dir, here.options),
+        Training("manual", 6, here.run_dir, here.options),
+        Training("manual", 5, here.run_dir, {"nhid": 9, "clip": math.inf}),
     ):
         assert other.result() is None
-        assert not other.started()
+        assert other.resumed() is None
     for content in ({}, {"options": None}, {"options": {}}, {"options": []}, []):
         (here.run_dir / "config.json").write_text(json.dumps(content))
         assert here.result() is None
@@ -228,8 +228,8 @@ def test_which_runs_are_kept(tmp_path) -> None:
 
 def test_a_run_under_way_goes_on_wherever_the_folder_is_now(tmp_path, monkeypatch) -> None:
     (tmp_path / "main.py").write_text("import sys; print(sys.argv[1:])")
-    monkeypatch.setattr(launch, "SCRIPTS", tmp_path)
-    here = Job("fp32", 1, {}, tmp_path / "out/runs/fp32-1")
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    here = Training("fp32", 1, tmp_path / "out/runs/fp32-1", {})
     with comparison_folder(tmp_path / "out", PLAN) as lock:
         record(here, "interrupted", run_dir="elsewhere/fp32-1", save="elsewhere/model.safetensors")
         run_jobs([here], [{}], lock)

@@ -44,7 +44,7 @@ class Probes:
         self.scripts = folder / "scripts"
         self.scripts.mkdir()
         self.fails = False
-        monkeypatch.setattr(launch, "SCRIPTS", self.scripts)
+        monkeypatch.setattr(launch, "ROOT", self.scripts)
         runs = [make_run(self.out / "runs" / f"{label}-1111", label) for label in ("fp32", "manual", "amp-bf16")]
         for path in runs:
             config = json.loads((path / "config.json").read_text())

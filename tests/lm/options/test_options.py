@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import roundoff
 from lm.options.command_line import make_parser, read_command_line
 from lm.options.config import make_args, merge, parse_args, stored_options
-from lm.options.options import MAY_CHANGE, SCRIPTS, Options, as_values, checked, option_of, options_of, words
+from lm.options.options import MAY_CHANGE, SCRIPTS, Options, as_values, checked, help_of, option_of, options_of, words
 from lm.options.resolve import resolve
 from programs import ROOT, TINY, read_run
 from roundoff.errors import UsageError
@@ -140,32 +140,51 @@ def test_options_survive_a_command_line_and_a_config_json(tmp_path, values) -> N
 def test_every_option_is_in_config_json_and_gives_the_run_again(programs, script) -> None:
     programs.train(script, "--dry-run", "--clip", "inf")
     config = read_run(programs.folder / "run").config
-    assert config["options"].keys() == {f for f in Options.__dataclass_fields__ if f != "resume"}
+    aliases = {"use_optimizer", "cuda", "accel", *(["fp16"] if script == "main_amp" else [])}
+    assert config["options"].keys() == Options.__dataclass_fields__.keys() - {"resume"} - aliases
     again = resolve(Options(script=script, **stored_options(programs.folder / "run", script)))
     assert json.loads(to_json(as_values(again))) == config["options"]
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "said"),
+    ("started", "flags", "said"),
     [
         ("main", [], None),
         ("main", ["--lr", "20"], None),  # as it was resolved
         ("main", ["--epochs", "9", "--data", "d", "--save", "s", "--log-interval", "1"], None),
+        ("main", ["--optimizer", "sgd"], None),
+        ("main --use-optimizer", ["--use-optimizer"], None),
+        ("main --optimizer adamw", ["--use-optimizer"], None),
+        ("main --tensorboard --onnx-export m", ["--no-tensorboard", "--onnx-export", "n"], None),  # not there now
         ("main", ["--lr", "6"], "--lr 6.0: the run was started with 20.0; leave the flag out, or start a new run"),
         ("main", ["--tied"], "--tied True: the run was started with False"),
+        ("main --tied", ["--emsize", "100"], "--emsize 100: the run was started with 200"),
         ("main", ["--max-steps", "3"], "--max-steps 3: the run was started with the default"),
         ("main", ["--fp16"], "--fp16 True: the run was started with False"),
         ("main", ["--optimizer", "adamw"], "--optimizer adamw: the run was started with sgd"),
+        ("main", ["--use-optimizer"], "--optimizer adamw: the run was started with sgd"),
+        ("main --optimizer adamw", ["--no-use-optimizer"], "--optimizer sgd: the run was started with adamw"),
         ("main", ["--run-dir", "other"], "--run-dir other: the run was started with the default"),
         ("main_amp", ["--dtype", "float16"], None),
         ("main_amp", ["--fp16"], None),
+        ("main_amp", ["--no-fp16"], None),
         ("main_amp", ["--dtype", "bfloat16"], "--dtype bfloat16: the run was started with float16"),
+        ("main_amp --dtype bfloat16", ["--fp16"], "--dtype float16: the run was started with bfloat16"),
         ("main_amp", ["--static-loss-scale", "8"], "--static-loss-scale 8.0: the run was started with the default"),
         ("main_fp16_optimizer", ["--dynamic-loss-scale"], "--dynamic-loss-scale True: the run was started with False"),
+        (
+            "main_fp16_optimizer --fp16 --dynamic-loss-scale",
+            ["--static-loss-scale", "64"],
+            "--static-loss-scale 64.0: the run was started with the default",
+        ),
     ],
 )
-def test_what_a_resumed_run_may_be_given(tmp_path, script, flags, said) -> None:
-    (tmp_path / "config.json").write_text(to_json({"options": as_values(make_args(script))}))
+def test_what_a_resumed_run_may_be_given(tmp_path, monkeypatch, started, flags, said) -> None:
+    script, *words = started.split()
+    (tmp_path / "config.json").write_text(to_json({"options": as_values(parse_args(script, None, words))}))
+    if "--tensorboard" in words:
+        monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+        monkeypatch.delitem(sys.modules, "roundoff.runs.event_files", raising=False)
     command = ["--resume", str(tmp_path), *flags]
     if said is None:
         found = parse_args(script, None, command)
@@ -179,7 +198,7 @@ def test_what_may_change_changes_no_step() -> None:
     assert set(MAY_CHANGE) == {
         *("data", "epochs", "log_interval", "tensorboard", "save", "onnx_export", "checkpoint_interval"),
     }
-    text = option_of(options_of(None)["resume"]).help
+    text = help_of(options_of(None)["resume"])
     assert all(f"--{name.replace('_', '-')}" in text for name in MAY_CHANGE)
 
 

@@ -109,7 +109,7 @@ def test_what_contradicts_the_run(programs):
         ("main", ["--resume", "run", "--tied"], "--tied True: the run was started with False"),
         ("main", ["--resume", "run", "--fp16"], "--fp16 True: the run was started with False"),
         ("main", ["--resume", "run", "--batch-size", "8"], "--batch_size 8: the run was started with 4"),
-        ("main", ["--resume", "run", "--static-loss-scale", "2"], "2.0: the run was started with 1.0"),
+        ("main", ["--resume", "run", "--static-loss-scale", "2"], "2.0: the run was started with the default"),
         ("main", ["--resume", "run", "--run-dir", "other"], "--run-dir other: the run was started with run"),
         ("main", ["--resume", "run", "--epochs", "1"], "has trained for 2 epochs already, and --epochs is 1"),
         ("main", ["--resume", "run", "--data", "python-docs"], "its corpus was another one"),

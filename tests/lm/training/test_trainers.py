@@ -132,7 +132,8 @@ def test_config_says_what_ran(programs, script):
     assert (environment["processes"], environment["tf32"]) == (1, False)
     corpus = config["job"]["corpus"]
     assert corpus.pop("sha256").keys() == {"train", "valid", "test"}
-    assert corpus == {"name": "corpus", "words": 18, "vocab_size": 24, **TOKENS}
+    assert config["corpus"] == "corpus"
+    assert corpus == {"words": 18, "vocab_size": 24, **TOKENS}
     layers = 2 * (4 * 8 * (8 + 8 + 2))
     assert config["parameters"] == 24 * 8 + layers + 8 * 24 + 24
 
