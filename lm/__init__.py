@@ -4,8 +4,9 @@
 model, and `fit` trains. Each name is imported when it is first asked for, so that `import lm` takes no time.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from roundoff.lazy import front_door
 
 if TYPE_CHECKING:
     from lm.data.corpus import Corpus as Corpus
@@ -21,14 +22,4 @@ _HOMES = {
     "lm.training.process": ("set_up",),
     "lm.training.loop": ("fit",),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__ = front_door(__name__, _HOMES)

@@ -5,8 +5,9 @@
 imported when it is first asked for, so that `import roundoff` takes no time.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from roundoff.lazy import front_door
 
 if TYPE_CHECKING:
     from roundoff.precision import Autocast as Autocast
@@ -32,14 +33,4 @@ _HOMES = {
     "roundoff.runs.reading": ("read_run",),
     "roundoff.verdict.comparison": ("compare",),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__ = front_door(__name__, _HOMES)

@@ -16,7 +16,7 @@ from roundoff.precision import Precision
 
 
 class TrainState(NamedTuple):
-    """What a run is between two steps, beside its model, its precision and its random generators.
+    """Holds what a run has between two steps, beside its model, its precision and its random generators.
 
     Attributes:
         position: how far the run is.

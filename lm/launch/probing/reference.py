@@ -25,7 +25,7 @@ A key's bias in attention has no gradient, since softmax does not see it. Float6
 
 
 class Batch(NamedTuple):
-    """What the model reads of a batch: arguments of `RNNModel.forward`.
+    """Holds what the model reads of a batch: arguments of `RNNModel.forward`.
 
     Attributes:
         hidden: float64.
