@@ -1,5 +1,6 @@
 """Checkpoints made to do harm, given to --resume."""
 
+import json
 import re
 import shutil
 import signal
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from fuzzing import fuzz
 from hostile import PICKLES
 from jobs import mostly_slow
-from lm.training.checkpoint import FILE, FORMAT, OLD, PREVIOUS
+from lm.training.checkpoint import FILE, FORMAT, PREVIOUS
 from programs import HALF, SCRIPTS, TINY, Programs
 from roundoff.runs.tensor_file import load_tensors, save_tensors
 from runs import act_at
@@ -52,11 +53,13 @@ def test_a_command_as_checkpoint(stopped: Programs) -> None:
 
 
 def test_a_run_of_an_older_version(stopped: Programs) -> None:
-    """Its checkpoint is not read, and its records are not cut as those of a run that has none."""
+    """Its config.json had no options; its checkpoint is not read, and its records are not cut."""
     run = stopped.folder / "run"
-    (run / FILE).rename(run / OLD)
+    (run / FILE).rename(run / "checkpoint.pt")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config["options"] | {"environment": config["environment"]}))
     before = (run / "steps.jsonl").read_bytes()
-    assert "written by an older version" in stopped.refuse("main", "--resume", "run")
+    assert "an older version, or another program, wrote it" in stopped.refuse("main", "--resume", "run")
     assert (run / "steps.jsonl").read_bytes() == before != b""
 
 
