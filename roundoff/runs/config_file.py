@@ -64,4 +64,6 @@ def read_config(path: Path, job: Mapping[str, Any] | None, mode: str, seed: int 
                 f"--resume {printable(path)}: the run was started with {name} {printable(to_json(found[name]))}, "
                 f"not {printable(to_json(value))}; give the same, or start a new run"
             )
+    if not isinstance(config.get("environment"), dict):
+        raise UsageError(f"--resume {printable(path)}: config.json is of no run; give a run directory")
     return config

@@ -120,6 +120,7 @@ class RunDirectory:
             self._reopen(place)
             if config is None:
                 self.config = read_config(place, job, mode, seed)
+                self._names_device = "device" not in self.config["environment"]
 
     def _create(self, path: Path | None, name: str) -> None:
         """Take the directory of a new run. `config.json` is its first file: from then on the run can be resumed."""

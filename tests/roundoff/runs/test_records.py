@@ -217,6 +217,11 @@ def test_what_a_loop_says_of_its_precision_and_device(tmp_path, monkeypatch):
         run.step(1.0, loss_scale=8.0)
     read = reading.read_run(tmp_path / "silent")
     assert (read.config["precision"], read.loss_scale, read.device) == ({"mode": ""}, 8.0, "a cuda:1")
+    RunDirectory(tmp_path / "late").close()
+    with RunDirectory(tmp_path / "late", resume=True) as run:
+        run.go_back(START)
+        run.step(torch.tensor(1.0))
+    assert reading.read_run(tmp_path / "late").device == "a cpu"
 
 
 def test_steps_wait_on_the_device_of_any_tensor_that_they_bring(tmp_path, device):
@@ -397,6 +402,9 @@ def test_a_run_goes_on_only_where_there_is_one(tmp_path):
             RunDirectory(tmp_path, resume=True, config=config)
     with pytest.raises(UsageError, match="cannot open it"):
         RunDirectory(tmp_path / "none", resume=True)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"config\.json is of no run"):
+        RunDirectory(tmp_path, resume=True)
     unlock(lock(tmp_path))
 
 
