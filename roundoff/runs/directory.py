@@ -97,7 +97,7 @@ class RunDirectory:
             self._name_device(device)
         self.path: Path | None = None
         self.steps = self.skipped = 0
-        self.ended = False
+        self.ended = self._has_result = False
         self._lock: int | None = None
         self._listeners = list(listeners)
         self._derived = derived or {}
@@ -378,27 +378,26 @@ class RunDirectory:
         self.write_result("finished", test_loss, **figures)
 
     def write_result(self, status: str, test_loss: Tensor | float | None, **figures: Any) -> None:
-        """Tell the listeners of the end, and write `result.json`. A run ends once: later calls do nothing.
+        """Tell the listeners of the end, once, and write `result.json`, unless an earlier call has written it.
 
         Args:
             status: "finished", "interrupted" or "diverged".
             test_loss: mean over the test data; None without a test.
             figures: more for `result.json`.
         """
-        if self.ended:
-            return
         loss = None if test_loss is None else float(test_loss)
         row: dict[str, Any] = {"status": status} | losses(loss, self._derived, "test_")
         row |= {"steps": self.steps - len(self._pending), "skipped": self.skipped}
         row |= {name: scalar(figure) for name, figure in figures.items()}
-        self.ended = True
-        if self.path is None:
+        told, self.ended = self.ended, True
+        if self.path is None or self._has_result:
             return
         try:
-            for listener in self._listeners:
+            for listener in () if told else self._listeners:
                 listener.result(row)
         finally:  # last: a disk that is full hides the result from nobody
             write_json(self.path / "result.json", row, indent=2)
+            self._has_result = True
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Append `rows` to a file; if that fails, none of them, as a torn one would spoil those that follow."""
