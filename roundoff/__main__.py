@@ -35,8 +35,8 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     add_options(comparison)
     complete(parser)
     args, rest = parser.parse_known_args(words)
-    if any(word.startswith("-") for word in rest):
-        comparison.error(f"unrecognized arguments: {' '.join(rest)}")
+    if unknown := [word for word in rest if word.startswith("-")]:
+        comparison.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.runs += map(Path, rest)  # argparse leaves the directories that follow an option
     args.out = args.out or default_out()
     return args

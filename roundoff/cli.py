@@ -1,7 +1,6 @@
-"""The parts that every command line of the project has in common.
+"""Give every command line of the project the same errors, help, switches, bounds, --version and completion.
 
-Short errors, defaults in the help, switches, numbers with bounds, --version, and completion in the shell. Python's
-argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
+Python's argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
 """
 
 import argparse
@@ -41,7 +40,7 @@ class Switch(argparse.BooleanOptionalAction):
         self.help = help  # Python before 3.13 would add the default to it
 
     def format_usage(self) -> str:
-        """Only the first: the list below the usage has all."""
+        """Return only the first name: the list below the usage has all."""
         return self.option_strings[0]
 
 

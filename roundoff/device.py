@@ -54,6 +54,15 @@ def set_tf32(allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+def tf32_allowed() -> bool:
+    """Return whether CUDA products or cuDNN layers may round fp32 operands to TF32, as torch is set now."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        cudnn: Any = torch.backends.cudnn
+        places = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+        return any(place.fp32_precision == "tf32" for place in places)
+    return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next allocation, and not return it to the system.
 

@@ -1,4 +1,4 @@
-"""The errors that a user causes or meets, each as one line of text."""
+"""Define the errors that a user causes or meets, each as one line of text."""
 
 
 class UsageError(Exception):
@@ -18,6 +18,6 @@ class RunError(Exception):
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """`text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
+    """Return `text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"

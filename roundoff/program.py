@@ -1,4 +1,4 @@
-"""How a program ends: what went wrong becomes one line on stderr and an exit code instead of a traceback."""
+"""End a program: make one line on stderr and an exit code of what went wrong, in place of a traceback."""
 
 import os
 import sys
@@ -39,5 +39,5 @@ def print_error(message: str) -> None:
 
 
 def own(message: str) -> str:
-    """`message` of an error that one process of a distributed run has for itself, with the name of that process."""
+    """Return `message`, which one process of a distributed run has for itself, with the name of that process."""
     return f"rank {os.environ['RANK']}: {message}" if "TORCHELASTIC_RUN_ID" in os.environ else message

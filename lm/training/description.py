@@ -11,7 +11,7 @@ from lm.options.modes import mode_of
 from lm.options.options import Options, as_values
 from roundoff import processes
 from roundoff.device import device_name
-from roundoff.runs.environment import versions
+from roundoff.runs.config_file import versions
 
 JOB = (
     *("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied"),

@@ -57,7 +57,7 @@ def start_run(
         config=config,
         name=config["precision"]["mode"],
         resume=args.resume is not None,
-        listeners=[*([event_files()] if args.tensorboard else []), Terminal(args.log_interval)],
+        listeners=[Terminal(args.log_interval), *([event_files()] if args.tensorboard else [])],
         derived={"ppl": perplexity},
         average=distributed.mean,
         interval=None,

@@ -33,15 +33,15 @@ class Reference(Protocol):
 
     @property
     def kinds(self) -> Mapping[str, str]:
-        """Name -> "parameter" or "boundary": all that is measured, in forward order."""
+        """Return name -> "parameter" or "boundary": all that is measured, in forward order."""
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Name of a parameter -> its weight, fp32."""
+        """Return name of a parameter -> its weight, fp32."""
 
     @property
     def boundaries(self) -> Mapping[str, Tensor]:
-        """Name of a boundary -> its gradient in the last batch, but for boundaries that `run` shows."""
+        """Return name of a boundary -> its gradient in the last batch, but for those that `run` shows."""
 
     def run(self, batch: Batch, see: Callable[[str, Tensor], None]) -> None:
         """Compute all gradients of `batch`.
@@ -75,19 +75,19 @@ class Mode(Protocol):
 
     @property
     def name(self) -> str:
-        """The mode's key in probe.json."""
+        """Return the mode's key in probe.json."""
 
     @property
     def description(self) -> str:
-        """Who trains in this mode, in a word."""
+        """Return who trains in this mode, in a word."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the products."""
+        """Return the dtype of the products."""
 
     @property
     def scale(self) -> float:
-        """The loss scale."""
+        """Return the loss scale."""
 
     def dtypes(self) -> Mapping[str, str]:
         """Return the names of the dtypes of "weights" and "gradients".

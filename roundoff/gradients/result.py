@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.errors import UsageError, printable
-from roundoff.runs.files import write_atomically
-from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.runs.jsonfile import read_object, write_json
 
-FORMAT = "lm-precision probe 1"
+FORMAT = "roundoff probe 2"
+OLD_FORMAT = "lm-precision probe 1"
 MAX_BYTES = 2**24
 """The most that a probe.json may have: 80 kB for a small model, 200 bytes a tensor, mode and scale."""
 
@@ -153,9 +153,7 @@ def write_probe(path: Path, result: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    # A path that is not UTF-8 has lone surrogates; backslashreplace makes the escapes of them that JSON has.
-    text = (to_json(result, indent=1) + "\n").encode("utf-8", "backslashreplace")
-    write_atomically(path, lambda file: file.write(text))
+    write_json(path, result, indent=1)
 
 
 def read_probe(path: Path) -> dict[str, Any]:
@@ -172,6 +170,8 @@ def read_probe(path: Path) -> dict[str, Any]:
         result = read_object(path, MAX_BYTES, wanted)
     except OSError as error:
         raise UsageError(f"{printable(path)}: cannot be read ({error.strerror}); {wanted}") from None
+    if result.get("format") == OLD_FORMAT:
+        raise UsageError(f"{printable(path)}: an older version wrote this probe; probe again")
     if result.get("format") != FORMAT:
         raise UsageError(f"{printable(path)} is no probe.json of this project; {wanted}")
     for name, check in _RESULT.items():

@@ -1,6 +1,5 @@
 """report.html: a comparison as one page that needs no network."""
 
-import shlex
 from pathlib import Path
 
 from roundoff.errors import printable
@@ -9,7 +8,7 @@ from roundoff.report.comparison_panels import panels
 from roundoff.report.elements import bullets, flat, listed, place_of, sample, switches, text, write_page
 from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
-from roundoff.report.summary import COLUMNS, problems, row
+from roundoff.report.summary import COLUMNS, LEGEND, problems, row, unfinished
 from roundoff.runs.reading import Run
 from roundoff.verdict.types import Comparison, ModeSummary
 
@@ -32,7 +31,7 @@ def write_html(path: Path, comparison: Comparison) -> None:
         *probed,
         "<h2>What the intervals cover</h2>",
         bullets(comparison.covers),
-        *listed("failures", "Runs that failed or did not finish", _unfinished(comparison)),
+        *listed("failures", "Runs that failed or did not finish", list(unfinished(comparison.modes))),
         *listed("problems", "Noted in the files", list(problems(comparison.modes))),
         *_origins(comparison),
     ]
@@ -51,7 +50,7 @@ def _introduction(comparison: Comparison) -> list[str]:
         body.append('<div class="notice"><strong>These runs do not train the same job.</strong>')
         body.append(f"{bullets(comparison.differences)}</div>")
     found = {
-        "failures": len(_unfinished(comparison)),
+        "failures": len(list(unfinished(comparison.modes))),
         "problems": len(list(problems(comparison.modes))),
     }
     said = {"failures": "Runs that failed or did not finish", "problems": "Notes on the files"}
@@ -90,9 +89,7 @@ def _results(comparison: Comparison) -> list[str]:
         "<h2>Results</h2>",
         f'<div class="wide"><table class="results"><thead><tr>{heads}</tr></thead>',
         f"<tbody>{''.join(rows)}</tbody></table></div>",
-        '<p class="caption">Updates: steps whose gradients were applied, over all seeds; a skipped step has used up '
-        "its batch and changed no weight. Differs at step: the first whose training loss differs from the reference's "
-        "in a bit.</p>",
+        f'<p class="caption">{text(" ".join(LEGEND), 2000)}</p>',
         bullets(mode.verdict.sentence for mode in comparison.modes),
     ]
     return body + listed(
@@ -137,21 +134,6 @@ def _probes(comparison: Comparison) -> tuple[list[str], list[Panel]]:
             body += elements
             drawn += of_probe
     return body, drawn
-
-
-def _unfinished(comparison: Comparison) -> list[str]:
-    stopped = [
-        f"{run.label}, seed {run.seed}: {run.status} after {len(run.steps['step'])} steps."
-        for run in _runs(comparison)
-        if run.status != "finished"
-    ]
-    failed = [
-        f"{failure.label}, seed {failure.seed}: failed with exit code {failure.exit_code}: {failure.message} "
-        f"(command: {shlex.join(failure.command)})"
-        for mode in comparison.modes
-        for failure in mode.failures
-    ]
-    return stopped + failed
 
 
 def _runs(comparison: Comparison) -> list[Run]:

@@ -1,6 +1,7 @@
 """The comparison as a table for the terminal, and as JSON for programs. Names from run directories are data."""
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 
 from roundoff.errors import printable
 from roundoff.extras import needs
-from roundoff.runs.files import write_atomically
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.jsonfile import write_json
 from roundoff.runs.reading import Run
 from roundoff.verdict.types import Comparison, ModeSummary
 
@@ -28,7 +28,8 @@ COLUMNS = {  # header -> alignment
 }
 LEGEND = [
     "Test ppl is exp of the mean test loss of the seeds that have finished; updates and skipped steps are sums over "
-    "all seeds.",
+    "all seeds. An update is a step whose gradients were applied; a skipped step has used up its batch and changed no "
+    "weight.",
     "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
     "Steps count batches, skipped ones too.",
 ]
@@ -48,7 +49,7 @@ def table(comparison: Comparison) -> str:
         "Verdicts": [mode.verdict.sentence for mode in comparison.modes],
         "Bit-equality of the training losses": [pair.sentence for pair in comparison.pairs],
         "What this covers": comparison.covers,
-        "Not finished": list(_unfinished(comparison.modes)),
+        "Not finished": list(unfinished(comparison.modes)),
         "Noted in the files": list(problems(comparison.modes)),
         "Not the same job": comparison.differences,
     }
@@ -111,14 +112,17 @@ def memory(count: float | None) -> str:
     return f"{count:.1f} GiB"
 
 
-def _unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
+def unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
+    """Yield a line for each run that has not finished, with its path, or with its command where it left nothing."""
     for mode in modes:
         for run in mode.runs:
             if run.status != "finished":
                 last = run.steps["step"][-1]
                 yield f"{mode.label} with seed {run.seed}: {run.status} after step {last} ({run.path})"
         for failure in mode.failures:
-            yield f"{mode.label} with seed {failure.seed}: failed with exit code {failure.exit_code}: {failure.message}"
+            command = f" (command: {shlex.join(failure.command)})" if failure.command else ""
+            said = f"failed with exit code {failure.exit_code}: {failure.message}"
+            yield f"{mode.label} with seed {failure.seed}: {said}{command}"
 
 
 def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
@@ -155,9 +159,7 @@ def write_summary(path: Path, comparison: Comparison) -> None:
             vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
         ],
     }
-    # A path that is not UTF-8 has lone surrogates; backslashreplace makes the escapes of them that JSON has.
-    text = (to_json(content, indent=2) + "\n").encode("utf-8", "backslashreplace")
-    write_atomically(path, lambda file: file.write(text))
+    write_json(path, content, indent=2)
 
 
 def _run(run: Run) -> dict[str, Any]:

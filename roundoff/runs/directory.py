@@ -5,6 +5,7 @@ at its end. JSON has no inf or nan: such values stand as the strings "inf", "-in
 and JavaScript's Number() (but for "inf") read back.
 """
 
+import json
 import math
 import os
 import time
@@ -20,14 +21,17 @@ from torch import Tensor
 from roundoff import processes
 from roundoff.errors import UsageError
 from roundoff.precision import StepResult
-from roundoff.runs.environment import environment
-from roundoff.runs.files import lock, naming, remove_leftovers, sync, unlock, write_atomically
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.config_file import describe_device, describe_run, guess_device, read_config
+from roundoff.runs.files import LOCK, lock, naming, remove_leftovers, sync, unlock
+from roundoff.runs.jsonfile import scalar, to_json, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
+from roundoff.runs.reading import MAX_LINE_BYTES
 
 LINES = ("steps.jsonl", "epochs.jsonl")
 FILES = ("config.json", *LINES, "result.json")
+OF_A_RUN = (*FILES, "checkpoint.safetensors")
+"""Files that no two runs may share. Whoever resumes the run may keep a checkpoint there."""
 START = dict.fromkeys(("steps", "skipped", *LINES), 0)
 """The `RunDirectory.state` of a run that has recorded nothing."""
 
@@ -49,17 +53,22 @@ class RunDirectory:
         path: the directory. A new run makes it; it may be there, but hold no run. None: `runs/<name>-<time>`.
         job: what must be equal for two runs to be compared, such as the model and the learning rate.
         mode: name of the precision mode.
-        seed: of the run.
-        config: the whole of `config.json`, in place of `job`, `mode` and `seed`.
+        seed: of the run; by default 0.
+        dtype: of the mode's products, such as torch.float16.
+        loss_scale: the static loss scale; None leaves it to the steps, which record theirs.
+        equals: names of the modes whose losses this mode must equal to the bit.
+        device: that the run trains on; by default that of the first tensor that `step` is given.
+        config: the whole of `config.json`, in place of all from `job` to `device`.
         name: of a directory without a path; by default the mode.
         resume: go on with the run that the directory holds. `go_back` must follow.
-        listeners: hear of all that is recorded, after those of the `listening` blocks around `start`.
+        listeners: hear of all that is recorded, before those of the `listening` blocks around `start`.
         derived: figures that follow from a mean loss, to be recorded beside it, such as {"ppl": perplexity}.
         average: returns the mean over all processes of each of the losses (fp32, shape (steps,)) that it is given.
         interval: number of steps after which `step` flushes and ends an interval; None: the caller does both.
 
     Raises:
-        UsageError: the directory is in use or cannot be written, or a new run's holds a run already.
+        UsageError: the directory is in use or cannot be written, a new run's holds a run already, or one that goes on
+            holds none, or one of another job, mode or seed.
     """
 
     def __init__(
@@ -68,7 +77,11 @@ class RunDirectory:
         *,
         job: Mapping[str, Any] | None = None,
         mode: str = "",
-        seed: int = 0,
+        seed: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        loss_scale: float | None = None,
+        equals: Iterable[str] = (),
+        device: torch.device | str | None = None,
         config: Mapping[str, Any] | None = None,
         name: str | None = None,
         resume: bool = False,
@@ -77,11 +90,14 @@ class RunDirectory:
         average: Callable[[Tensor], Tensor] = lambda values: values,
         interval: int | None = 100,
     ) -> None:
-        given = {"job": job or {}, "precision": {"mode": mode}, "seed": seed}
-        self.config = dict(config) if config is not None else given | {"environment": environment()}
+        precision = {"mode": mode, "dtype": dtype, "loss_scale": loss_scale, "equals": list(equals) or None}
+        self.config = describe_run(job, precision, seed) if config is None else dict(config)
+        self._names_device = config is None and not resume
+        if self._names_device and device is not None:
+            self._name_device(device)
         self.path: Path | None = None
         self.steps = self.skipped = 0
-        self.ended = False
+        self.ended = self._has_result = False
         self._lock: int | None = None
         self._listeners = list(listeners)
         self._derived = derived or {}
@@ -92,12 +108,19 @@ class RunDirectory:
         self._tokens = 0
         self._epoch, self._epoch_start = 1, time.monotonic()
         self._meter = Meter(self._derived)
+        if resume and path is None:
+            raise UsageError("resume=True names no run; give its directory as the path")
         if processes.rank() > 0:
             return
-        if resume and path is not None:
-            self._reopen(Path(path))
-        else:
-            self._create(None if path is None else Path(path), name or mode)
+        place = None if path is None else Path(path)
+        if place is None or not resume:
+            self._create(place, name or mode or "run")
+            return
+        with _clear_errors(f"--resume {place}", "open it", "give a run directory"), self._closing_on_error():
+            self._reopen(place)
+            if config is None:
+                self.config = read_config(place, job, mode, seed)
+                self._names_device = "device" not in self.config["environment"]
 
     def _create(self, path: Path | None, name: str) -> None:
         """Take the directory of a new run. `config.json` is its first file: from then on the run can be resumed."""
@@ -107,35 +130,58 @@ class RunDirectory:
             path = _new_directory(name) if path is None else path
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path)
+            made: list[Path] = []
             try:
-                if any(os.path.lexists(path / file) for file in FILES):
+                if any(os.path.lexists(path / file) for file in OF_A_RUN):
                     raise UsageError(
                         f"--run-dir {path} holds a run already; give a new one, or --resume {path} to go on with it"
                     )
                 self.path = path
+                made = [path / file for file in ("config.json", *LINES)]
                 self.write_config()
-                for file in LINES:
-                    (path / file).touch()
+                for file in made[1:]:
+                    file.touch()
             except BaseException:
-                if new:
-                    with suppress(OSError):
-                        path.rmdir()
-                self.close()
+                self._undo(path, made, new)
                 raise
 
+    def _undo(self, path: Path, made: list[Path], new: bool) -> None:
+        """Remove the files `made`, and the directory if it is `new`; let go of it."""
+        with suppress(OSError):
+            for file in made:
+                file.unlink(missing_ok=True)
+        self.close()
+        with suppress(OSError):
+            if new:
+                (path / LOCK).unlink(missing_ok=True)  # that of Windows, which removes no open file
+                path.rmdir()
+
     def _reopen(self, path: Path) -> None:
-        with _clear_errors(f"--resume {path}", "open it", "give a run directory"):
-            self._lock = lock(path)
+        """Take the directory of a run that goes on."""
+        self._lock = lock(path)
+        if not (path / "config.json").exists():
+            raise UsageError(f"--resume {path} holds no run (there is no config.json); give a run directory")
+        for name in OF_A_RUN:
+            remove_leftovers(path, name)
         self.path = path
-        remove_leftovers(path)
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        """Let go of the directory if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def start(self) -> None:
         """Tell the listeners that training begins, or goes on from here."""
         if self.path is None:
             return
-        self._listeners = [*current_listeners(), *self._listeners]
-        for listener in self._listeners:
-            listener.start(self.path, self.config, self.steps)
+        self._listeners += current_listeners()
+        with self._closing_on_error():
+            for listener in self._listeners:
+                listener.start(self.path, self.config, self.steps)
 
     def close(self) -> None:
         """Let others write to the directory."""
@@ -148,18 +194,28 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Record a run as interrupted that ends without `finish`; a full disk does not hide its reason."""
+        """Record a run as interrupted that ends without `finish`; a full disk does not hide its reason.
+
+        After an error of one of several processes, steps that were not flushed are lost: to flush takes all of them.
+        """
         try:
             if not self.ended:
+                if error is None or processes.world_size() == 1:
+                    with suppress(OSError):
+                        self.flush()
                 with suppress(OSError):
-                    self.flush()
                     self.end_interval()
+                with suppress(OSError):
                     self.write_result("interrupted", None)
         finally:
             self.close()
 
     def state(self) -> dict[str, int]:
-        """Return how much has been recorded, for `go_back`; by then it is on the disk."""
+        """Flush, and return how much has been recorded, for `go_back`; by then it is on the disk.
+
+        In a distributed run all processes call it, or all have flushed every step.
+        """
+        self.flush()
         lengths = {}
         for name in LINES:
             lengths[name] = 0
@@ -175,13 +231,14 @@ class RunDirectory:
         Raises:
             ValueError: less than that has been recorded.
         """
+        epochs = [0 if self.path is None else _last_epoch(self.path / name, state[name]) for name in LINES]
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self._pending.clear()
+        self._tokens = 0
+        self._meter.restart()
+        self._epoch, self._epoch_start = max(1, epochs[0], epochs[1] + 1), time.monotonic()
         if self.path is None:
             return
-        for name in LINES:
-            size = (self.path / name).stat().st_size if (self.path / name).exists() else 0
-            if not 0 <= state[name] <= size:
-                raise ValueError(f"{name} has {size} bytes, not {state[name]}")
         for name in LINES:
             with (self.path / name).open("ab") as file:
                 file.truncate(state[name])
@@ -189,7 +246,8 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write `config.json`."""
-        self._write("config.json", self.config)
+        if self.path is not None:
+            write_json(self.path / "config.json", self.config, indent=2)
 
     def step(
         self,
@@ -200,13 +258,13 @@ class RunDirectory:
         loss_scale: Tensor | float = 1.0,
         applied: Tensor | bool = True,
         epoch: int | None = None,
-        lr: float = math.nan,
+        lr: Tensor | float = math.nan,
         tokens: int = 0,
     ) -> None:
         """Keep the row of one step.
 
         Args:
-            loss: fp32, shape ().
+            loss: fp32, of one element.
             result: of the optimizer's step, in place of the three that follow.
             grad_norm: of all gradients, before clipping.
             loss_scale: that the loss was multiplied by.
@@ -217,19 +275,32 @@ class RunDirectory:
         """
         if result is not None:
             grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
-        self.steps += 1
+        given = (loss, grad_norm, loss_scale, applied)
         n = len(self._pending)
         if n == len(self._values):
-            device = loss.device if isinstance(loss, Tensor) else None
-            kept, self._values = self._values, torch.empty(max(64, 2 * n), 4, device=device)
-            self._values[:n] = kept
-        values = [torch.as_tensor(v, device=self._values.device) for v in (loss, grad_norm, loss_scale, applied)]
-        torch.stack([v.detach().float() for v in values], out=self._values[n])
-        self._pending.append({"step": self.steps, "epoch": self._epoch if epoch is None else epoch, "lr": lr})
+            self._make_room(guess_device(given))
+        values = [torch.as_tensor(v, device=self._values.device) for v in given]
+        torch.stack([v.detach().float().reshape(()) for v in values], out=self._values[n])
+        self.steps += 1
+        self._pending.append({"step": self.steps, "epoch": self._epoch if epoch is None else epoch, "lr": float(lr)})
         self._tokens += tokens
         if self._interval and self.steps % self._interval == 0:
             self.flush()
             self.end_interval()
+
+    def _make_room(self, device: torch.device | str) -> None:
+        """Let twice as many steps wait, on the `device` where they come from."""
+        if self._names_device:
+            self._name_device(device)
+            self.write_config()
+        n = len(self._values)
+        kept, self._values = self._values, torch.empty(max(64, 2 * n), 4, device=device)
+        self._values[:n] = kept
+
+    def _name_device(self, device: torch.device | str) -> None:
+        """Let `config.json` say what the run trains on."""
+        self.config["environment"] |= describe_device(device)
+        self._names_device = False
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch the steps since the last call from the device, append them to `steps.jsonl`, and return their rows."""
@@ -250,9 +321,9 @@ class RunDirectory:
                     "lr": row["lr"],
                 }
             )
+        self._append("steps.jsonl", rows)
         self._pending.clear()
         self.skipped += sum(not row["applied"] for row in rows)
-        self._append("steps.jsonl", rows)
         self._meter.add(rows, self._tokens)
         self._tokens = 0
         return rows
@@ -271,7 +342,12 @@ class RunDirectory:
                 listener.interval(row)
 
     def epoch(
-        self, valid_loss: float, *, epoch: int | None = None, lr: float = math.nan, seconds: float | None = None
+        self,
+        valid_loss: Tensor | float,
+        *,
+        epoch: int | None = None,
+        lr: Tensor | float = math.nan,
+        seconds: float | None = None,
     ) -> None:
         """Append a row to `epochs.jsonl`.
 
@@ -286,8 +362,8 @@ class RunDirectory:
             self.end_interval()
         now = time.monotonic()
         row: dict[str, Any] = {"epoch": self._epoch if epoch is None else epoch}
-        row |= losses(valid_loss, self._derived, "valid_")
-        row |= {"lr": lr, "seconds": now - self._epoch_start if seconds is None else seconds}
+        row |= losses(float(valid_loss), self._derived, "valid_")
+        row |= {"lr": float(lr), "seconds": now - self._epoch_start if seconds is None else seconds}
         self._append("epochs.jsonl", [row])
         if self.path is not None:
             for listener in self._listeners:
@@ -295,33 +371,68 @@ class RunDirectory:
         self._epoch, self._epoch_start = row["epoch"] + 1, now
         self.begin_interval()
 
-    def finish(self, test_loss: float | None = None, **figures: Any) -> None:
+    def finish(self, test_loss: Tensor | float | None = None, **figures: Any) -> None:
         """Record that the run has come to its end, with its loss on the test data and other figures."""
         self.flush()
         self.end_interval()
         self.write_result("finished", test_loss, **figures)
 
-    def write_result(self, status: str, test_loss: float | None, **figures: Any) -> None:
-        """Write `result.json`; `status` is "finished", "interrupted" or "diverged"."""
-        row: dict[str, Any] = {"status": status} | losses(test_loss, self._derived, "test_")
-        row |= {"steps": self.steps, "skipped": self.skipped} | figures
-        if self.path is not None:
-            for listener in self._listeners:
+    def write_result(self, status: str, test_loss: Tensor | float | None, **figures: Any) -> None:
+        """Tell the listeners of the end, once, and write `result.json`, unless an earlier call has written it.
+
+        Args:
+            status: "finished", "interrupted" or "diverged".
+            test_loss: mean over the test data; None without a test.
+            figures: more for `result.json`.
+        """
+        loss = None if test_loss is None else float(test_loss)
+        row: dict[str, Any] = {"status": status} | losses(loss, self._derived, "test_")
+        row |= {"steps": self.steps - len(self._pending), "skipped": self.skipped}
+        row |= {name: scalar(figure) for name, figure in figures.items()}
+        told, self.ended = self.ended, True
+        if self.path is None or self._has_result:
+            return
+        try:
+            for listener in () if told else self._listeners:
                 listener.result(row)
-        self._write("result.json", row)  # last: a disk that is full hides the result from nobody
-        self.ended = True
+        finally:  # last: a disk that is full hides the result from nobody
+            write_json(self.path / "result.json", row, indent=2)
+            self._has_result = True
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Append `rows` to a file; if that fails, none of them, as a torn one would spoil those that follow."""
         if self.path is None:
             return
-        with naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(to_json(row) + "\n" for row in rows)
+        path = self.path / name
+        with naming(path):
+            length = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("a", encoding="utf-8", newline="\n") as file:
+                    file.writelines(to_json(row) + "\n" for row in rows)
+            except BaseException:
+                with suppress(OSError):
+                    os.truncate(path, length)
+                raise
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        if self.path is None:
-            return
-        text = to_json(content, indent=2) + "\n"
-        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+
+def _last_epoch(path: Path, length: int) -> int:
+    """Return the epoch of the last row in the first `length` bytes of a .jsonl file; 0 without a row.
+
+    Raises:
+        ValueError: the file has fewer bytes, or no row ends there.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    if not 0 <= length <= size:
+        raise ValueError(f"{path.name} has {size} bytes, not {length}")
+    if length == 0:
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, length - MAX_LINE_BYTES))
+        row = file.read(min(length, MAX_LINE_BYTES)).splitlines()[-1]
+    try:
+        return int(json.loads(row)["epoch"])
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        raise ValueError(f"{path.name} has no row that ends at byte {length}") from None
 
 
 @contextmanager

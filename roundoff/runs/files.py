@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and directories that one process at a time may write to."""
+"""Write files whole or not at all, and lock directories so that one process at a time writes there."""
 
 import glob
 import os
@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     from filelock import lock_descriptor
 
 BESIDE = ".tmp"
-"""How the name of a file ends that is being written."""
+"""The end of the name of a file that is being written."""
 LOCK = ".lock"
 """The file of a directory's lock on Windows, which cannot open a directory."""
 WINDOWS = os.name == "nt"

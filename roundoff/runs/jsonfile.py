@@ -1,12 +1,14 @@
-"""JSON files: the one reader of files that hold an object, such as config.json, which trusts none; and the writer."""
+"""Read and write files that hold a JSON object, such as config.json. The reader trusts none."""
 
 import json
 import math
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from roundoff.errors import UsageError, printable
+from roundoff.runs.files import write_atomically
 
 MAX_BYTES = 2**20
 """Limit for config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
@@ -65,16 +67,40 @@ def reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else printable(error, 80)
 
 
+def write_json(path: Path, content: Any, indent: int) -> None:
+    """Write `content` to `path`, whole or not at all.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    # A path that is not UTF-8 has lone surrogates; backslashreplace makes the escapes of them that JSON has.
+    text = (to_json(content, indent=indent) + "\n").encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda file: file.write(text))
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Return `value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan"."""
+    """Return `value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan".
+
+    A tensor or array without dimensions is its number, and a dtype of torch its name, such as "float16".
+    """
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    value = scalar(value)
+    if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def scalar(value: Any) -> Any:
+    """Return the number of a tensor or array that has no dimensions, and the name of a dtype; else `value`."""
+    if type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # asked so, since torch takes seconds to import
+        return value.item()
+    return value

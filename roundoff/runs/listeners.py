@@ -1,4 +1,4 @@
-"""Listeners: whoever hears the rows of a run as it goes, such as the terminal or an experiment tracker.
+"""Tell listeners, such as the terminal or an experiment tracker, of the rows of a run as it goes.
 
 The training loop tells the run directory alone, and knows no listener.
 """
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 
 class Listener(Protocol):
-    """Hears of a run after its files have been written. Only the process of rank 0 calls it.
+    """Hears of the rows of a run once they have been written, and of its end just before. Only rank 0 calls it.
 
     Every value in a row is a plain bool, int, float or str.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.errors import UsageError, printable
-from roundoff.runs.jsonfile import read_object, reason, require_file
+from roundoff.runs.jsonfile import RUN_DIRECTORY, read_object, reason, require_file
 
 MAX_LINE_BYTES = 2**16
 """The longest line of steps.jsonl or epochs.jsonl. A row has some hundred bytes."""
@@ -50,35 +50,46 @@ class Run:
 
     @property
     def status(self) -> str:
-        """The status in the result: "finished", "interrupted" or "diverged"; "unfinished" without a result."""
+        """Return the status in the result: "finished", "interrupted" or "diverged"; "unfinished" without a result."""
         return "unfinished" if self.result is None else str(self.result["status"])
 
     @property
     def job(self) -> dict[str, Any]:
-        """What must be equal for two runs to be compared."""
+        """Return what must be equal for two runs to be compared."""
         job: dict[str, Any] = self.config["job"]
         return job
 
     @property
     def loss_scale(self) -> float | None:
-        """The static loss scale; None where a rule moves it."""
-        scale: float | None = self.config["precision"]["loss_scale"]
-        return scale
+        """Return the static loss scale; None where a rule moves it.
+
+        A run that does not say has the scale of its steps, if that never changed.
+        """
+        if self.says_loss_scale:
+            scale: float | None = self.config["precision"]["loss_scale"]
+            return scale
+        used = set(self.steps["loss_scale"])
+        return used.pop() if len(used) == 1 else None
+
+    @property
+    def says_loss_scale(self) -> bool:
+        """Return whether the run says its loss scale; null says that a rule moves it."""
+        return "loss_scale" in self.config["precision"]
 
     @property
     def dtype(self) -> str | None:
-        """The dtype of the products, such as "float16"; None where the run does not say."""
+        """Return the dtype of the products, such as "float16"; None where the run does not say."""
         dtype: str | None = self.config["precision"].get("dtype")
         return dtype
 
     @property
     def equals(self) -> list[str]:
-        """The modes whose losses this mode must equal to the bit."""
+        """Return the modes whose losses this mode must equal to the bit."""
         return self.config["precision"].get("equals") or []
 
     @property
     def device(self) -> str:
-        """The name of the device."""
+        """Return the name of the device."""
         return str(self.config["environment"].get("device", "a device without a name"))
 
 
@@ -203,7 +214,7 @@ def read_run(path: Path | str) -> Run:
     try:
         if not path.is_dir():
             what = "this is no directory" if path.exists() else "there is no such directory"
-            raise UsageError(f"{printable(path)}: {what}; give one that a trainer's --run-dir wrote")
+            raise UsageError(f"{printable(path)}: {what}; {RUN_DIRECTORY}")
         return _read(path)
     except OSError as error:
         raise UsageError(f"{printable(error.filename or path)}: cannot be read ({error.strerror})") from None
@@ -243,7 +254,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             "train it again to compare it"
         )
     checked = _checked(path, config, _CONFIG)
-    checked["precision"] |= _checked(path, checked["precision"], _PRECISION, "precision.")
+    said = _checked(path, checked["precision"], _PRECISION, "precision.")
+    checked["precision"] |= {name: value for name, value in said.items() if name in checked["precision"]}
     return config | checked
 
 

@@ -1,4 +1,4 @@
-"""Files that hold a tree of tensors and plain values: checkpoints and models.
+"""Write and read files that hold a tree of tensors and plain values: checkpoints and models.
 
 The format is safetensors. Such a file is a table of names, types, shapes and places as JSON, and then the bytes of the
 tensors. It has no instructions, so a reader has nothing to execute. The table must account for every byte of the file,
@@ -13,6 +13,7 @@ import json
 import os
 import stat
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,11 +62,17 @@ def save_tensors(path: Path, tree: Any, format: str, keep: Path | None = None) -
 
     Raises:
         OSError: the file cannot be written.
-        TypeError: the tree holds something else.
+        TypeError: the tree holds something else, or is too much for `load_tensors`: deeper than `MAX_DEPTH`, with a
+            tensor in more than `MAX_SHARING` places, an int of more than 64 bits, or a header that is too long.
     """
     tensors = _Tensors()
     text = json.dumps({"format": format, "tree": _to_json(tree, "", tensors)}, ensure_ascii=False)
-    header = _header(f"{_checksum(text, tensors.by_name)} {text}", tensors.by_name)
+    try:
+        header = _header(f"{_checksum(text, tensors.by_name)} {text}", tensors.by_name)
+    except UnicodeEncodeError:
+        raise TypeError("the tree has a text with a lone surrogate, which no file takes") from None
+    if len(header) > MAX_HEADER_BYTES:
+        raise TypeError(f"the tree takes a header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are read")
 
     def write(file: IO[bytes]) -> None:  # piece by piece; safetensors would make a copy of all first
         file.write(len(header).to_bytes(8, "little") + header)
@@ -112,35 +119,51 @@ class _Tensors:
     def __init__(self) -> None:
         self.by_name: dict[str, Tensor] = {}
         self._names: dict[Any, str] = {}
+        self._places: Counter[str] = Counter()
 
     def name(self, tensor: Tensor, place: str) -> str:
         """Return the name of `tensor`, which stands at `place`."""
         storage = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        view = (*storage, tensor.dtype, tensor.shape, tensor.stride())
-        if view not in self._names:
+        view = (*storage, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg())
+        if view not in self._names or tensor.numel() == 0:  # tensors without elements all begin at 0
             while place in self.by_name or place in ("", "__metadata__"):
                 place += "'"
             self._names[view] = place
-            self.by_name[place] = tensor.detach().cpu().contiguous()
-        return self._names[view]
+            self.by_name[place] = tensor.detach().cpu().resolve_neg().contiguous()
+        name = self._names[view]
+        self._places[name] += 1
+        if self._places[name] > MAX_SHARING:
+            raise TypeError(f"{place or 'the tree'} has a tensor that stands in more than {MAX_SHARING} places")
+        return name
 
 
-def _to_json(value: Any, place: str, tensors: _Tensors) -> Any:
+def _to_json(value: Any, place: str, tensors: _Tensors, depth: int = 0) -> Any:
     """Return `value` as JSON. An object with one key that begins with "$" stands for what JSON lacks."""
+    where = place or "the tree"
+    if depth > MAX_DEPTH:
+        raise TypeError(f"{where} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Tensor) and value.dtype in _DTYPES and value.layout is torch.strided:
         return {"$tensor": tensors.name(value, place)}
     if isinstance(value, dict):
-        if not all(type(key) in (str, int) for key in value):
-            raise TypeError(f"{place or 'the tree'} has a key that is neither str nor int")
-        parts = [(key, _to_json(part, f"{place}.{key}".lstrip("."), tensors)) for key, part in value.items()]
+        if not all(type(key) in (str, int) and _is_int64(key) for key in value):
+            raise TypeError(f"{where} has a key that is neither str nor an int of 64 bits")
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        below = depth + (1 if plain else 2)
+        parts = [(key, _to_json(part, f"{place}.{key}".lstrip("."), tensors, below)) for key, part in value.items()]
         return dict(parts) if plain else {"$pairs": parts}
     if isinstance(value, list | tuple):
-        items = [_to_json(part, f"{place}.{i}".lstrip("."), tensors) for i, part in enumerate(value)]
+        items = [_to_json(part, f"{place}.{i}".lstrip("."), tensors, depth + 1) for i, part in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if value is not None and not isinstance(value, str | int | float):
-        raise TypeError(f"{place or 'the tree'} is of type {type(value).__name__}, or a tensor of another kind")
+        raise TypeError(f"{where} is of type {type(value).__name__}, or a tensor of another kind")
+    if not _is_int64(value):
+        raise TypeError(f"{where} is an integer of more than 64 bits")
     return value
+
+
+def _is_int64(value: Any) -> bool:
+    """Return whether `value` fits into 64 bits, if it is an int."""
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def _from_json(value: Any, tensors: "_Shared", depth: int = 0) -> Any:
@@ -254,6 +277,6 @@ def _read_tree(text: str, tensors: dict[str, Tensor], format: str) -> Any:
 
 def _int64(digits: str) -> int:
     value = int(digits)
-    if not -(2**63) <= value < 2**63:
+    if not _is_int64(value):
         raise BadFileError("it holds an integer of more than 64 bits")
     return value

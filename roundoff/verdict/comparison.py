@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from roundoff.errors import UsageError, printable
+from roundoff.runs.jsonfile import to_json
 from roundoff.runs.reading import Run, machine, perplexity
 from roundoff.verdict.statistics import judge
 from roundoff.verdict.types import BitEquality, Comparison, Failure, ModeSummary, Verdict
@@ -21,12 +22,7 @@ WIDE = ("float32", "float64")
 MOST_DIFFERENCES = 20
 
 
-class _Missing:
-    def __str__(self) -> str:
-        return "missing"
-
-
-MISSING = _Missing()
+MISSING = object()
 
 
 def compare(
@@ -81,10 +77,16 @@ def compare(
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """Return `runs` with the loss scale in the label of a mode that ran at several.
+
+    Where a run does not say its scale, and a rule moved it, a rule may have moved that of the mode's other runs too.
+    """
     scales: dict[str, set[float | None]] = {}
     for run in runs:
         scales.setdefault(run.label, set()).add(run.loss_scale)
-    return [replace(run, label=_label_with_scale(run)) if len(scales[run.label]) > 1 else run for run in runs]
+    moved = {run.label for run in runs if run.loss_scale is None and not run.says_loss_scale}
+    several = {label for label, found in scales.items() if len(found) > 1 and label not in moved}
+    return [replace(run, label=_label_with_scale(run)) if run.label in several else run for run in runs]
 
 
 def _label_with_scale(run: Run) -> str:
@@ -131,8 +133,13 @@ def _field_differences(values: Sequence[tuple[Run, Any]], path: str) -> Iterator
     for run, value in values:
         groups.setdefault(_canonical(value), []).append((run, value))
     if len(groups) > 1:
-        shown = [f"{printable(group[0][1], 20)} in {_names([run for run, _ in group])}" for group in groups.values()]
+        shown = [f"{_shown(group[0][1])} in {_names([run for run, _ in group])}" for group in groups.values()]
         yield f"{printable(path, 60)} is {', '.join(shown)}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a job as JSON, so that 1 and "1" look different."""
+    return "not there" if value is MISSING else printable(to_json(value), 22)
 
 
 def _canonical(value: Any) -> str:
@@ -208,7 +215,7 @@ def _summarize(
 
 def _reference_sentence(label: str, test_loss: float | None, count: int) -> str:
     if test_loss is None:
-        return f"{label} is the reference, of which no run has finished."
+        return f"{label} is the reference, of which no finished run has a test loss."
     return f"{label} is the reference: test loss {test_loss:.4f} nats, mean of {count} seed{'s' if count > 1 else ''}."
 
 
@@ -231,12 +238,11 @@ def _pairs(
     labels: list[str], expect_equal: Sequence[tuple[str, str]], modes: dict[str, list[Run]]
 ) -> list[tuple[str, str, bool]]:
     """Return the pairs to report, each with whether it must agree by design."""
-    designed = {
-        frozenset(pair): pair
-        for label in labels
-        for pair in combinations(_equals(label, modes), 2)
-        if _must_agree(modes[pair[0]], modes[pair[1]])
-    }
+    designed: dict[frozenset[str], tuple[str, str]] = {}
+    for label in labels:
+        for pair in combinations(_equals(label, modes), 2):
+            if _must_agree(modes[pair[0]], modes[pair[1]]):
+                designed.setdefault(frozenset(pair), pair)
     given = {frozenset(pair): pair for pair in expect_equal}
     pairs = given | {key: pair for key, pair in designed.items() if key not in given}
     return [(*pair, key in designed) for key, pair in pairs.items()]

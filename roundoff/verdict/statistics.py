@@ -52,7 +52,8 @@ def judge(label: str, mode_losses: dict[int, float], reference_losses: dict[int,
     left_out = [seed for seed, d in differences.items() if not math.isfinite(d)]
     alone = sorted(mode_losses.keys() ^ reference_losses.keys())
     remark = _remark(left_out, "has a test loss that is not finite", "have a test loss that is not finite")
-    remark += _remark(alone, "has finished in one of the two modes only", "have finished in one of the two modes only")
+    in_one = "a test loss in one of the two modes only"
+    remark += _remark(alone, f"has {in_one}", f"have {in_one}")
     if not counted:
         return Verdict("not finished", f"{label}: no seed has finished with a finite test loss in both modes.{remark}")
     paired = summarize(counted)

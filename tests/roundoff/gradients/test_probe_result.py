@@ -35,6 +35,7 @@ def refusal(path: Path, text: str | None = None) -> str:
     [
         ("{}", "no probe.json of this project"),
         ('{"format": "lm-precision probe 2"}', "no probe.json of this project"),
+        ('{"format": "lm-precision probe 1"}', "probe.json: an older version wrote this probe; probe again"),
         *((text, "") for text in ("", "[1]", '{"a":', "NaN")),
     ],
 )

@@ -82,6 +82,11 @@ MISTAKES = {
 }
 
 
+def test_an_unknown_option_is_named_alone(programs: Programs) -> None:
+    said = "unrecognized arguments: --bogus (see roundoff compare --help)"
+    assert said in programs.refuse("roundoff.__main__", "compare", "a", "--bogus", "b")
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(command, mistake: str) -> None:
     programs, words = command

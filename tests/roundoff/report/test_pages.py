@@ -91,7 +91,7 @@ def test_names_are_text_and_the_page_runs_its_two_scripts_only(tmp_path: Path, s
 def test_failures_alone_make_a_page_without_scripts(tmp_path: Path) -> None:
     failure = Failure("fp32", 1111, ["python", "main.py", "--data", "a b"], 2, "error: there is no such directory")
     page = page_of(tmp_path, make_comparison([], [failure]))
-    assert "fp32, seed 1111: failed with exit code 2: error: there is no such directory" in page.text
+    assert "fp32 with seed 1111: failed with exit code 2: error: there is no such directory" in page.text
     assert "python main.py --data 'a b'" in page.text
     assert [text for _, text in page.scripts] == ["[]"]
 

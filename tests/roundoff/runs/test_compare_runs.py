@@ -70,7 +70,7 @@ def test_a_run_of_any_loop_is_read(tmp_path: Path) -> None:
     (path / "epochs.jsonl").write_text('{"epoch": 1, "valid_loss": 0, "lr": "nan", "seconds": 1, "future": []}')
     (path / "result.json").write_text('{"status": "finished", "steps": 4, "skipped": 0, "future": "<b>"}')
     run = read_run(path)
-    assert (run.label, run.job, run.loss_scale, run.dtype, run.equals) == ("mine", {}, None, None, [])
+    assert (run.label, run.job, run.loss_scale, run.dtype, run.equals) == ("mine", {}, 1.0, None, [])
     assert (run.device, run.config["future"], run.problems) == ("a device without a name", {"a": [1]}, [])
     assert [str(loss) for loss in run.steps["loss"]] == ["6.0", "nan", "inf", "-inf"]
     assert (run.epochs[0]["valid_ppl"], run.result and run.result["test_loss"]) == (1.0, None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from programs import BATCHES, TINY
+from programs import BATCHES, TINY, read_run
 from roundoff.runs.directory import RunDirectory
 from roundoff.runs.listeners import listening
 from roundoff.runs.meter import curves
@@ -144,6 +144,54 @@ def test_a_loop_that_ends_no_interval_itself(tmp_path):
     assert [row["status"] for row in heard.results] == ["finished"]
     assert "tokens_per_second" not in heard.intervals[0]
     assert set(curves(heard.intervals[0])) == {"lr", "loss_scale", "loss", "grad_norm", "skipped"}
+
+
+class Failing(Heard):
+    """Raises when `at` comes."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+
+    def start(self, *rest: Any) -> None:
+        super().start(*rest)
+        if self.at == "start":
+            raise ZeroDivisionError
+
+    def result(self, row: dict[str, Any]) -> None:
+        super().result(row)
+        if self.at == "result":
+            raise ZeroDivisionError
+
+
+def test_a_listener_that_fails_costs_neither_the_directory_nor_the_result(tmp_path):
+    """The run's own listeners are told before those of `listening`, and of the end once."""
+
+    def train(path: Path, own: Heard, other: Heard) -> None:
+        with listening(other), RunDirectory(path, listeners=[own]) as run:
+            run.step(1.0)
+            run.finish(test_loss=0.5)
+
+    for at in ("start", "result"):
+        own, failing = Heard(), Failing(at)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / at, own, failing)
+        assert (len(own.starts), len(own.results), len(failing.results)) == ((1, 0, 0) if at == "start" else (1, 1, 1))
+        RunDirectory(tmp_path / at, resume=True).close()
+    assert read_run(tmp_path / "result").result == own.results[0]
+    assert own.results[0]["status"] == "finished"
+
+
+def test_the_terminal_shows_the_test_though_the_event_files_fail(programs, monkeypatch):
+    """A full disk hides no result."""
+
+    def full(self: object, row: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device", "events")
+
+    monkeypatch.setattr("lm.training.run_start.event_files", lambda: type("Full", (Heard,), {"result": full})())
+    done = programs.run("main", *TINY, "--tensorboard")
+    assert (done.code, "| End of training | test loss" in done.out) == (1, True)
+    assert read_run(programs.folder / "run").result["status"] == "finished"
 
 
 ROW = {"step": 40, "epoch": 2, "lr": 20.0, "loss_scale": 128.0, "loss": 5.678, "skipped": 0, "ms_per_batch": 12.345}

@@ -91,10 +91,10 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 
 def test_a_run_that_goes_on_removes_what_it_left(tmp_path):
     RunDirectory(tmp_path / "run", mode="fp32").close()
-    for name in ("config.json", "result.json", "checkpoint.any"):
+    for name in ("config.json", "result.json", "checkpoint.safetensors", "notes"):
         (tmp_path / "run" / f".{name}.x1.tmp").touch()
     RunDirectory(tmp_path / "run", resume=True).close()
-    assert set(read_all(tmp_path / "run")) == {"config.json", "steps.jsonl", "epochs.jsonl"}
+    assert set(read_all(tmp_path / "run")) == {"config.json", "steps.jsonl", "epochs.jsonl", ".notes.x1.tmp"}
 
 
 def test_a_system_without_directories_that_open(tmp_path, monkeypatch):
@@ -118,4 +118,8 @@ def test_a_system_without_directories_that_open(tmp_path, monkeypatch):
     assert set(read_all(tmp_path / "run")) == {".lock", "config.json", "steps.jsonl", "epochs.jsonl", "result.json"}
     assert reading.read_run(tmp_path / "run").problems == []
     assert read_run(tmp_path / "run").result["status"] == "finished"
+    monkeypatch.setattr(Path, "touch", no_locks)
+    with pytest.raises(UsageError, match="cannot write there"):
+        RunDirectory(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     RunDirectory(tmp_path / "run", resume=True).close()

@@ -1,12 +1,15 @@
 """The run directory: every bit of every number, in JSON that any program reads."""
 
 import math
+import re
 import struct
 import tempfile
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,8 +20,9 @@ from jobs import count_tensors
 from programs import BATCHES, HALF, SCRIPTS, TINY, read_rows, read_run, strict_json
 from roundoff.errors import UsageError
 from roundoff.precision import StepResult
-from roundoff.runs import reading
+from roundoff.runs import directory, reading
 from roundoff.runs.directory import START, RunDirectory
+from roundoff.runs.files import lock, unlock
 from roundoff.runs.jsonfile import to_json
 from roundoff.runs.reading import perplexity
 
@@ -54,6 +58,10 @@ def test_json_gives_every_float_back(value):
         ({"path": Path("a/b"), "none": None, "yes": True}, '{"path": "a/b", "none": null, "yes": true}'),
         ({3: (1.5,), "int": 2**70}, f'{{"3": [1.5], "int": {2**70}}}'),
         ('schön "\n', '"schön \\"\\n"'),
+        (MappingProxyType({"a": 1}), '{"a": 1}'),
+        ([torch.tensor(1.5), torch.tensor(math.inf), torch.tensor(True)], '[1.5, "inf", true]'),
+        ([np.float32(0.5), np.int64(3), np.bool_(True)], "[0.5, 3, true]"),
+        ({"dtype": torch.bfloat16}, '{"dtype": "bfloat16"}'),
     ],
 )
 def test_json_of_any_value(value, written):
@@ -63,7 +71,7 @@ def test_json_of_any_value(value, written):
 
 def test_json_of_no_value():
     with pytest.raises(TypeError):
-        to_json({"tensor": torch.zeros(())})
+        to_json({"tensor": torch.zeros(2)})
 
 
 @given(st.floats(width=32), st.floats(width=32), st.sampled_from([2.0**n for n in range(-20, 30)]), st.booleans())
@@ -151,11 +159,14 @@ def test_epochs_and_result(tmp_path):
         "status": "finished", "test_loss": 1000.0, "test_ppl": "inf", "steps": 0, "skipped": 0,
         "tokens_per_second": None, "peak_memory_bytes": 7,
     }  # fmt: skip
-    records.write_result("interrupted", None)
-    assert (read_run(tmp_path / "run").result["test_loss"], read_run(tmp_path / "run").result["test_ppl"]) == (
-        None,
-        None,
-    )
+    records.write_result("interrupted", None)  # a run ends once
+    assert read_run(tmp_path / "run").result == run.result
+    records.close()
+    again = new(tmp_path / "run", resume=True, config=config, derived={"ppl": perplexity})
+    again.write_result("interrupted", None)
+    assert read_run(tmp_path / "run").result == {
+        "status": "interrupted", "test_loss": None, "test_ppl": None, "steps": 0, "skipped": 0,
+    }  # fmt: skip
     files = ["config.json", "epochs.jsonl", "result.json", "steps.jsonl"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == files
 
@@ -187,6 +198,40 @@ def test_a_loop_of_any_model(tmp_path):
     assert "test_ppl" not in strict_json((tmp_path / "run/result.json").read_text())
 
 
+def test_what_a_loop_says_of_its_precision_and_device(tmp_path, monkeypatch):
+    """The device is that of what the first step brings, or the one that is named."""
+    said = {"mode": "fp16", "dtype": torch.float16, "loss_scale": torch.tensor(128.0), "equals": ("manual",)}
+    monkeypatch.setattr("roundoff.runs.config_file.device_name", lambda device: f"a {device}")
+    with RunDirectory(tmp_path / "run", **said) as run:
+        run.step(2.0, grad_norm=torch.tensor(1.0), loss_scale=128.0, lr=torch.tensor(0.5))
+        run.epoch(torch.tensor(1.5), lr=torch.tensor(0.5))
+        run.step(torch.tensor([3.0], requires_grad=True), loss_scale=128.0)
+        run.finish(torch.tensor(0.25), top1=torch.tensor(0.5))
+    read = reading.read_run(tmp_path / "run")
+    assert read.config["precision"] == {"mode": "fp16", "dtype": "float16", "loss_scale": 128.0, "equals": ["manual"]}
+    environment = read.config["environment"]
+    assert (environment["device"], environment["processes"], environment["tf32"]) == ("a cpu", 1, False)
+    assert (read.steps["loss"], read.steps["lr"][0], read.epochs[0]["valid_loss"]) == ([2.0, 3.0], 0.5, 1.5)
+    assert strict_json((tmp_path / "run/result.json").read_text())["top1"] == 0.5
+    with RunDirectory(tmp_path / "silent", device="cuda:1") as run:
+        run.step(1.0, loss_scale=8.0)
+    read = reading.read_run(tmp_path / "silent")
+    assert (read.config["precision"], read.loss_scale, read.device) == ({"mode": ""}, 8.0, "a cuda:1")
+    RunDirectory(tmp_path / "late").close()
+    with RunDirectory(tmp_path / "late", resume=True) as run:
+        run.go_back(START)
+        run.step(torch.tensor(1.0))
+    assert reading.read_run(tmp_path / "late").device == "a cpu"
+
+
+def test_steps_wait_on_the_device_of_any_tensor_that_they_bring(tmp_path, device):
+    """Not on torch's default device, which "meta" is here: it has no numbers."""
+    records = new(tmp_path / "run")
+    with torch.device("meta"):
+        records.step(2.0, grad_norm=torch.ones((), device=device), applied=True)
+    assert [row["grad_norm"] for row in records.flush()] == [1.0]
+
+
 @pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
 def test_a_block_that_ends_without_finish_is_an_interrupted_run(tmp_path, error):
     """Its steps are there, and others may use the directory."""
@@ -200,6 +245,86 @@ def test_a_block_that_ends_without_finish_is_an_interrupted_run(tmp_path, error)
     read = reading.read_run(tmp_path / "run")
     assert (read.status, read.steps["loss"]) == ("interrupted", [2.0])
     RunDirectory(tmp_path / "run", resume=True).close()
+
+
+def test_what_waits_is_recorded_before_a_checkpoint_and_forgotten_after_it(tmp_path):
+    """So a resumed loop goes on as if nobody had stopped it, and counts on its epochs."""
+    heard: list[dict[str, Any]] = []
+    run = RunDirectory(tmp_path / "run", mode="fp32", seed=1, listeners=[Rows(heard)])
+    run.start()
+    for loss in (3.0, 2.0):
+        run.step(loss)
+        run.epoch(loss)
+    run.step(1.5)
+    state = run.state()
+    assert state | {"steps.jsonl": 0, "epochs.jsonl": 0} == START | {"steps": 3}
+    assert len(read_rows(tmp_path / "run" / "steps.jsonl")) == 3
+    run.step(9.0, tokens=5)
+    run.go_back(state)
+    assert (run.flush(), run.state()) == ([], state)
+    run.close()
+    with RunDirectory(tmp_path / "run", resume=True, listeners=[Rows(heard)]) as again:
+        again.go_back(state)
+        again.step(1.0)
+        again.epoch(1.0)
+        again.finish()
+    record = read_run(tmp_path / "run")
+    assert [(row["step"], row["epoch"], row["loss"]) for row in record.steps] == [
+        (1, 1, 3.0), (2, 2, 2.0), (3, 3, 1.5), (4, 3, 1.0),
+    ]  # fmt: skip
+    assert [row["epoch"] for row in record.epochs] == [1, 2, 3]
+    assert [(row["step"], row["loss"]) for row in heard] == [(1, 3.0), (2, 2.0), (4, 1.0)]
+
+
+class Rows:
+    """A listener that keeps the intervals."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.interval = rows.append
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_a_write_that_fails_loses_no_step_and_leaves_no_half_row(tmp_path, monkeypatch):
+    records, whole = new(tmp_path / "run"), directory.to_json
+    records.step(1.0)
+    records.flush()
+    records.step(2.0)
+    records.step(3.0)
+
+    def full(row: dict[str, Any]) -> str:
+        if row["step"] == 3:
+            raise OSError(28, "No space left on device")
+        return whole(row)
+
+    monkeypatch.setattr(directory, "to_json", full)
+    with pytest.raises(OSError, match="No space"):
+        records.flush()
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "steps.jsonl")] == [1]
+    monkeypatch.undo()
+    assert [row["step"] for row in records.flush()] == [2, 3]
+    assert [row["loss"] for row in read_rows(tmp_path / "run" / "steps.jsonl")] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("processes", "kept"), [(1, 1), (2, 0)])
+def test_a_failed_run_of_several_processes_waits_for_none(tmp_path, monkeypatch, processes, kept):
+    """Its last steps need the others, which may have gone."""
+    monkeypatch.setattr("roundoff.processes.world_size", lambda: processes)
+    met = []
+
+    def average(losses: torch.Tensor) -> torch.Tensor:
+        met.append(len(losses))
+        return losses
+
+    def fail() -> None:
+        with RunDirectory(tmp_path / "run", average=average) as run:
+            run.step(1.0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (met, read_run(tmp_path / "run").result["steps"]) == ([1] * kept, kept)
 
 
 def test_epochs_of_a_loop_that_counts_none(tmp_path):
@@ -242,6 +367,45 @@ def test_going_back_forgets_what_came_after_and_no_more(tmp_path):
     again = new(tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match=r"steps\.jsonl has 0 bytes, not"):
         again.go_back(states[1])
+    (tmp_path / "run" / "steps.jsonl").write_text(texts["steps.jsonl"])
+    (tmp_path / "run" / "epochs.jsonl").write_text(texts["epochs.jsonl"])
+    with pytest.raises(ValueError, match=r"steps\.jsonl has no row that ends at byte 9"):
+        again.go_back(states[1] | {"steps.jsonl": 9})
+
+
+ANOTHER = {
+    "job": ({"job": {"lr": math.inf, "n": 2}}, 'with job {"lr": "inf", "n": 1}, not {"lr": "inf", "n": 2}; give'),
+    "mode": ({"mode": "fp16"}, 'with mode "fp32", not "fp16"; give the same, or start a new run'),
+    "seed": ({"seed": 0}, "with seed 3, not 0; give the same"),
+}
+
+
+@pytest.mark.parametrize("other", ANOTHER)
+def test_another_run_does_not_go_on_in_a_directory(tmp_path, other):
+    started = {"job": {"lr": math.inf, "n": 1}, "mode": "fp32", "seed": 3}
+    RunDirectory(tmp_path / "run", **started, device="cpu").close()
+    given, said = ANOTHER[other]
+    with pytest.raises(UsageError, match=re.escape(f"--resume {tmp_path / 'run'}: the run was started {said}")):
+        RunDirectory(tmp_path / "run", resume=True, **started | given)
+    for same in (started, {}):
+        again = RunDirectory(tmp_path / "run", resume=True, **same)
+        assert again.config == strict_json((tmp_path / "run/config.json").read_text())
+        again.close()
+
+
+def test_a_run_goes_on_only_where_there_is_one(tmp_path):
+    with pytest.raises(UsageError, match="resume=True names no run"):
+        RunDirectory(resume=True)
+    (tmp_path / "steps.jsonl").touch()
+    for config in (None, {}):
+        with pytest.raises(UsageError, match=r"holds no run \(there is no config\.json\); give a run directory"):
+            RunDirectory(tmp_path, resume=True, config=config)
+    with pytest.raises(UsageError, match="cannot open it"):
+        RunDirectory(tmp_path / "none", resume=True)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"config\.json is of no run"):
+        RunDirectory(tmp_path, resume=True)
+    unlock(lock(tmp_path))
 
 
 @pytest.fixture
@@ -282,9 +446,35 @@ def test_names_run_out_with_a_clear_line(tmp_path, monkeypatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
     with pytest.raises(UsageError, match=r"--run-dir"):
         RunDirectory(mode="x")
+    RunDirectory().close()
+    assert (tmp_path / "runs" / "run-20300102-030405" / "config.json").exists()
 
 
-@pytest.mark.parametrize("rest", [None, "steps.jsonl", "epochs.jsonl", "result.json", "config.json"])
+@pytest.mark.parametrize("new_one", [True, False])
+def test_a_directory_that_cannot_be_made_whole_is_as_it_was(tmp_path, monkeypatch, new_one):
+    if not new_one:
+        (tmp_path / "run").mkdir()
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(UsageError, match="cannot write there"):
+        RunDirectory(tmp_path / "run")
+    assert list(tmp_path.rglob("*")) == ([] if new_one else [tmp_path / "run"])
+
+
+def test_a_command_that_is_not_utf8_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "a\udcff"])
+    RunDirectory(tmp_path / "run").close()
+    config = strict_json((tmp_path / "run/config.json").read_text("utf-8"))
+    assert config["environment"]["command"] == ["train.py", "a\udcff"]
+
+
+FILES = [*directory.FILES, "checkpoint.safetensors"]
+
+
+@pytest.mark.parametrize("rest", [None, *FILES])
 def test_a_directory_with_any_file_of_a_run_is_refused(tmp_path, rest):
     """Rows of two runs in one file could not be told apart. An empty directory is used."""
     if rest is None:

@@ -101,6 +101,37 @@ def test_a_tensor_in_two_places_is_saved_once_and_shared_again(tmp_path: Path) -
     ]  # fmt: skip
 
 
+def deep(levels: int, key: str | int) -> Any:
+    """A number in so many mappings, the innermost of which has `key`."""
+    tree: Any = {key: 1}
+    for _ in range(levels - 1):
+        tree = {"a": tree}
+    return tree
+
+
+NOT_READ: dict[str, Any] = {
+    "a tensor in five places": [torch.ones(2)] * 5,
+    "too deep": deep(21, "a"),
+    "too deep by an int key": deep(20, 1),
+    "an int of 65 bits": {"a": 2**63},
+    "a key of 65 bits": {-(2**63) - 1: 1},
+    "a lone surrogate": "\ud800",
+    "a key with a lone surrogate": {"\udfff": torch.ones(2)},
+    "a header of 16 MiB": "x" * 2**24,
+}
+"""Trees that the reader would refuse."""
+
+
+def test_what_is_just_not_too_much_is_read(tmp_path: Path) -> None:
+    shared = torch.ones(2)
+    trees = [[shared] * 4, [torch.zeros(0)] * 9, deep(20, "a"), deep(19, 1), 2**63 - 1, "x" * (2**24 - 300)]
+    for tree in trees:
+        saved(tmp_path / "file", tree)
+        assert same(load_tensors(tmp_path / "file", FORMAT), tree)
+    saved(tmp_path / "file", [shared, torch._neg_view(shared)])  # as the imaginary part of a conjugate is
+    assert [part.tolist() for part in load_tensors(tmp_path / "file", FORMAT)] == [[1, 1], [-1, -1]]
+
+
 def test_what_makes_no_tree(tmp_path: Path) -> None:
     for tree in (
         {1.5: 2},
@@ -110,8 +141,9 @@ def test_what_makes_no_tree(tmp_path: Path) -> None:
         {"a": torch.zeros(3).to_sparse()},
         torch.zeros(3, dtype=torch.complex64),
         {True: 1},
+        *NOT_READ.values(),
     ):
-        with pytest.raises(TypeError, match=r"^(the tree|a) "):
+        with pytest.raises(TypeError, match=r"^(the tree|[\w.]+) "):
             save_tensors(tmp_path / "file", tree, FORMAT)
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ from roundoff.report.summary import table
 from roundoff.runs.reading import Run, read_run
 from roundoff.verdict.comparison import compare
 from roundoff.verdict.types import Comparison, Failure
-from synthetic import LOSSES, SEEDS, make_config, make_run, make_runs
+from synthetic import LOSSES, SEEDS, change_json, make_config, make_run, make_runs
 
 OTHER = [*LOSSES[:4], math.nextafter(LOSSES[4], 9), *LOSSES[5:]]
 """One bit differs at step 5."""
@@ -104,29 +104,31 @@ JOBS: dict[str, tuple[Any, Any, list[str]]] = {
         {"model": "GRU", "tied": True, "lr": 5.0, "clip": math.inf, "epochs": 3, "max_steps": 9, "dry_run": True},
         {},
         [
-            "model is GRU in A, LSTM in B", "tied is True in A, False in B", "lr is 5.0 in A, 20.0 in B",
-            "clip is inf in A, 0.25 in B", "epochs is 3 in A, 2 in B", "max_steps is 9 in A, None in B",
-            "dry_run is True in A, False in B",
+            'model is "GRU" in A, "LSTM" in B', "tied is true in A, false in B", "lr is 5.0 in A, 20.0 in B",
+            'clip is "inf" in A, 0.25 in B', "epochs is 3 in A, 2 in B", "max_steps is 9 in A, null in B",
+            "dry_run is true in A, false in B",
         ],
     ),
     "a corpus": (
         {"corpus": {"sha256": {"train": "aa" * 31 + "ab"}, "words": 3}},
         {},
-        [f"corpus.sha256.train is {'a' * 19}… in A, {'a' * 19}… in B", "corpus.words is 3 in A, 2186 in B"],
+        [f'corpus.sha256.train is "{"a" * 20}… in A, "{"a" * 20}… in B', "corpus.words is 3 in A, 2186 in B"],
     ),
-    "a field that one lacks": ({"warmup": 10}, {}, ["warmup is 10 in A, missing in B"]),
-    "null is not missing": ({"warmup": None}, {}, ["warmup is None in A, missing in B"]),
-    "a mapping beside a text": ({"corpus": "x"}, {}, ["corpus is x in A, {'name': 'corpus', … in B"]),
+    "a field that one lacks": ({"warmup": 10}, {}, ["warmup is 10 in A, not there in B"]),
+    "null is not missing": ({"warmup": None}, {}, ["warmup is null in A, not there in B"]),
+    "a text is not missing": ({"warmup": "not there"}, {}, ['warmup is "not there" in A, not there in B']),
+    "a text is no number": ({"x": "1"}, {"x": 1}, ['x is "1" in A, 1 in B']),
+    "a mapping beside a text": ({"corpus": "x"}, {}, ['corpus is "x" in A, {"name": "corpus", "s… in B']),
     "deep and in a list": (
         {"x": {"y": {"z": [1, {"a": 2}]}}},
         {"x": {"y": {"z": [1, {"a": 3}]}}},
-        ["x.y.z is [1, {'a': 2}] in A, [1, {'a': 3}] in B"],
+        ['x.y.z is [1, {"a": 2}] in A, [1, {"a": 3}] in B'],
     ),
-    "true is not 1": ({"x": True}, {"x": 1}, ["x is True in A, 1 in B"]),
+    "true is not 1": ({"x": True}, {"x": 1}, ["x is true in A, 1 in B"]),
     "20 is 20.0": ({"lr": 20}, {"lr": 20.0}, []),
     "nan is nan": ({"x": math.nan}, {"x": "nan"}, []),
     "order means nothing": ({"x": {"a": 1, "b": 2}}, {"x": {"b": 2, "a": 1}}, []),
-    "harm": ({"a\n\x1b[31m": "x\r\n" * 100}, {}, [r"a\n\x1b[31m is x\r\nx\r\nx\r\nx\r\… in A, missing in B"]),
+    "harm": ({"a\n\x1b[31m": "x\r\n" * 100}, {}, [r'a\n\x1b[31m is "x\r\nx\r\nx\r\nx\r\n… in A, not there in B']),
 }  # fmt: skip
 
 
@@ -149,7 +151,8 @@ def test_a_job_is_any_mapping(tmp_path: Path) -> None:
         config = {"job": {"model": "cnn"}, "precision": {"mode": mode, "equals": [other], "loss_scale": 2}, "seed": 3}
         (paths[-1] / "config.json").write_text(str(config | {"environment": {}}).replace("'", '"'))
     seen = compare([read_run(str(path)) for path in paths])
-    assert (labels(seen), seen.differences, [pair.expected for pair in seen.pairs]) == (["a", "b"], [], [True])
+    assert (labels(seen), seen.differences) == (["a", "b"], [])
+    assert [(pair.first, pair.second, pair.expected) for pair in seen.pairs] == [("a", "b", True)]
 
 
 def test_long_lists_are_cut(run) -> None:
@@ -197,6 +200,25 @@ def test_unfinished_runs_have_no_test_loss(run, status: str | None) -> None:
     mode = compare([run(), run("manual", status=status)]).modes[1]
     assert mode.status == (status or "unfinished")
     assert (mode.test_loss, mode.test_ppl, mode.verdict.word) == (None, None, "not finished")
+
+
+def test_a_finished_run_may_have_no_test_loss(run) -> None:
+    seen = compare([run(test_loss=None), run("manual")])
+    assert seen.modes[0].verdict.sentence == "fp32 is the reference, of which no finished run has a test loss."
+    assert "Not counted: seed 1111, which has a test loss in one of the two" in seen.modes[1].verdict.sentence
+
+
+def test_a_loss_scale_that_no_run_says_is_that_of_its_steps(run, tmp_path: Path) -> None:
+    """Runs of two fixed scales are two modes. Where the scale moved in one run, it may have moved in the others."""
+    silent = {"precision": {"mode": "mine"}}
+    fixed = [run("mine", 1111 + i, loss_scales=[scale] * 8) for i, scale in enumerate((128.0, 64.0, 2.0**20))]
+    moved = run("mine", 1114, loss_scales=[4.0] * 7 + [2.0])
+    for one in (*fixed, moved):
+        change_json(one.path / "config.json", **silent)
+    again = [read_run(one.path) for one in (*fixed, moved)]
+    assert [one.loss_scale for one in again] == [128.0, 64.0, 2.0**20, None]
+    assert labels(compare(again[:2], anyway=True)) == ["mine-scale-128", "mine-scale-64"]
+    assert labels(compare(again)) == ["mine"]
 
 
 def test_verdicts_are_paired_by_seed_and_take_the_margin(tmp_path: Path) -> None:

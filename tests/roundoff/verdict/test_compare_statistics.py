@@ -124,7 +124,7 @@ def test_pairs_are_of_one_seed() -> None:
     assert (seen.word, seen.pairs) == ("undecided", 3)
     half = 4.30265273 * 0.1 / math.sqrt(3)  # of -0.3, -0.2 and -0.1
     assert seen.interval == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-7)
-    assert "Not counted: seeds 8, 9, which have finished in one of the two modes only." in seen.sentence
+    assert "Not counted: seeds 8, 9, which have a test loss in one of the two modes only." in seen.sentence
     for bad in (math.nan, math.inf, -math.inf):
         both = judge("manual", {1: bad}, {1: bad}, 0.01)
         assert (both.word, both.pairs, both.difference) == ("not finished", 0, None)

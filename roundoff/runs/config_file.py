@@ -1,0 +1,69 @@
+"""Make and read `config.json`, which says what a run trains, in which precision, and on what."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import roundoff
+from roundoff import processes
+from roundoff.device import device_name, tf32_allowed
+from roundoff.errors import UsageError, printable
+from roundoff.runs.jsonfile import read_object, to_json
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of torch, Python and this library, the system, and the number of threads."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "roundoff": roundoff.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe_run(job: Mapping[str, Any] | None, precision: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    """Return `config.json` of a new run, still without its device.
+
+    What `precision` has as None is left out: the run does not say it.
+    """
+    said = {name: value for name, value in precision.items() if value is not None}
+    environment = versions() | {"command": sys.argv, "processes": processes.world_size()}
+    return {"job": job or {}, "precision": said, "seed": seed or 0, "environment": environment}
+
+
+def describe_device(device: torch.device | str) -> dict[str, Any]:
+    """Return what `config.json` says of a device: its name, and whether it may round fp32 operands to TF32."""
+    return {"device": device_name(str(device)), "tf32": str(device).startswith("cuda") and tf32_allowed()}
+
+
+def guess_device(values: Iterable[object]) -> torch.device | str:
+    """Return the device of the first tensor among `values`; without one a CUDA GPU where there is one, else the CPU."""
+    devices = (value.device for value in values if isinstance(value, torch.Tensor))
+    return next(devices, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_config(path: Path, job: Mapping[str, Any] | None, mode: str, seed: int | None) -> dict[str, Any]:
+    """Return `config.json` of the run in `path`, which goes on.
+
+    Raises:
+        UsageError: there is none, or the run was started with another job, mode or seed than those given.
+    """
+    config = read_object(path / "config.json")
+    precision = config.get("precision")
+    found = {"job": config.get("job"), "seed": config.get("seed")}
+    found["mode"] = precision.get("mode") if isinstance(precision, dict) else None
+    for name, value in {"job": job, "mode": mode or None, "seed": seed}.items():
+        if value is not None and json.loads(to_json(value)) != found[name]:
+            raise UsageError(
+                f"--resume {printable(path)}: the run was started with {name} {printable(to_json(found[name]))}, "
+                f"not {printable(to_json(value))}; give the same, or start a new run"
+            )
+    if not isinstance(config.get("environment"), dict):
+        raise UsageError(f"--resume {printable(path)}: config.json is of no run; give a run directory")
+    return config
