@@ -44,8 +44,8 @@ def describe_device(device: torch.device | str) -> dict[str, Any]:
 
 def guess_device(values: Iterable[object]) -> torch.device | str:
     """Return the device of the first tensor among `values`; without one a CUDA GPU where there is one, else the CPU."""
-    devices = (value.device for value in values if isinstance(value, torch.Tensor))
-    return next(devices, "cuda" if torch.cuda.is_available() else "cpu")
+    found = next((value.device for value in values if isinstance(value, torch.Tensor)), None)
+    return found or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_config(path: Path, job: Mapping[str, Any] | None, mode: str, seed: int | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from roundoff.runs.jsonfile import scalar, to_json, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
 from roundoff.runs.reading import MAX_LINE_BYTES
+from roundoff.runs.waiting import WaitingSteps
 
 LINES = ("steps.jsonl", "epochs.jsonl")
 FILES = ("config.json", *LINES, "result.json")
@@ -46,8 +47,7 @@ class RunDirectory:
             run.finish(test_loss=test_loss)
 
     No other process may write to the directory until `close`. Steps stay on the device until `flush` fetches them all
-    with a single wait. They are one tensor there: as one for each number they would lie in the holes that large
-    tensors leave for the next step. In a distributed run, the process of rank 0 writes, and `path` is None in others.
+    with a single wait. In a distributed run, the process of rank 0 writes, and `path` is None in others.
 
     Args:
         path: the directory. A new run makes it; it may be there, but hold no run. None: `runs/<name>-<time>`.
@@ -103,8 +103,7 @@ class RunDirectory:
         self._derived = derived or {}
         self._average = average
         self._interval = interval
-        self._pending: list[dict[str, Any]] = []
-        self._values = torch.empty(0, 4)
+        self._waiting = WaitingSteps()
         self._tokens = 0
         self._epoch, self._epoch_start = 1, time.monotonic()
         self._meter = Meter(self._derived)
@@ -233,7 +232,7 @@ class RunDirectory:
         """
         epochs = [0 if self.path is None else _last_epoch(self.path / name, state[name]) for name in LINES]
         self.steps, self.skipped = state["steps"], state["skipped"]
-        self._pending.clear()
+        self._waiting.clear()
         self._tokens = 0
         self._meter.restart()
         self._epoch, self._epoch_start = max(1, epochs[0], epochs[1] + 1), time.monotonic()
@@ -275,27 +274,18 @@ class RunDirectory:
         """
         if result is not None:
             grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
-        given = (loss, grad_norm, loss_scale, applied)
-        n = len(self._pending)
-        if n == len(self._values):
-            self._make_room(guess_device(given))
-        values = [torch.as_tensor(v, device=self._values.device) for v in given]
-        torch.stack([v.detach().float().reshape(()) for v in values], out=self._values[n])
+        figures = (loss, grad_norm, loss_scale, applied)
+        device = guess_device(figures)
+        if self._names_device:
+            self._name_device(device)
+            self.write_config()
+        row = {"step": self.steps + 1, "epoch": self._epoch if epoch is None else epoch, "lr": float(lr)}
+        self._waiting.add(row, figures, device)
         self.steps += 1
-        self._pending.append({"step": self.steps, "epoch": self._epoch if epoch is None else epoch, "lr": float(lr)})
         self._tokens += tokens
         if self._interval and self.steps % self._interval == 0:
             self.flush()
             self.end_interval()
-
-    def _make_room(self, device: torch.device | str) -> None:
-        """Let twice as many steps wait, on the `device` where they come from."""
-        if self._names_device:
-            self._name_device(device)
-            self.write_config()
-        n = len(self._values)
-        kept, self._values = self._values, torch.empty(max(64, 2 * n), 4, device=device)
-        self._values[:n] = kept
 
     def _name_device(self, device: torch.device | str) -> None:
         """Let `config.json` say what the run trains on."""
@@ -304,25 +294,11 @@ class RunDirectory:
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch the steps since the last call from the device, append them to `steps.jsonl`, and return their rows."""
-        if not self._pending:
+        if not self._waiting:
             return []
-        values = self._values[: len(self._pending)]
-        values[:, 0] = self._average(values[:, 0])  # the rest is the same in every process
-        rows = []
-        for row, (loss, grad_norm, loss_scale, applied) in zip(self._pending, values.tolist(), strict=True):
-            rows.append(
-                {
-                    "step": row["step"],
-                    "epoch": row["epoch"],
-                    "loss": loss,
-                    "grad_norm": grad_norm,
-                    "loss_scale": loss_scale,
-                    "applied": applied == 1.0,
-                    "lr": row["lr"],
-                }
-            )
+        rows = self._waiting.fetch(self._average)
         self._append("steps.jsonl", rows)
-        self._pending.clear()
+        self._waiting.clear()
         self.skipped += sum(not row["applied"] for row in rows)
         self._meter.add(rows, self._tokens)
         self._tokens = 0
@@ -387,7 +363,7 @@ class RunDirectory:
         """
         loss = None if test_loss is None else float(test_loss)
         row: dict[str, Any] = {"status": status} | losses(loss, self._derived, "test_")
-        row |= {"steps": self.steps - len(self._pending), "skipped": self.skipped}
+        row |= {"steps": self.steps - len(self._waiting), "skipped": self.skipped}
         row |= {name: scalar(figure) for name, figure in figures.items()}
         told, self.ended = self.ended, True
         if self.path is None or self._has_result:

@@ -4,7 +4,6 @@ Import this module only where TensorBoard is asked for.
 """
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,6 @@ def _part(row: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _choices(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """Return what TensorBoard can show of job, precision and seed: plain values, and parts that have a name."""
-    values = {**config["job"], **config["precision"], "seed": config["seed"]}
-    named = {k: v.get("name") if isinstance(v, Mapping) else v for k, v in values.items()}
-    return {name: value for name, value in named.items() if isinstance(value, bool | int | float | str)}
+    """Return what TensorBoard can show of job, precision and the top of config.json: plain values."""
+    values = {**config["job"], **config["precision"], **config}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}

@@ -96,7 +96,13 @@ def test_hyperparameters_with_the_final_perplexity(programs):
     assert [info.name.tag for info in experiment.metric_infos] == ["test/ppl"]
     start = content[metadata.SESSION_START_INFO_TAG].hparams
     found = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.items()}
-    chosen = {**run.config["job"], **run.config["precision"], "seed": 1111, "corpus": "corpus"}
+    chosen = {
+        **run.config["job"],
+        **run.config["precision"],
+        "seed": 1111,
+        "corpus": "corpus",
+        "parameters": run.config["parameters"],
+    }
     assert found == {name: value for name, value in chosen.items() if isinstance(value, bool | int | float | str)}
     told = {"mode": "manual", "dtype": "float16", "loss_scale": 128.0, "tied": True, "seed": 1111, "lr": 20.0}
     assert told.items() <= found.items()
