@@ -13,23 +13,17 @@ import pytest
 import torch
 
 from lm.launch.entry import run_trainer
+from lm.options import modes
 from lm.options.config import parse_args
+from lm.options.options import words
 from lm.training.loop import Training
 
 SIZE = ["--emsize", "16", "--nhid", "16", "--batch_size", "4", "--bptt", "5", "--log-interval", "20", "--lr", "2"]
 
-# Every kind of precision management, as the command line that asks for it.
-MODES = {
-    "fp32": ["main"],
-    "manual": ["main", "--fp16"],
-    "fp16-optimizer-fp32": ["main_fp16_optimizer"],
-    "fp16-optimizer": ["main_fp16_optimizer", "--fp16"],
-    "fp16-optimizer-dynamic": ["main_fp16_optimizer", "--fp16", "--dynamic-loss-scale"],
-    "amp-fp16": ["main_amp"],
-    "amp-fp16-static": ["main_amp", "--static-loss-scale", "128"],
-    "amp-bf16": ["main_amp", "--dtype", "bfloat16"],
-    "amp-fp32": ["main_amp", "--dtype", "float32"],
+MODES = {name: [mode.script, *words(mode.options)] for name, mode in modes.MODES.items()} | {
+    "amp-fp16-static": ["main_amp", "--static-loss-scale", "128"]
 }
+"""Every kind of precision management, as the command line that asks for it."""
 
 
 def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
