@@ -131,7 +131,7 @@ def test_what_was_interrupted_is_run_again_and_nothing_else(three, continued) ->
     assert (again["status"], again["test_loss"]) == ("finished", result(three[0], "amp-fp32-1111")["test_loss"])
     kept_lines = re.findall(r"^\| ([\w-]+) .* \| kept", done.out, re.M)
     assert kept_lines == ["fp32", "manual"]
-    assert "| kept | exit code 1: main.py in mode fp16 has diverged" in done.out  # its failure is told again
+    assert "| kept | exit code 1: main.py in mode manual has diverged" in done.out  # its failure is told again
     assert len(jobs.rows(runs / "amp-fp32-1111")) == again["steps"] == 36  # none of the old steps is left
 
 
