@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lm.options.command_line import make_parser, read_command_line, with_dashes
-from lm.options.config import merge
+from lm.options.command_line import make_parser, with_dashes
+from lm.options.config import parse_args
 from lm.options.options import Options
 from lm.training.program import exit_code
 from roundoff.cli import OneLineParser, complete
@@ -24,11 +24,10 @@ def run_trainer(main: Callable[[Options], int], script_file: str, description: s
 
 
 def _run(main: Callable[[Options], int], script_file: str, description: str | None, argv: list[str]) -> int:
-    script = Path(script_file).stem
-    parser = make_parser(script, description)
+    parser = make_parser(Path(script_file).stem, description)
     complete(parser)
     if not is_for_sacred(parser, argv):
-        return main(merge(script, read_command_line(parser, script, argv)))
+        return main(parse_args(script_file, description, argv))
     try:
         from lm.extras import sacred_front
     except ModuleNotFoundError as error:

@@ -4,7 +4,6 @@ A comparison has one folder. `compare.json` there says what was asked for. For e
 directory `runs/<label>-<seed>`, with model.safetensors in it, and the trainer's output `runs/<label>-<seed>.log`.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -28,8 +27,8 @@ from lm.options.config import merge
 from lm.options.modes import MODES
 from lm.options.options import as_values, flag, options_of, words
 from roundoff.errors import RunError, UsageError, printable
-from roundoff.runs.files import lock, unlock, write_atomically
-from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.runs.files import lock, unlock
+from roundoff.runs.jsonfile import as_read_back, read_object, write_json
 from roundoff.terminal import say
 from roundoff.verdict.types import Failure
 
@@ -130,7 +129,7 @@ class Training(Job):
         try:
             stored = read_object(self.run_dir / "config.json")["options"]
             expected = merge(MODES[self.label].script, self.all_options())
-            return _without_places(stored) == _without_places(json.loads(to_json(as_values(expected))))
+            return _without_places(stored) == _without_places(as_read_back(as_values(expected)))
         except (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
@@ -190,8 +189,7 @@ def comparison_folder(out: Path, plan: dict[str, Any]) -> Iterator[int | None]:
             (out / "runs").mkdir(parents=True, exist_ok=True)
             taken = lock(out / "runs")
             stack.callback(unlock, taken)
-            text = to_json(plan, indent=2) + "\n"
-            write_atomically(out / "compare.json", lambda file: file.write(text.encode()))
+            write_json(out / "compare.json", plan, indent=2)
         except BlockingIOError:
             raise UsageError(
                 f"--out {out} is in use by another compare.py or its trainers; wait for their end"
@@ -208,7 +206,7 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
         before = read_object(out / "compare.json")
         changed = [
             f"{name} {printable(before[name])}, now {value}"
-            for name, value in json.loads(to_json(plan)).items()
+            for name, value in as_read_back(plan).items()
             if before[name] != value
         ]
     except (UsageError, OSError, LookupError):

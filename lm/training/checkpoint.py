@@ -1,6 +1,5 @@
 """The checkpoint of a run: all that lets it go on to the bit, and the reading of it, which trusts nothing."""
 
-import json
 import math
 import os
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from roundoff.errors import BadFileError, UsageError, printable
 from roundoff.runs.directory import FILES
-from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.runs.jsonfile import as_read_back, read_object
 from roundoff.runs.reading import machine
 from roundoff.runs.tensor_file import load_tensors, save_tensors
 from roundoff.terminal import say
@@ -149,7 +148,7 @@ def processes_of(directory: Path) -> Any:
 def has_options(directory: Path, options: Any) -> bool:
     """Return whether the run's config.json holds these options, wherever its directory is now."""
     recorded = _entry(directory / "config.json", "options")
-    now = json.loads(to_json(options))
+    now = as_read_back(options)
     return isinstance(recorded, dict) and recorded | {"run_dir": None} == now | {"run_dir": None}
 
 

@@ -78,6 +78,11 @@ def write_json(path: Path, content: Any, indent: int) -> None:
     write_atomically(path, lambda file: file.write(text))
 
 
+def as_read_back(value: Any) -> Any:
+    """Return what a reader of `to_json(value)` gets, to be compared with the content of a file."""
+    return json.loads(to_json(value))
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return `value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan".
 
