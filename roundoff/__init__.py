@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from roundoff.lazy import front_door
 
 if TYPE_CHECKING:
+    from roundoff.errors import CheckError as CheckError
+    from roundoff.errors import UsageError as UsageError
+    from roundoff.library.probing import ProbeReport as ProbeReport
+    from roundoff.library.probing import probe as probe
     from roundoff.precision import Autocast as Autocast
     from roundoff.precision import MasterWeights as MasterWeights
     from roundoff.precision import Precision as Precision
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
+    "roundoff.errors": ("CheckError", "UsageError"),
+    "roundoff.library.probing": ("ProbeReport", "probe"),
     "roundoff.precision": (
         "Autocast",
         "MasterWeights",

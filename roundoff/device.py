@@ -29,6 +29,18 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
     module.set_rng_state(*([state] if device.type == "mps" else [state, device]))
 
 
+def get_random_states(device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the states of the generators of the CPU and of `device`."""
+    return torch.get_rng_state(), get_random_state(torch.device(device))
+
+
+def set_random_states(states: tuple[torch.Tensor, torch.Tensor | None], device: str) -> None:
+    """Put back what `get_random_states` returned."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        set_random_state(states[1], torch.device(device))
+
+
 @contextmanager
 def random_state_kept(device: str) -> Iterator[None]:
     """Put the generators of the CPU and of `device` back after the block as they were before it."""

@@ -17,6 +17,10 @@ class RunError(Exception):
     exit_code = 1
 
 
+class CheckError(RunError):
+    """A figure of a probe is above its bound. The text names mode, tensor, figure and bound."""
+
+
 def printable(text: object, limit: int = 200) -> str:
     """Return `text` as one line of at most `limit` characters in which a terminal finds nothing to obey."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: limit + 1])

@@ -1,13 +1,15 @@
 """The terminal: lines on stdout, progress bars on stderr, and the listener that prints how a run goes."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from roundoff import processes
 
 WIDTH = 89
+T = TypeVar("T")
 
 
 def say(line: str) -> None:
@@ -18,7 +20,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def progress_bar(batches: range, text: str, done: int = 0, total: int | None = None) -> "tqdm[int]":
+def progress_bar(batches: Sequence[T], text: str, done: int = 0, total: int | None = None) -> "tqdm[T]":
     """Return `batches` with a bar on stderr, where stderr is a terminal; `done` of `total` lie behind already."""
     hidden = None if processes.rank() == 0 else True
     total = total or len(batches)

@@ -22,6 +22,7 @@ FLOORS = {
     "roundoff.gradients": 4,
     "roundoff.verdict": 4,
     "roundoff.report": 5,
+    "roundoff.library": 6,
     "roundoff.__main__": 6,
     "lm.data": 4,
     "lm.model": 4,

@@ -4,20 +4,20 @@ The client brings the reference, the modes and the batches. Nothing here knows a
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from roundoff.device import release_freed_memory
+from roundoff.device import get_random_states, random_state_kept, release_freed_memory, set_random_states
 from roundoff.errors import UsageError
 from roundoff.gradients import statistics
 from roundoff.gradients.exponents import KS, Exponents, predict
 from roundoff.gradients.result import VALUES
 from roundoff.gradients.statistics import LEAST_BATCHES, Estimate, Sketch
-from roundoff.gradients.tally import Gradients, Shares, Stagnation, Tally
+from roundoff.gradients.tally import Differences, Gradients, Shares, Stagnation, Tally
 
 SEED_OF_SIGNS = 0
 
@@ -50,6 +50,10 @@ class Reference(Protocol):
         elements are taken to be nowhere 0.
         """
 
+    @property
+    def outputs(self) -> Mapping[str, Tensor]:
+        """Return name -> what the forward pass of the last batch gave: "loss", and others; vectors on the CPU."""
+
     def gradients(self) -> ParameterGradients:
         """Return the parameters' gradients in the last batch.
 
@@ -64,10 +68,12 @@ class ScaledGradients:
     Attributes:
         parameters: every parameter's, whole.
         boundaries: every boundary's.
+        outputs: of the forward pass, as `Reference.outputs`.
     """
 
     parameters: dict[str, Tensor]
     boundaries: dict[str, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Mode(Protocol):
@@ -111,6 +117,7 @@ class Plan:
         scaled: exponent of a loss scale in fp16 -> mode that measures it, which may be one of `modes`.
         lr: of an SGD update; None leaves stagnation out.
         clip: the largest norm of the gradient in that update.
+        device: on which reference and modes draw random numbers.
 
     Raises:
         UsageError: there are too few batches.
@@ -122,6 +129,7 @@ class Plan:
     scaled: Mapping[int, Mode] = field(default_factory=dict)
     lr: float | None = None
     clip: float = math.inf
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.batches < LEAST_BATCHES:
@@ -161,6 +169,7 @@ class Measurement:
         self.scaled = {k: {name: Shares(mode.dtype) for name in self.names} for k, mode in self.extra.items()}
         dtypes = {mode.dtype for mode in plan.modes}
         self.stagnation = {dtype: {name: Stagnation(dtype) for name in sketches} for dtype in dtypes}
+        self.forward: dict[str, dict[str, Differences]] = {mode.name: {} for mode in plan.modes}
 
     def run(self, batches: Iterable[Batch]) -> None:
         """Measure all `batches`, and leave torch's random state as it was.
@@ -170,25 +179,31 @@ class Measurement:
         Raises:
             ValueError: there are more or fewer batches than planned.
         """
-        with torch.random.fork_rng(devices=[]):
+        with random_state_kept(self.plan.device):
             torch.manual_seed(self.plan.seed)
             for index, batch in zip(range(self.plan.batches), batches, strict=True):
                 self._measure(index, batch)
 
     def _measure(self, index: int, batch: Batch) -> None:
         release_freed_memory()
-        before = torch.get_rng_state()
+        before = get_random_states(self.plan.device)
         expected = self._expect(index, batch)
-        after = torch.get_rng_state()
+        after = get_random_states(self.plan.device)
         for mode in self.plan.modes:
             release_freed_memory()  # each mode takes blocks of other sizes, which leave holes
-            torch.set_rng_state(before)
-            _compare(index, mode, mode.gradients(batch), expected, self.tallies[mode.name])
+            set_random_states(before, self.plan.device)
+            found = mode.gradients(batch)
+            _compare(index, mode, found, expected, self.tallies[mode.name])
+            self._compare_outputs(mode.name, found.outputs)
         for k, mode in self.extra.items():
             release_freed_memory()
-            torch.set_rng_state(before)
+            set_random_states(before, self.plan.device)
             _count(mode.gradients(batch), expected, self.scaled[k])
-        torch.set_rng_state(after)
+        set_random_states(after, self.plan.device)
+
+    def _compare_outputs(self, mode: str, found: Mapping[str, Tensor]) -> None:
+        for name, output in found.items():
+            self.forward[mode].setdefault(name, Differences()).add(output, self.reference.outputs[name])
 
     def _expect(self, index: int, batch: Batch) -> "_Expected":
         """Run the reference, and count what is counted of its gradients alone."""
@@ -218,31 +233,34 @@ class Measurement:
             for name, (gradient, rows) in parameters.items():
                 tallies[name].add(_select(self.reference.weights[name], rows), gradient, step)
 
-    def figures(self) -> dict[str, Any]:
-        """Return `tensors`, `total`, `modes` and `scales` of probe.json."""
-        products = {name: gradients.products() for name, gradients in self.gradients.items()}
+    def figures(self, left_out: Collection[str] = ()) -> dict[str, Any]:
+        """Return `tensors`, `total`, `modes` and `scales` of probe.json, without the parameters `left_out`."""
+        kept = [name for name in self.names if name not in left_out]
+        products = {name: self.gradients[name].products() for name in kept if name in self.gradients}
         total = torch.stack(list(products.values())).sum(0)
         return {
             "tensors": [
                 {"name": name, "kind": kind, "numel": self.numel[name]} | _spread(products.get(name))
                 for name, kind in self.names.items()
+                if name in kept
             ],
             "total": _spread(total),
-            "modes": {mode.name: self._mode(mode, products, total) for mode in self.plan.modes},
+            "modes": {mode.name: self._mode(mode, kept, products, total) for mode in self.plan.modes},
             "scales": {
                 "k": list(KS),
-                "predicted": {name: predict(exponents) for name, exponents in self.exponents.items()},
-                "measured": [self._scale(k, mode) for k, mode in self.plan.scaled.items()],
+                "predicted": {name: predict(self.exponents[name]) for name in kept},
+                "measured": [self._scale(k, mode, kept) for k, mode in self.plan.scaled.items()],
             },
         }
 
-    def _scale(self, k: int, mode: Mode) -> dict[str, Any]:
+    def _scale(self, k: int, mode: Mode, kept: Sequence[str]) -> dict[str, Any]:
         tallies = self.scaled[k] if k in self.extra else self.tallies[mode.name]
-        return {"mode": mode.name, "k": k, "tensors": {name: tally.shares() for name, tally in tallies.items()}}
+        return {"mode": mode.name, "k": k, "tensors": {name: tallies[name].shares() for name in kept}}
 
-    def _mode(self, mode: Mode, products: dict[str, Tensor], total: Tensor) -> dict[str, Any]:
+    def _mode(self, mode: Mode, kept: Sequence[str], products: dict[str, Tensor], total: Tensor) -> dict[str, Any]:
         dtypes = self.dtypes[mode.name]
-        tallies, stagnation = self.tallies[mode.name], self.stagnation[mode.dtype]
+        tallies = {name: self.tallies[mode.name][name] for name in kept}
+        stagnation = {name: self.stagnation[mode.dtype][name] for name in products}
         of_parameters = {name: tally for name, tally in tallies.items() if isinstance(tally, Tally)}
         every = {name: (tally.errors(), tally.flushed_errors()) for name, tally in of_parameters.items()}
         tensors = {
@@ -256,6 +274,7 @@ class Measurement:
         whole = _errors(squares, sums[0], sums[1], total) | _stagnated(list(stagnation.values()))
         return {
             "description": mode.description,
+            "forward": {name: of_name.figures() for name, of_name in self.forward[mode.name].items()},
             "loss_scale": mode.scale,
             "computes": str(mode.dtype).removeprefix("torch."),
             "dtype": dtypes["gradients"],
@@ -313,6 +332,7 @@ def _errors(squares: Tensor, errors: Tensor, flushed: Tensor, reference: Tensor)
 
     found = pair("error_to_noise", statistics.error_to_noise(squares, reference))
     found |= pair("bias", statistics.bias(errors, reference))
+    found["critical_batch"] = statistics.critical_batch(statistics.bias(errors, reference), reference)
     return found | {"bias_flushed": statistics.bias(flushed, reference).value}
 
 

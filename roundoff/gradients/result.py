@@ -17,7 +17,9 @@ tensors         in forward order: name, kind ("parameter", "boundary"), numel (o
                 are null for boundaries, whose elements belong to other examples in each batch
 total           gradient, noise and noise_error of all parameters together
 modes           name -> description, loss_scale, computes (dtype of the products), dtype (of the gradients), weights
-                (their dtype), total (`VALUES`) and tensors (name -> `VALUES`)
+                (their dtype), forward (name of an output, such as "loss" -> mean and largest: how far it is from the
+                reference's, in its own unit; null where it was not finite), total (`VALUES`) and tensors (name ->
+                `VALUES`)
 scales          k: exponents of the loss scales 2**k; predicted: tensor -> a share for each k, from the reference's
                 gradients alone; measured: some of these scales as run, each with mode, k and tensors (name -> shares)
 window          low and high: exponents of the static scales that serve; null where none does
@@ -33,8 +35,8 @@ from typing import Any
 from roundoff.errors import UsageError, printable
 from roundoff.runs.jsonfile import read_object, write_json
 
-FORMAT = "roundoff probe 2"
-OLD_FORMAT = "lm-precision probe 1"
+FORMAT = "roundoff probe 3"
+OLD_FORMATS = ("lm-precision probe 1", "roundoff probe 2")
 MAX_BYTES = 2**24
 """The most that a probe.json may have: 80 kB for a small model, 200 bytes a tensor, mode and scale."""
 
@@ -43,12 +45,13 @@ SHARES = ("flushed", "subnormal", "overflowed")
 
 VALUES = (
     *("error_to_noise", "error_to_noise_error", "bias", "bias_error", "bias_flushed"),
-    *(*SHARES, "stagnated"),
+    *(*SHARES, "stagnated", "critical_batch"),
 )
 """The figures of a tensor in a mode.
 
 error_to_noise  root mean square error of the unscaled gradient over the reference's `noise`
 bias            norm of the mean error over norm of the mean gradient of the reference; each with its standard error
+critical_batch  number of batches in one from which on the bias is larger than the noise; null for a bias like 0
 bias_flushed    the bias that the flushed elements alone would make
 flushed, subnormal, overflowed
                 `SHARES`: became 0; have lost digits; are inf or nan (and are left out of the errors)
@@ -115,6 +118,7 @@ _mode = _fields(
     computes=_is_text,
     dtype=_is_text,
     weights=_is_text,
+    forward=_map(_fields(mean=_or_null(_is_number), largest=_or_null(_is_amount))),
     total=_values,
     tensors=_map(_values),
 )
@@ -170,7 +174,7 @@ def read_probe(path: Path) -> dict[str, Any]:
         result = read_object(path, MAX_BYTES, wanted)
     except OSError as error:
         raise UsageError(f"{printable(path)}: cannot be read ({error.strerror}); {wanted}") from None
-    if result.get("format") == OLD_FORMAT:
+    if result.get("format") in OLD_FORMATS:
         raise UsageError(f"{printable(path)}: an older version wrote this probe; probe again")
     if result.get("format") != FORMAT:
         raise UsageError(f"{printable(path)} is no probe.json of this project; {wanted}")

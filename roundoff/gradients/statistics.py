@@ -165,6 +165,18 @@ def bias(errors: Tensor, reference: Tensor) -> Estimate:
     return _finite(found, math.sqrt(found**2 + spread) - found if math.isfinite(spread) else math.nan)
 
 
+def critical_batch(bias: Estimate, reference: Tensor) -> float | None:
+    """Return (noise / |mean error|)**2: how many such batches in one have as much noise as the mode has bias.
+
+    The noise of B batches together is sqrt(B) times smaller, and the bias stays. None where the bias cannot be told
+    from 0: its square is within twice that square's standard error.
+    """
+    if bias.value is None or bias.error is None or (bias.value + bias.error) ** 2 >= 1.5 * bias.value**2:
+        return None
+    found = float(Moments.of(reference).variance() / Moments.of(reference).mean_square()) / bias.value**2
+    return found if math.isfinite(found) else None
+
+
 def _finite(value: float, error: float) -> Estimate:
     """Return an estimate in which what a division by 0 gave is None."""
     return Estimate(*(number if math.isfinite(number) else None for number in (value, error)))

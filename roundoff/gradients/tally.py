@@ -4,13 +4,22 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from roundoff.errors import UsageError
 from roundoff.gradients.result import SHARES
 from roundoff.gradients.statistics import Sketch, gram
 
 CACHED_ELEMENTS = 1 << 18
 """How many elements are looked at together: 2 MB in float64, which stay in a CPU's cache."""
+
+
+NEGLIGIBLE = 2.0**-40
+"""The share of a tensor's largest element below which an element is taken for 0.
+
+A key's bias in attention has no gradient, since softmax does not see it. Float64's rounding leaves some 2**-50 there.
+"""
 
 
 class Shares:
@@ -113,6 +122,34 @@ class Gradients:
         return gram(self._sketches)
 
 
+class Differences:
+    """Counts how far an output of the forward pass is from the reference's."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._largest = 0, 0.0, 0.0
+
+    def add(self, found: Tensor, expected: Tensor) -> None:
+        """Count a batch's output; both are vectors.
+
+        Raises:
+            UsageError: they are not of one length.
+        """
+        if found.shape != expected.shape:
+            raise UsageError(f"an output has {found.numel()} numbers in a mode and {expected.numel()} in the reference")
+        difference = found.double() - expected.double()
+        self._count += difference.numel()
+        self._sum += float(difference.sum())
+        self._largest = max(self._largest, float(difference.abs().nan_to_num(nan=torch.inf).max()))
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the mean difference and the largest one; None where an output was not finite."""
+        finite = self._largest < torch.inf
+        return {
+            "mean": self._sum / max(1, self._count) if finite else None,
+            "largest": self._largest if finite else None,
+        }
+
+
 class Stagnation:
     """Counts the updates that are smaller than half a unit in the last place of their weight, rounded to `dtype`."""
 
@@ -130,6 +167,14 @@ class Stagnation:
             update = (some_gradients.float() * step).abs_()
             self.updates += int(torch.count_nonzero(update))
             self.stagnated += int(torch.count_nonzero((update < half_unit) & (update > 0)))
+
+
+def drop_negligible(gradient: Tensor) -> None:
+    """Set the elements of a float64 gradient that are below `NEGLIGIBLE` of its largest to 0, in place."""
+    low, high = gradient.aminmax()
+    bound = max(-float(low), float(high)) * NEGLIGIBLE
+    for part in pieces(gradient) if gradient.is_contiguous() else [gradient]:
+        part.copy_(F.hardshrink(part, bound))
 
 
 def parts(sketch: Sketch, rows: Tensor | None) -> list[tuple[slice, slice | Tensor]]:

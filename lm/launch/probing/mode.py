@@ -68,7 +68,7 @@ class Mode:
         logits = logits_of(loss)
         precision.backward(loss)
         parameters = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return ScaledGradients(parameters, boundaries | {LOGITS: logits})
+        return ScaledGradients(parameters, boundaries | {LOGITS: logits}, {"loss": loss.detach().double().reshape(1)})
 
 
 def _copy(model: RNNModel) -> RNNModel:

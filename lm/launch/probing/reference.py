@@ -5,23 +5,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lm.data.corpus import get_batch
 from lm.launch.probing.boundaries import LOGITS, tensor_names, watch
 from lm.model.language_model import Hidden, RNNModel, detach
 from roundoff.gradients.measure import ParameterGradients
-from roundoff.gradients.tally import pieces
+from roundoff.gradients.tally import drop_negligible
 
 SLICE_BYTES = 1 << 24
 """The size of a slice of float64 logits: 63 rows of 33,280. All 700 rows take 186 MB, and their gradient again."""
-
-NEGLIGIBLE = 2.0**-40
-"""The share of a tensor's largest element below which an element is taken for 0.
-
-A key's bias in attention has no gradient, since softmax does not see it. Float64's rounding leaves some 2**-50 there.
-"""
 
 
 class Batch(NamedTuple):
@@ -47,6 +40,7 @@ class Reference:
         weights: name of a parameter -> its weight, fp32.
         boundaries: name of a boundary -> its gradient, float64, but for the logits.
         hidden: the state after the last batch, float64; None before the first one.
+        outputs: "loss" of the last batch, in nats a word, float64.
     """
 
     def __init__(self, model: RNNModel) -> None:
@@ -56,6 +50,7 @@ class Reference:
         self.model.encoder.sparse = not model.options["tied"]  # 53 MB less at 33,280 words of 200 numbers
         self.boundaries = watch(self.model)
         self.hidden: Hidden | None = None
+        self.outputs: dict[str, Tensor] = {}
 
     def gradients(self) -> ParameterGradients:
         """Return each parameter's gradient of the mean cross entropy, float64, and the rows that it has.
@@ -87,7 +82,7 @@ class Reference:
         features.backward(gradient.view_as(features))  # type: ignore[no-untyped-call]
         self.model.encoder.weight.grad = _coalesced(self.model.encoder.weight)
         for found in (*(gradient for gradient, _ in self.gradients().values()), *self.boundaries.values()):
-            _drop_negligible(found)
+            drop_negligible(found)
         self.hidden = detach(hidden)
 
     def _decode(self, features: Tensor, targets: Tensor, see: Callable[[str, Tensor], None]) -> Tensor:
@@ -95,24 +90,20 @@ class Reference:
         weight, bias = self.model.decoder.weight.detach(), self.model.decoder.bias.detach()
         of_features, of_weight, of_bias = torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)
         rows = max(1, SLICE_BYTES // (8 * len(weight)))
+        loss = torch.zeros((), dtype=torch.float64)
         for start in range(0, len(features), rows):
             part, words = features[start : start + rows], targets[start : start + rows, None]
             gradient = torch.softmax(torch.addmm(bias, part, weight.t()), 1)
+            loss -= gradient.gather(1, words).log().sum()
             gradient.scatter_add_(1, words, gradient.new_full(words.shape, -1.0))
             gradient /= len(targets)
             see(LOGITS, gradient)
             torch.mm(gradient, weight, out=of_features[start : start + rows])
             of_weight.addmm_(gradient.t(), part)
             of_bias += gradient.sum(0)
+        self.outputs = {"loss": (loss / len(targets)).reshape(1)}
         self.model.decoder.weight.grad, self.model.decoder.bias.grad = of_weight, of_bias
         return of_features
-
-
-def _drop_negligible(gradient: Tensor) -> None:
-    low, high = gradient.aminmax()
-    bound = max(-float(low), float(high)) * NEGLIGIBLE
-    for part in pieces(gradient) if gradient.is_contiguous() else [gradient]:
-        part.copy_(F.hardshrink(part, bound))
 
 
 def _coalesced(parameter: Tensor) -> Tensor | None:

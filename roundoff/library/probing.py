@@ -1,0 +1,221 @@
+"""`probe`: what precision modes do to the gradient of any model."""
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundoff.device import peak_memory_bytes
+from roundoff.errors import CheckError, UsageError, printable
+from roundoff.extras import require_report
+from roundoff.gradients import advice
+from roundoff.gradients.measure import Measurement, Plan
+from roundoff.gradients.module import Loss, ModuleMode, ModuleReference, Task, check_task
+from roundoff.gradients.result import FORMAT, write_probe
+from roundoff.modes import Build, named
+from roundoff.runs.config_file import describe_device, versions
+from roundoff.terminal import progress_bar, say
+
+COVERS = [
+    "Errors are of one backward pass at one set of weights, with the rounding of the weights in them. Errors that add "
+    "up over steps, and what an optimizer makes of them, are not seen.",
+    "Elements that are inf or nan are counted as overflowed and left out of errors and bias.",
+    "Shares are of the elements that are not 0 in the reference (nor under 2**-40 of the tensor's largest). Predicted "
+    "ones are of the reference's own values, rounded to fp16 once; a mode's own have in them what was flushed further "
+    "up on the way back.",
+    "Noise, bias and their standard errors come from inner products of sketches, true to about 1%, and from as many "
+    "batches as are named here; other batches may differ.",
+]
+PROBED = ("fp32", "amp-fp16", "amp-bf16")
+
+
+class ProbeReport:
+    """What a probe found.
+
+    Attributes:
+        result: all of probe.json, as `roundoff.gradients.result` describes it.
+    """
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+    def __str__(self) -> str:
+        """Return the table, the advice, and what the figures do not cover; at most 100 columns wide."""
+        from roundoff.report.probe_table import table
+
+        return table(self.result)
+
+    def save(self, folder: str | Path) -> None:
+        """Write probe.json, probe.html and probe.png into `folder`, which is made.
+
+        Raises:
+            UsageError: a package of the extra `report` is not installed; probe.json is there then.
+            OSError: a file cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_probe(folder / "probe.json", self.result)
+        require_report()
+        from roundoff.report.probe_html import write_html
+        from roundoff.report.probe_png import write_png
+
+        write_html(folder / "probe.html", self.result)
+        write_png(folder / "probe.png", self.result)
+
+    def check(
+        self, *, error_to_noise: float | None = None, bias: float | None = None, forward: float | None = None
+    ) -> None:
+        """Check that no mode exceeds the bounds that are given; so a CI can hold a model to a precision.
+
+        Args:
+            error_to_noise: bound of each parameter's and of all parameters' error to noise.
+            bias: likewise, of the bias as a share of the mean gradient.
+            forward: bound of the largest difference of any output, in the output's own unit.
+
+        Raises:
+            CheckError: a figure is above its bound, or has none since something overflowed. It names the mode, the
+                tensor and the figure that exceeds its bound most.
+        """
+        bounds = {"error_to_noise": error_to_noise, "bias": bias}
+        found = [x for name, bound in bounds.items() if bound is not None for x in self._excesses(name, bound)]
+        if forward is not None:
+            found += self._forward_excesses(forward)
+        if found:
+            _, worst = max(found)
+            others = f"; so are {len(found) - 1} more figures above theirs" if len(found) > 1 else ""
+            raise CheckError(f"{worst}{others}")
+
+    def _excesses(self, figure: str, bound: float) -> list[tuple[float, str]]:
+        words, found = figure.replace("_", " "), []
+        parameters = {tensor["name"] for tensor in self.result["tensors"] if tensor["kind"] == "parameter"}
+        for mode, of_mode in self.result["modes"].items():
+            tensors = {name: values for name, values in of_mode["tensors"].items() if name in parameters}
+            for tensor, values in {"all parameters": of_mode["total"], **tensors}.items():
+                where = f"{printable(mode)}, {printable(tensor)}"
+                if values["overflowed"]:
+                    share = values["overflowed"]
+                    found.append((math.inf, f"{where}: {share:.2g} of the gradient overflowed, and has no {words}"))
+                elif values[figure] is not None and values[figure] > bound:
+                    said = f"{where}: {words} is {values[figure]:.3g}, above its bound {bound:g}"
+                    found.append((values[figure] / bound if bound else math.inf, said))
+        return found
+
+    def _forward_excesses(self, bound: float) -> list[tuple[float, str]]:
+        found = []
+        for mode, of_mode in self.result["modes"].items():
+            for output, figures in of_mode["forward"].items():
+                largest = math.inf if figures["largest"] is None else figures["largest"]
+                if largest > bound:
+                    said = f"{printable(mode)}, {printable(output)}: largest difference is {largest:.3g}"
+                    found.append((largest / bound if bound else math.inf, f"{said}, above its bound {bound:g}"))
+        return found
+
+
+def probe(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    modes: Sequence[str | Build] | Mapping[str, str | Build] = PROBED,
+    *,
+    state: Any = None,
+    watch: Sequence[str] = (),
+    reference: torch.dtype = torch.float64,
+    seed: int = 0,
+    lr: float | None = None,
+    clip: float = math.inf,
+    flush_limit: float = 1e-3,
+    job: Mapping[str, Any] | None = None,
+) -> ProbeReport:
+    """Measure what each mode does to the gradient of `loss`, and take no step.
+
+    Each mode's gradient is compared with that of the same model and loss in float64, for the same batches and dropout
+    masks. Parameters, buffers, gradients, random state and training flags of `model` are the same before and after.
+
+        def loss(model, batch):
+            images, labels = batch
+            return F.cross_entropy(model(images).float(), labels)
+
+        report = probe(model, loss, batches, ["fp32", "masters-fp16", "amp-bf16"])
+        print(report)
+
+    Args:
+        model: on the CPU or a GPU, in fp32, and in training mode where it is to train so.
+        loss: `loss(model, batch)` returns a scalar tensor, or a dict of tensors with the scalar "loss", whose other
+            entries are compared as outputs of the forward pass. With `state` it is `loss(model, batch, state)`, and
+            returns a pair: that, and the state for the next batch.
+        batches: at least 3, on the model's device; use `itertools.islice(loader, 32)` for some of many. Their floating
+            tensors are cast to the dtype that the weights have in each mode, within tuples, lists and dicts.
+        modes: names of stock modes (`roundoff.modes`), or a dict of name -> `Build`.
+        state: of the loss before the first batch, such as a recurrent layer's; floating tensors in tuples.
+        watch: names of submodules of whose outputs the gradients are counted, too.
+        reference: torch.float32 for a model that has no float64 kernels. Casts in model and loss to narrower dtypes
+            have no effect in the reference, so `.float()` before a loss may stay.
+        seed: of dropout and all else that is drawn.
+        lr, clip: of a plain SGD step, to count the updates that half weights without masters would lose.
+        flush_limit: the share of a gradient that a loss scale that serves may flush.
+        job: what is probed, for the records; any mapping.
+
+    Raises:
+        UsageError: the model or the loss cannot be probed, a mode is unknown or cannot run here, or there are fewer
+            than 3 batches.
+    """
+    start = time.monotonic()
+    task = Task(model, loss, tuple(watch), stateful=state is not None)
+    check_task(task)
+    builds = named(modes)
+    if reference not in (torch.float64, torch.float32):
+        raise UsageError(f"reference={reference}: allowed are torch.float64 and torch.float32")
+    contents = list(batches)
+    device = str(next(model.parameters()).device)
+    say(_announcement(task, builds, len(contents), reference))
+    made = [ModuleMode(name, build, task) for name, build in builds.items()]
+    plan = Plan(made, len(contents), seed, lr=lr, clip=clip, device=device)
+    truth = ModuleReference(task, reference, state)
+    measured = Measurement(truth, plan)
+    measured.run(truth.batches(progress_bar(contents, "probe")))
+    parameters = sum(p.numel() for p in model.parameters())
+    unused = [name for name in task.parameters() if name not in truth.reached]
+    environment = versions() | describe_device(device) | {"command": sys.argv}
+    result = {
+        "format": FORMAT,
+        "environment": environment,
+        "about": f"{type(model).__name__} of {parameters:,} parameters; {len(contents)} batches.",
+        "job": {"model": type(model).__name__, "parameters": parameters, **(job or {})},
+        "seed": seed,
+        "batches": len(contents),
+        "lr": lr,
+        "clip": clip if math.isfinite(clip) else None,
+        "flush_limit": flush_limit,
+    } | measured.figures(unused)
+    result |= advice.conclude(result) | {"covers": [*_covers(task, unused, reference), *COVERS]}
+    return ProbeReport(result | {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory_bytes(device)})
+
+
+def _announcement(task: Task, builds: Mapping[str, Build], batches: int, reference: torch.dtype) -> str:
+    """Return the line on the memory that will be taken, beside activations: reference, one mode's copy, sketches."""
+    numbers = sum(p.numel() for p in task.parameters().values())
+    sketches = sum(min(p.numel() * batches, 1 << 17) for p in task.parameters().values()) * (1 + 2 * len(builds))
+    bytes_needed = numbers * (2 * reference.itemsize + 4 + 4 + 1) + 4 * sketches
+    short = str(reference).removeprefix("torch.")
+    return (
+        f"| probe: {numbers:,} parameters, {batches} batches, {len(builds)} modes; takes about "
+        f"{bytes_needed / 2**20:,.0f} MiB beside activations: {short} weights and gradients, one mode's, sketches"
+    )
+
+
+def _covers(task: Task, unused: Sequence[str], reference: torch.dtype) -> list[str]:
+    short = str(reference).removeprefix("torch.")
+    said = [f"The true gradient is that of the same model, loss and batch in {short}, at the fp32 weights."]
+    if reference is torch.float32:
+        said.append("A reference in float32 has errors of its own: the error of mode fp32 is not seen.")
+    if not task.model.training:
+        said.append("The model was in evaluation mode: no dropout, and BatchNorm with its running statistics.")
+    if unused:
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        said.append(f"No gradient but rounding reached {', '.join(unused[:5])}{more}; they are left out.")
+    return said
