@@ -7,7 +7,19 @@ from roundoff.report import probe_view as view
 from roundoff.report.elements import bullets, flat, place_of, sample, switches, text, write_page
 from roundoff.report.panels import Panel
 from roundoff.report.probe_panels import panels
-from roundoff.report.probe_table import BOTH, COLUMNS, LEGEND, ROWS, about, noise, row, side_by_side
+from roundoff.report.probe_table import (
+    BOTH,
+    COLUMNS,
+    FORWARD,
+    FORWARD_LEGEND,
+    LEGEND,
+    ROWS,
+    about,
+    forward,
+    noise,
+    row,
+    side_by_side,
+)
 from roundoff.report.probe_view import Result
 from roundoff.report.summary import memory
 
@@ -29,6 +41,9 @@ def write_html(path: Path, result: Result) -> None:
         *advice(result, "h2"),
         "<h2>Results</h2>",
         *table(result, {mode: i for i, mode in enumerate(modes)}),
+        "<h3>Forward pass and critical batch</h3>",
+        _table(FORWARD, [f"<tr><td>{text(mode)}</td>{_cells(cells)}</tr>" for mode, *cells in forward(result)]),
+        f'<p class="caption">{text(FORWARD_LEGEND, 400)}</p>',
         "<h2>Figures</h2>",
         '<p class="caption">Tensors stand in the order of the forward pass. The buttons switch modes on and off; a '
         "double click on one shows it alone. Drag to zoom, double click to return.</p>",

@@ -15,6 +15,17 @@ COLUMNS = {  # header -> alignment
     "over-\nflowed": "right",
     "stag-\nnated": "right",
 }
+FORWARD = {
+    "mode": "left",
+    "critical\nbatch": "right",
+    "output": "left",
+    "mean\ndifference": "right",
+    "largest\ndifference": "right",
+}
+FORWARD_LEGEND = (
+    "Critical batch: so many of these batches in one have as little noise as the mode has bias; - where the bias "
+    "cannot be told from 0. Difference: of an output of the forward pass from the reference's, in the output's unit."
+)
 LEGEND = [
     "Error to noise: root mean square of the gradient's error, over the standard deviation of the float64 gradient "
     "from batch to batch.",
@@ -47,7 +58,7 @@ def table(result: Result, explained: bool = True) -> str:
     rows = [cells for mode in view.modes(result) for cells in _rows(result, mode)]
     sections: dict[str, list[str]] = {}
     if explained:
-        sections["Columns"] = [ROWS, *LEGEND]
+        sections["Columns"] = [ROWS, *LEGEND, FORWARD_LEGEND]
         for what, title in BOTH.items():
             heads, pairs = side_by_side(result, what)
             sections[title] = grid(pairs[:LONGEST_GRID], heads).splitlines() if pairs else []
@@ -55,10 +66,25 @@ def table(result: Result, explained: bool = True) -> str:
     if explained:
         sections["What the figures do not cover"] = result["covers"]
     text = [f"{about(result)}\n{noise(result)}", grid(rows, COLUMNS)]
+    if outputs := forward(result):
+        text.append(grid(outputs, FORWARD))
     for title, lines in sections.items():
         if lines:
             text.append("\n".join([f"{title}:", *(f"  {printable(line, LONGEST_SENTENCE)}" for line in lines)]))
     return "\n\n".join(text)
+
+
+def forward(result: Result) -> list[list[str]]:
+    """Return a row for each mode and output of the forward pass: see `FORWARD`."""
+    rows = []
+    for mode, found in result["modes"].items():
+        batch = found["total"]["critical_batch"]
+        first = [view.short(printable(mode), LONGEST_NAME), "-" if batch is None else f"{batch:.2g}"]
+        for name, figures in found["forward"].items():
+            differences = ["not finite" if x is None else _number(x) for x in (figures["mean"], figures["largest"])]
+            rows.append([*first, view.short(printable(name)), *differences])
+            first = ["", ""]
+    return rows
 
 
 def _rows(result: Result, mode: str) -> list[list[str]]:

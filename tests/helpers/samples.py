@@ -58,7 +58,17 @@ def values(name: str, mode: str) -> dict[str, float | None]:
     error *= 1 + (len(name) % 5) / 2
     if kind == "boundary":
         return (
-            dict.fromkeys(("error_to_noise", "error_to_noise_error", "bias", "bias_error", "bias_flushed", "stagnated"))
+            dict.fromkeys(
+                (
+                    "error_to_noise",
+                    "error_to_noise_error",
+                    "bias",
+                    "bias_error",
+                    "bias_flushed",
+                    "stagnated",
+                    "critical_batch",
+                )
+            )
             | found
         )
     return found | {
@@ -67,6 +77,7 @@ def values(name: str, mode: str) -> dict[str, float | None]:
         "bias": error / 4,
         "bias_error": error / 30,
         "bias_flushed": error * (found["flushed"] or 0.0),
+        "critical_batch": None if mode == "fp32" else (4 / error) ** 2,
         "stagnated": 1e-6 if mode == "fp32" else 0.86 if mode == "amp-bf16" else 0.31,
     }
 
@@ -89,6 +100,7 @@ def sample() -> dict[str, Any]:
             "computes": {"fp32": "float32", "amp-bf16": "bfloat16"}.get(mode, "float16"),
             "dtype": dtype,
             "weights": weights,
+            "forward": {"loss": {"mean": -1e-4 * scale**-0.5, "largest": 2e-4}},
             "total": values("total", mode),
             "tensors": {name: values(name, mode) for name in TENSORS},
         }

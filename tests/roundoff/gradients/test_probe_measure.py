@@ -143,14 +143,16 @@ def shares(found: Vectors, true: Vectors, dtype: torch.dtype) -> dict[str, float
     }
 
 
-def figures(found: Vectors, true: Vectors, mode: Mode) -> dict[str, float]:
+def figures(found: Vectors, true: Vectors, mode: Mode) -> dict[str, float | None]:
     """All that is said of a parameter, or of several, in a mode; `found` is still scaled."""
     pairs = [list(zip(fs, ts, strict=True)) for fs, ts in zip(found, true, strict=True)]
     errors = [[f / mode.scale - t if math.isfinite(f) else 0.0 for f, t in batch] for batch in pairs]
     lost = [[-t if f == 0 else 0.0 for f, t in batch] for batch in pairs]
     square, spread = bias_squared(true, errors), jackknife(bias_squared, true, errors)
     bias = math.sqrt(max(0.0, square))
+    certain = (square + spread) < 1.5 * square
     return {
+        "critical_batch": (noise(true) / (bias * mean_norm(true))) ** 2 if certain else None,
         "error_to_noise": error_to_noise(true, errors),
         "error_to_noise_error": jackknife(error_to_noise, true, errors),
         "bias": bias,
@@ -222,7 +224,7 @@ def test_each_mode(measured, index: int) -> None:
     mode = modes[index]
     said = found["modes"][mode.name]
     if index == 1:  # something of everything but this
-        assert [what for what in VALUES if not said["total"][what]] == ["bias_flushed"]
+        assert [what for what in VALUES if not said["total"][what]] == ["bias_flushed", "critical_batch"]
         assert found["modes"][modes[0].name]["tensors"]["bias"]["bias_flushed"] > 0.1
     assert (said["loss_scale"], said["description"], said["weights"]) == (mode.scale, "made up", "float32")
     assert said["computes"] == said["dtype"] == str(mode.dtype).removeprefix("torch.")
@@ -234,7 +236,11 @@ def test_each_mode(measured, index: int) -> None:
             assert {k: v for k, v in values.items() if v is not None} == close(shares(scaled, true, mode.dtype))
         else:
             lost = {"stagnated": stagnated(reference.weights, truth(), names, mode.dtype)}
-            assert values == close(figures(scaled, true, mode) | lost), name
+            expected = figures(scaled, true, mode) | lost
+            assert (values["critical_batch"] is None) == (expected["critical_batch"] is None)
+            known = {what for what, x in expected.items() if x is not None}
+            assert values.keys() == expected.keys()
+            assert {what: values[what] for what in known} == close({what: expected[what] for what in known}), name
 
 
 def test_the_loss_scales(measured) -> None:

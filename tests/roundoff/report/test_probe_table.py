@@ -47,8 +47,18 @@ def test_sentences_around_the_table() -> None:
 def test_without_explanations_the_figures_and_the_advice_are_left() -> None:
     result = sample()
     whole, brief = table(result).split("\n\n"), table(result, explained=False).split("\n\n")
-    assert brief == [*whole[:2], whole[5]]
-    assert brief[2].splitlines() == ["Advice:", *(f"  {sentence}" for sentence in result["advice"])]
+    assert brief == [*whole[:3], whole[6]]
+    assert brief[3].splitlines() == ["Advice:", *(f"  {sentence}" for sentence in result["advice"])]
+
+
+def test_the_forward_pass_and_the_critical_batch() -> None:
+    """The mode and its critical batch stand in the first of its rows alone."""
+    result = sample()
+    result["modes"]["manual"]["forward"]["logits"] = {"mean": None, "largest": None}
+    rows = [line.split() for line in table(result).split("\n\n")[2].splitlines()]
+    assert rows[3] == ["fp32", "-", "loss", "-1.0e-04", "2.0e-04"]
+    assert rows[4][:3] == ["manual", f"{result['modes']['manual']['total']['critical_batch']:.2g}", "loss"]
+    assert rows[5] == ["logits", "not", "finite", "not", "finite"]
 
 
 def test_prediction_stands_beside_measurement_and_the_largest_share_first() -> None:
