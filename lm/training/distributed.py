@@ -82,7 +82,7 @@ def rank_0_first() -> Iterator[None]:
 
 
 def destroy_process_group() -> None:
-    """Leave the process group."""
+    """Leave the process group. With nccl this waits for all messages under way, for ever if a process is lost."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -182,6 +182,19 @@ def leave_alone(moment: str, n: int) -> None:
     _when(moment, n, act)
 
 
+def leaving(hangs: bool) -> None:
+    """Let each rank that leaves the process group write the file `left-<rank>`, and then, if asked, hang for ever."""
+    leave = dist.destroy_process_group
+
+    def left() -> None:
+        Path(f"left-{processes.rank()}").touch()
+        while hangs:
+            time.sleep(1)
+        leave()
+
+    dist.destroy_process_group = left
+
+
 def signal_torchrun(moment: str, n: int, number: int) -> None:
     """Send torchrun a signal at a moment, and go on once torchrun has sent it here."""
     read, write = os.pipe()

@@ -180,6 +180,27 @@ def test_kill_9_names_nobody_else(ranks):
     assert "Traceback" not in "".join(ended.err)
 
 
+LEAVES = {  # -> what happens to rank 1; whether leaving hangs; exit codes; lines of error, each by its beginning
+    "nothing": (None, False, [0, 0], []),
+    "SIGTERM": ("SIGTERM", False, [143, 143], []),
+    "kill -9": ("kill -9", True, [1, -signal.SIGKILL], [LOST.format(1)]),
+    "mistake": ("mistake", True, [1, 70], [LOST.format(1)]),
+    "Ctrl-C twice": ("Ctrl-C twice", True, [1, 130], [LOST.format(1)]),
+}
+
+
+@pytest.mark.parametrize("case", LEAVES)
+def test_only_those_who_have_all_come_to_the_end_leave_the_group(ranks, case):
+    """With nccl, leaving waits for messages under way, and so for ever for a rank that has gone."""
+    do, hangs, codes, lines = LEAVES[case]
+    fault = {} if do is None else {"at": STOP | {"do": do, "rank": 1}}
+    ended = ranks.run(2, "main", *TRAIN, leaving={"hangs": hangs}, patience={"roll_call": 3}, **fault)
+    for code, expected in zip(ended.codes, codes, strict=True):
+        assert code in (expected, -signal.SIGTERM), ended
+    assert [line.startswith(start) for line, start in zip(errors(ended), lines, strict=True)] == [True] * len(lines)
+    assert [path.name for path in sorted(ranks.folder.glob("left-*"))] == ([] if hangs else ["left-0", "left-1"])
+
+
 def test_no_rank_waits_for_others_once_it_has_failed(ranks):
     """Nor for a thread that carries a message to them, which would wait for as long as they hang."""
     ended = ranks.run(2, "main", *TRAIN, leave_alone=STOP | {"moment": "train_step"})
