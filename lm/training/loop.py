@@ -73,7 +73,7 @@ class Training:
         self.eval_batches = 1 if args.dry_run else None
         self.max_steps: int = 1 if args.dry_run else args.max_steps or sys.maxsize
         self.dtypes = try_once(model, precision, args)
-        self.stop = StopSignals()
+        self.stop = StopSignals(distributed.STOP_INTERVAL.get(args.device.partition(":")[0], 1))
         distributed.own_random_numbers(args.seed)
         config = describe(args, corpus, model, self.dtypes)
         self.records, start = start_run(args, corpus, model, precision, config)

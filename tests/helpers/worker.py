@@ -242,6 +242,11 @@ def patience(timeout: float = 60.0, roll_call: float = 0.3) -> None:
     distributed.ROLL_CALL = roll_call
 
 
+def stop_interval(steps: int) -> None:
+    """How many steps share a message about signals."""
+    distributed.STOP_INTERVAL["cpu"] = steps
+
+
 def gpus(count: int) -> None:
     """Let this machine seem to have as many GPUs."""
     torch.cuda.device_count = lambda: count  # type: ignore[assignment]

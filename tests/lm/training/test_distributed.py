@@ -10,9 +10,11 @@ import signal
 
 import pytest
 import torch
+from torch import distributed as dist
 
 import jobs
 from lm.model.model_file import load_model
+from lm.training import distributed
 from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS
 from programs import BATCHES, TINY, read_rows, read_run
 from ranks import Ended, torchrun
@@ -284,6 +286,41 @@ def test_an_overflow_that_stays_ends_all(ranks, full):
         result = read_run(ranks.folder / "run").result
         assert (result["status"], result["steps"], result["skipped"]) == ("diverged", 8, 4)
         assert "has diverged" in refused(ranks, 2, "--resume", "run", script="main_amp")
+
+
+@pytest.mark.parametrize(
+    ("every", "rank", "moment", "n", "steps"),
+    [(1, 1, "backward", 7, 8), (10, 1, "backward", 7, 18), (10, 0, "backward", 11, 27), (10, 1, "evaluation", 1, 27)],
+)
+def test_sigterm_to_one_rank_ends_all_at_the_same_step(ranks, every, rank, moment, n, steps):
+    """At the second message from then on; an epoch asks 21 times: 18 steps, 2 batches of validation, its end."""
+    stop = {"moment": moment, "n": n, "do": "SIGTERM", "rank": rank}
+    flags = ["--epochs", "3", "--checkpoint-interval", "7", "--dropout", "0.3"]
+    ended = ranks.run(2, "main", *TINY, *flags, at=stop, stop_interval={"steps": every}, dump={"name": "dump"})
+    assert (ended.codes, errors(ended)) == ([143, 143], []), ended
+    assert [len(rows) for rows in read_dumps(ranks.folder, "dump")] == [steps, steps]
+    assert read_one(ranks.folder / "run" / FILE)["records"]["steps"] == steps
+    assert read_run(ranks.folder / "run").result["status"] == "interrupted"
+
+
+class Message:
+    """Stands for an all-reduce under way."""
+
+    def wait(self) -> None:
+        """It has arrived."""
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_processes_ask_each_other_at_every_tenth_step(monkeypatch, every):
+    sent = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda value, *_, async_op: sent.append(value.item()) or Message())
+    maximum = distributed.Maximum(every)
+    answers = [maximum(2 if call > 25 else 0) for call in range(1, 101)]
+    assert len(sent) == 100 // every
+    assert sum(value == 0 for value in sent) == 25 // every
+    assert answers.index(2) + 1 == (27 if every == 1 else 40)
+    assert set(answers[answers.index(2) :]) == {2}
 
 
 @pytest.mark.slow
