@@ -31,7 +31,7 @@ HALF = (torch.float16, torch.bfloat16)
 STOP_INTERVAL = {"cuda": 10}
 """How many steps share a message about signals, by device; elsewhere each step sends one.
 
-The message takes up to 0.2 ms. A step takes some 2 ms on a GPU, and 100 ms or more on a CPU.
+By estimate the message takes up to 0.2 ms, and a step some 2 ms on a GPU. On a CPU a step takes 100 ms and more.
 """
 STORE_TIMEOUT = timedelta(seconds=3)  # for torchrun's store, which is there before any process
 
@@ -120,7 +120,7 @@ def average_in_fp32(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Te
 
     DistributedDataParallel itself divides half gradients in half before it sums them, and sums them in half. Of a
     gradient near the smallest subnormal number nothing is left then: with 4 processes two more binades are lost at
-    the same loss scale. In fp32 no finite fp16 gradients overflow in the sum. Twice as many bytes travel.
+    the same loss scale. Finite fp16 gradients cannot overflow in an fp32 sum. Twice as many bytes travel.
     """
     half: Tensor = bucket.buffer()
     work = dist.all_reduce(half.float(), async_op=True)
