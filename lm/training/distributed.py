@@ -102,8 +102,8 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
     Gradients are views of the memory in which they travel, so they may be changed in place, but not detached. On
     GPUs messages are larger than torch's own choice, and fewer. On a CPU they are not: with more than two processes
-    their size decides the order of sums, and so the bits. `static_graph` is not set: then torch orders its sums by
-    the second backward pass, so that the first step of a resumed run is another one. It would gain nothing here,
+    their size decides the order of sums, and so the bits. `static_graph` is not set. With it torch would order its
+    sums by the second backward pass, and the first step of a resumed run would differ. It would gain nothing here,
     because every parameter is used in every step.
     """
     if world_size() == 1:
