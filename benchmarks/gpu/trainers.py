@@ -1,0 +1,161 @@
+"""The trainers as a user starts them, each run in a process of its own.
+
+A server imports torch once and forks the processes, which spares seconds a run. Where a forked process cannot use the
+GPU, each run starts from nothing.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.packages import ROOT
+from benchmarks.gpu.settings import Settings
+from roundoff.errors import RunError
+
+SECONDS = 150
+"""The longest that a run may take."""
+AT_ONCE = 4
+"""Runs at a time on a GPU, where their speed does not matter."""
+SMALL = ("--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        directory: its --run-dir.
+        model: what --save wrote.
+        seconds: that it took, from the start of its process.
+    """
+
+    directory: Path
+    model: Path
+    seconds: float
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        return _object(self.directory / "config.json")
+
+    def result(self) -> dict[str, Any]:
+        """Return result.json."""
+        return _object(self.directory / "result.json")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of steps.jsonl or epochs.jsonl."""
+        return [json.loads(line) for line in (self.directory / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+class Trainers:
+    """Starts trainers on one device and one corpus.
+
+    Args:
+        settings: of the part.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folder = Path(settings.scratch, f"runs-{os.getpid()}")
+        self._folder.mkdir()
+        self._context: Any = self._forking()
+
+    def _forking(self) -> Any:
+        """Return the context of multiprocessing that serves; start its server."""
+        os.environ["PYTHONPATH"] = str(ROOT)  # the server's only way to find what it imports in advance
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or an import may start CUDA, which no fork survives
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it finds what a killed run has left
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch._dynamo", "lm.launch.entry", "lm.training.loop"])
+        process = context.Process(target=_try, args=(self._settings.device,))
+        process.start()
+        process.join(SECONDS)
+        return context if process.exitcode == 0 else multiprocessing.get_context("spawn")
+
+    def train(self, name: str, script: str, *words: str, die: bool = False) -> Run:
+        """Run `script` to its end, or with `die` until it has killed itself after its first checkpoint.
+
+        Raises:
+            RunError: it ended in another way.
+        """
+        directory, model = self._folder / name, self._folder / f"{name}.safetensors"
+        places = ["--data", self._settings.data, "--run-dir", str(directory), "--save", str(model)]
+        device = ["--device", self._settings.device, *(SMALL if self._settings.small else ())]
+        return self._start(Run(directory, model, 0.0), [script, *places, *device, *words], die)
+
+    def resume(self, run: Run, script: str) -> Run:
+        """Let `script` go on with a run that was killed."""
+        return self._start(run, [script, "--resume", str(run.directory)], die=False)
+
+    def _start(self, run: Run, words: Sequence[str], die: bool) -> Run:
+        log = run.directory.with_suffix(".log")
+        start = time.monotonic()
+        process = self._context.Process(target=_work, args=(list(words), log, die))
+        process.start()
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            raise RunError(f"{' '.join(words)}: it did not end within {SECONDS} s")
+        if process.exitcode != (-signal.SIGKILL if die else 0):
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+            raise RunError(f"{' '.join(words)}: exit code {process.exitcode}: {last}")
+        return Run(run.directory, run.model, time.monotonic() - start)
+
+    def at_once(self, function: Any, items: Sequence[Any]) -> list[Any]:
+        """Return what `function` returns for each of `items`; an exception stands in place of what it returned."""
+
+        def attempt(item: Any) -> Any:
+            try:
+                return function(item)
+            except Exception as error:  # the other runs go on
+                return error
+
+        with ThreadPoolExecutor(1 if self._settings.small else AT_ONCE) as pool:
+            return list(pool.map(attempt, items))
+
+
+def _try(device: str) -> None:
+    """Exit with 1 where a process that is forked cannot use `device`."""
+    import torch
+
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError:
+        sys.exit(1)
+
+
+def _work(words: list[str], log: Path, die: bool) -> None:
+    """Become `python words`, with the output in `log`."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if die:
+        _die_after_the_first_checkpoint()
+    sys.argv = words
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def _die_after_the_first_checkpoint() -> None:
+    loop: Any = importlib.import_module("lm.training.loop")
+    write = loop.write_checkpoint
+
+    def write_and_die(*args: Any) -> None:
+        write(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.write_checkpoint = write_and_die
