@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import report
-from benchmarks.gpu.packages import BASE, require
+from benchmarks.gpu.packages import BASE, ROOT, require
 from benchmarks.gpu.settings import Settings, short_corpus
+from lm.data import corpora
 from lm.data.corpora import BUILT_IN, DEFAULT
 from lm.options.device import find_device
 from roundoff.cli import OneLineParser, whole
 from roundoff.errors import UsageError
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Part:
     """A part of the command.
 
     Attributes:
-        module: has `run(report, settings)`.
+        module: has `run(report, settings)`; it is imported in the part's own process.
         seconds: after which it is stopped.
         packages: that it needs beyond torch and numpy.
         about: what it does.
@@ -48,12 +47,18 @@ class Part:
 
 
 PARTS = {
-    "facts": Part("facts", 60, (), "what torch and cuDNN do here, where it decides how this project must be"),
-    "tests": Part("suite", 180, ("pytest", *BASE), "the tests marked cuda"),
-    "speed": Part("speed", 150, BASE, "a plain loop and five modes: step, launch, kernels, memory, evaluation"),
-    "commands": Part("commands", 180, BASE, "nine commands of the README, 400 steps each"),
-    "bits": Part("bits", 150, BASE, "whether runs that must be equal are so in every bit"),
-    "resume": Part("resume", 120, BASE, "kill -9 at a checkpoint, resume, and compare with a run never stopped"),
+    "facts": Part(
+        "benchmarks.gpu.facts", 60, (), "what torch and cuDNN do here, where it decides how this project must be"
+    ),
+    "tests": Part("benchmarks.gpu.suite", 180, ("pytest", *BASE), "the tests marked cuda"),
+    "speed": Part(
+        "benchmarks.gpu.speed", 150, BASE, "a plain loop and five modes: step, launch, kernels, memory, evaluation"
+    ),
+    "commands": Part("benchmarks.gpu.commands", 180, BASE, "nine commands of the README, 400 steps each"),
+    "bits": Part("benchmarks.gpu.bits", 150, BASE, "whether runs that must be equal are so in every bit"),
+    "resume": Part(
+        "benchmarks.gpu.resume", 120, BASE, "kill -9 at a checkpoint, resume, and compare with a run never stopped"
+    ),
 }
 
 
@@ -113,9 +118,10 @@ def main(argv: list[str]) -> int:
         if device == "cpu":
             data = short_corpus(data, Path(scratch, "corpus"))
         settings = Settings(args.out.resolve(), device, data, Path(scratch))
-        reports = [run_part(name, settings, deadline) for name in args.parts]
+        reports = [run_part(name, PARTS[name], settings, deadline) for name in args.parts]
+    print()
     for content in reports:
-        print(summary(content))
+        print("\n".join((summary(content), *lessons(content))))
     print(f"the reports are in {args.out}")
     return int(any(content["error"] for content in reports))
 
@@ -126,8 +132,6 @@ def corpus(given: str | None) -> str:
     Raises:
         UsageError: it cannot be read.
     """
-    from lm.data import corpora
-
     if given == BUILT_IN:
         return given
     data = str((ROOT / DEFAULT) if given is None else Path(given).resolve())
@@ -135,15 +139,15 @@ def corpus(given: str | None) -> str:
     return data
 
 
-def run_part(name: str, settings: Settings, deadline: float) -> dict[str, Any]:
+def run_part(name: str, part: Part, settings: Settings, deadline: float) -> dict[str, Any]:
     """Run a part in a process of its own, to its end or the end of its time; return its report."""
-    part, path = PARTS[name], settings.out / f"{name}.json"
-    print(f"{name:8} | {part.about}", flush=True)
+    path = settings.out / f"{name}.json"
+    print(f"{name:8} | {part.about}{', here at a small size' if settings.small else ''}", flush=True)
     seconds = min(part.seconds, deadline - time.monotonic())
     report.Report(path, name, settings.device)  # in place of one from an earlier call
     if seconds <= 0:
         return failed(path, name, "no time was left for it")
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(name, path, settings))
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(name, part, path, settings))
     process.start()
     try:
         process.join(seconds)
@@ -157,19 +161,18 @@ def run_part(name: str, settings: Settings, deadline: float) -> dict[str, Any]:
     return content
 
 
-def work(name: str, path: Path, settings: Settings) -> None:
+def work(name: str, part: Part, path: Path, settings: Settings) -> None:
     """Run a part in this process, which becomes the head of a group with all the processes that it starts."""
     os.setpgid(0, 0)
-    run_here(name, path, settings)
+    run_here(name, part, path, settings)
 
 
-def run_here(name: str, path: Path, settings: Settings) -> None:
-    """Run a part; all that goes wrong stands in its report."""
-    part = PARTS[name]
+def run_here(name: str, part: Part, path: Path, settings: Settings) -> None:
+    """Run a part in this process; all that goes wrong stands in its report."""
     content = report.Report(path, name, settings.device)
     try:
         require(part.packages)
-        importlib.import_module(f"benchmarks.gpu.{part.module}").run(content, settings)
+        importlib.import_module(part.module).run(content, settings)
     except Exception as error:  # the other parts go on
         content.fail(error)
     content.end()
@@ -193,5 +196,12 @@ def summary(content: dict[str, Any]) -> str:
     """Return a line on a report."""
     checks = content["checks"]
     good = sum(check["as_expected"] for check in checks)
-    line = f"{content['part']:8} | {content['seconds']:5.1f} s | {good} of {len(checks)} checks as expected"
+    line = f"{content['part']:8} | {content['seconds']:.1f} s"
+    if checks:
+        line += f" | {good} of {len(checks)} as expected"
     return f"{line} | FAILED: {content['error'][:300]}" if content["error"] else line
+
+
+def lessons(content: dict[str, Any]) -> list[str]:
+    """Return a line for each check that is not as expected, or that settles a doubt."""
+    return [report.line_of(check) for check in content["checks"] if not check["as_expected"] or "means" in check]

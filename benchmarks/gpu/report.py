@@ -71,8 +71,7 @@ class Report:
         if required and not good:
             self._errors.append(f"{name}: {found}")
         self._write()
-        verdict = "as expected" if good else "WRONG" if required else "unexpected"
-        self._say(f"{verdict:11} | {name}: {found} (expected: {expected}){f' -> {meaning}' if meaning else ''}")
+        self._say(line_of(entry))
 
     def figure(self, line: str, **values: Any) -> None:
         """Print `line`, and keep the figures behind it."""
@@ -110,6 +109,13 @@ class Report:
     def _write(self) -> None:
         self.content["seconds"] = round(time.monotonic() - self._start, 1)
         write(self._path, self.content)
+
+
+def line_of(check: Mapping[str, Any]) -> str:
+    """Return an entry of `checks` as a line."""
+    verdict = "as expected" if check["as_expected"] else "WRONG" if check["required"] else "unexpected"
+    meaning = f" -> {check['means']}" if "means" in check else ""
+    return f"{verdict:11} | {check['name']}: {check['found']} (expected: {check['expected']}){meaning}"
 
 
 def one_line(error: BaseException) -> str:

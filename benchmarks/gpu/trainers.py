@@ -4,6 +4,7 @@ A server imports torch once and forks the processes, which spares seconds a run.
 GPU, each run starts from nothing.
 """
 
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +36,13 @@ class Run:
     """A run that has ended.
 
     Attributes:
-        directory: its --run-dir.
-        model: what --save wrote.
+        directory: its --run-dir; without the checkpoints, unless it was killed.
+        model: digest of what --save wrote; "" if it was killed.
         seconds: that it took, from the start of its process.
     """
 
     directory: Path
-    model: Path
+    model: str
     seconds: float
 
     def config(self) -> dict[str, Any]:
@@ -70,8 +72,7 @@ class Trainers:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._folder = Path(settings.scratch, f"runs-{os.getpid()}")
-        self._folder.mkdir()
+        self._folder = Path(tempfile.mkdtemp(dir=settings.scratch))
         self._context: Any = self._forking()
 
     def _forking(self) -> Any:
@@ -92,28 +93,36 @@ class Trainers:
         Raises:
             RunError: it ended in another way.
         """
-        directory, model = self._folder / name, self._folder / f"{name}.safetensors"
-        places = ["--data", self._settings.data, "--run-dir", str(directory), "--save", str(model)]
+        directory = self._folder / name
+        places = [
+            "--data",
+            self._settings.data,
+            "--run-dir",
+            str(directory),
+            "--save",
+            str(_beside(directory, ".safetensors")),
+        ]
         device = ["--device", self._settings.device, *(SMALL if self._settings.small else ())]
-        return self._start(Run(directory, model, 0.0), [script, *places, *device, *words], die)
+        return self._start(directory, [script, *places, *device, *words], die)
 
     def resume(self, run: Run, script: str) -> Run:
         """Let `script` go on with a run that was killed."""
-        return self._start(run, [script, "--resume", str(run.directory)], die=False)
+        return self._start(run.directory, [script, "--resume", str(run.directory)], die=False)
 
-    def _start(self, run: Run, words: Sequence[str], die: bool) -> Run:
-        log = run.directory.with_suffix(".log")
+    def _start(self, directory: Path, words: Sequence[str], die: bool) -> Run:
+        log = _beside(directory, ".log")
         start = time.monotonic()
         process = self._context.Process(target=_work, args=(list(words), log, die))
         process.start()
         process.join(SECONDS)
         if process.is_alive():
             process.kill()
-            raise RunError(f"{' '.join(words)}: it did not end within {SECONDS} s")
+            raise RunError(f"{words[0]} did not end within {SECONDS} s")
         if process.exitcode != (-signal.SIGKILL if die else 0):
             last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-            raise RunError(f"{' '.join(words)}: exit code {process.exitcode}: {last}")
-        return Run(run.directory, run.model, time.monotonic() - start)
+            raise RunError(f"{words[0]} ended with exit code {process.exitcode}: {last}")
+        seconds = time.monotonic() - start
+        return Run(directory, "" if die else _tidy(directory), seconds)
 
     def at_once(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Return what `function` returns for each of `items`; an exception stands in place of what it returned."""
@@ -126,6 +135,19 @@ class Trainers:
 
         with ThreadPoolExecutor(1 if self._settings.small else AT_ONCE) as pool:
             return list(pool.map(attempt, items))
+
+
+def _beside(directory: Path, end: str) -> Path:
+    return directory.parent / f"{directory.name}{end}"
+
+
+def _tidy(directory: Path) -> str:
+    """Remove the model and the checkpoints of a run, which are large; return the digest of the model."""
+    model = _beside(directory, ".safetensors")
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    for path in (model, *directory.glob("checkpoint*.safetensors")):
+        path.unlink()
+    return digest
 
 
 def _try(device: str) -> None:
