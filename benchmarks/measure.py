@@ -47,8 +47,9 @@ def interleaved(
 
 def synchronise(device: str) -> None:
     """Wait until `device` has done all that it was given; a CPU has done it already."""
-    if torch.device(device).type != "cpu":
-        torch.get_device_module(device).synchronize(device)
+    kind = torch.device(device).type
+    if kind != "cpu":
+        torch.get_device_module(kind).synchronize(*([] if kind == "mps" else [device]))
 
 
 def spread(values: list[float]) -> dict[str, float]:

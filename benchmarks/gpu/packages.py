@@ -47,7 +47,7 @@ def require(packages: tuple[str, ...]) -> None:
     if wanted := missing(packages):
         raise RunError(
             f"it needs {' and '.join(wanted)}; bring the wheels in a folder WHEELS, then run: python -m pip install "
-            f"--no-index --find-links WHEELS {' '.join(repr(name) for name in wanted)}"
+            f"--no-index --no-deps --find-links WHEELS {' '.join(repr(name) for name in wanted)}"
         )
 
 

@@ -54,7 +54,7 @@ def record(report: Report, results: Path, command: str) -> None:
             if needed:
                 absent[name] = needed[1]
             else:
-                failures[name] = last_error(text)
+                failures[name] = error_of(text)
     skipped = sum(case.find("skipped") is not None for case in cases)
     passed = len(cases) - skipped - len(failures) - len(absent)
     report.figure(
@@ -79,8 +79,8 @@ def slowest(cases: list[ET.Element], count: int = 5) -> list[tuple[str, float]]:
     return sorted(times, key=lambda pair: -pair[1])[:count]
 
 
-def last_error(text: str) -> str:
-    """Return the last line that pytest marks as an error, else the last line."""
+def error_of(text: str) -> str:
+    """Return the first line that pytest marks as an error, else the last line."""
     marked = [line[1:].strip() for line in text.splitlines() if re.match(r"E\s+\S", line)]
     return (marked[0] if marked else last_line(text))[:300]
 

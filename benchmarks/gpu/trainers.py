@@ -79,7 +79,6 @@ class Trainers:
         """Return the context of multiprocessing that serves; start its server."""
         os.environ["PYTHONPATH"] = str(ROOT)  # the server's only way to find what it imports in advance
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or an import may start CUDA, which no fork survives
-        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it finds what a killed run has left
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch._dynamo", "lm.launch.entry", "lm.training.loop"])
         process = context.Process(target=_try, args=(self._settings.device,))
@@ -162,6 +161,7 @@ def _try(device: str) -> None:
 
 def _work(words: list[str], log: Path, die: bool) -> None:
     """Become `python words`, with the output in `log`."""
+    multiprocessing.set_start_method(None, force=True)  # as in a process of its own
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
