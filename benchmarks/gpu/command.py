@@ -74,7 +74,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         metavar="FOLDER",
-        help=f"the corpus, as for the trainers (default: {DEFAULT}); a CPU takes its first lines",
+        help="the corpus, as for the trainers (default: WikiText-2 of this project); a CPU takes its first lines",
     )
     parser.add_argument(
         "--seconds", type=whole, default=580, metavar="N", help="no part goes on after them (default: 580)"
@@ -93,12 +93,13 @@ def find(device: str | None) -> str:
     Raises:
         UsageError: it is not there, or neither a CPU nor a CUDA GPU.
     """
+    device = device or "cuda"
     try:
-        found = find_device(device or "cuda")
+        found = find_device(device)
     except UsageError as error:
-        if device is not None:
+        if not device.startswith("cuda"):
             raise
-        reason = str(error).partition(": ")[2].partition("; ")[0]
+        reason = str(error).removesuffix("; to run on the CPU, leave the flag out")
         raise UsageError(f"{reason}; --device cpu tries every part at a small size") from None
     if found != "cpu" and not found.startswith("cuda"):
         raise UsageError(f"--device {found} is not supported here; give cuda, cuda:N or cpu")

@@ -184,6 +184,7 @@ def peak_bytes(variant: Variant, device: str) -> int | None:
     """Return the most GPU memory that a process with this variant alone would hold; None on a CPU."""
     if device == "cpu":
         return None
+    variant.step()  # an evaluation has taken its gradients
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -26,6 +26,8 @@ from roundoff.errors import RunError
 
 SECONDS = 150
 """The longest that a run may take."""
+START_SECONDS = 60
+"""The longest that the server may take to start, and to fork a process that uses the GPU."""
 AT_ONCE = 4
 """Runs at a time on a GPU, where their speed does not matter."""
 SMALL = ("--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5")
@@ -66,6 +68,9 @@ def _object(path: Path) -> dict[str, Any]:
 class Trainers:
     """Starts trainers on one device and one corpus.
 
+    Attributes:
+        method: how processes are started: "forkserver", or "spawn" where a forked one cannot use the device.
+
     Args:
         settings: of the part.
     """
@@ -74,17 +79,21 @@ class Trainers:
         self._settings = settings
         self._folder = Path(tempfile.mkdtemp(dir=settings.scratch))
         self._context: Any = self._forking()
+        self.method: str = self._context.get_start_method()
 
     def _forking(self) -> Any:
-        """Return the context of multiprocessing that serves; start its server."""
+        """Return a context of multiprocessing that starts processes here; the server's, if it can."""
         os.environ["PYTHONPATH"] = str(ROOT)  # the server's only way to find what it imports in advance
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or an import may start CUDA, which no fork survives
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch._dynamo", "lm.launch.entry", "lm.training.loop"])
         process = context.Process(target=_try, args=(self._settings.device,))
         process.start()
-        process.join(SECONDS)
-        return context if process.exitcode == 0 else multiprocessing.get_context("spawn")
+        process.join(START_SECONDS)
+        if process.exitcode == 0:
+            return context
+        process.kill()
+        return multiprocessing.get_context("spawn")
 
     def train(self, name: str, script: str, *words: str, die: bool = False) -> Run:
         """Run `script` to its end, or with `die` until it has killed itself after its first checkpoint.
