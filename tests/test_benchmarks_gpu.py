@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import jobs
-from benchmarks.gpu import bits, command, commands, speed, suite
+from benchmarks.gpu import bits, command, commands, packages, speed, suite
 from benchmarks.gpu.command import PARTS, Part
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.settings import Settings
@@ -225,6 +225,15 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 """
+
+
+def test_a_package_that_is_too_old_is_asked_for(monkeypatch) -> None:
+    installed = {"safetensors": "0.8.0", "tqdm": None, "filelock": "3.9.1", "pytest": "8.0"}
+    monkeypatch.setattr(packages, "version", installed.__getitem__)
+    bounds = packages.bounds()
+    assert bounds.keys() >= set(packages.BASE)
+    wanted = [f"{name}>={bounds[name]}" for name in ("tqdm", "filelock")]
+    assert packages.missing(("pytest", *packages.BASE)) == wanted
 
 
 def test_the_command_starts_without_the_packages_of_the_base_install(tmp_path) -> None:

@@ -114,6 +114,7 @@ def main(argv: list[str]) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out}: this is a file; give a folder")
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _terminate)
     deadline = time.monotonic() + args.seconds
     with tempfile.TemporaryDirectory(prefix="roundoff-gpu-") as scratch:
         if device == "cpu":
@@ -125,6 +126,10 @@ def main(argv: list[str]) -> int:
         print("\n".join((summary(content), *lessons(content))))
     print(f"the reports are in {args.out}")
     return int(any(content["error"] for content in reports))
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)  # on its way out the command ends the part's processes
 
 
 def corpus(given: str | None) -> str:
@@ -184,6 +189,7 @@ def end_group(process: BaseProcess) -> None:
     assert process.pid is not None
     with suppress(ProcessLookupError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # it may not have made its group yet
     process.join()
 
 
