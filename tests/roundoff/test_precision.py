@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ DYNAMIC_MODES = ["fp16-optimizer-dynamic", "amp-fp16"]
 
 
 @pytest.fixture
-def make(monkeypatch, tmp_path, corpus, device):
+def make(monkeypatch, tmp_path, corpus, device) -> Callable[..., Training]:
     """Builds the job of a mode through its own script; an optimizer class in place of fused SGD if given."""
 
     def build(mode: str, *flags: str, optimizer: Any = None) -> Training:
@@ -31,8 +32,7 @@ def make(monkeypatch, tmp_path, corpus, device):
                 patch.setattr(torch.optim, "SGD", optimizer)
             return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], "--device", device, *where, *flags)
 
-    yield build
-    torch.use_deterministic_algorithms(False)
+    return build
 
 
 def adamw(params: Any, lr: float, fused: bool) -> torch.optim.Optimizer:
