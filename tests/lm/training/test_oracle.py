@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jobs
+from jobs import on
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.options.modes import DEFAULT_MODES
 from roundoff.precision import MasterWeights, StepResult
@@ -104,11 +105,6 @@ def train(monkeypatch, tmp_path, corpus) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
-
-
-def on(device: str) -> list[str]:
-    """The flags for a device, on which runs must repeat themselves."""
-    return ["--device", device, *(["--deterministic"] if device == "cuda" else [])]
 
 
 def history(run_dir: Path) -> list[tuple[float, float]]:
