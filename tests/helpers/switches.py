@@ -25,11 +25,12 @@ def switches() -> list[Any]:
 @contextmanager
 def switches_kept() -> Iterator[None]:
     """Set all of them after the block as they were before it."""
-    (deterministic, warn_only), workspace, *values = switches()
+    deterministic, workspace, *values = switches()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if switches()[0] != deterministic:  # the call imports torch's compiler, which takes seconds
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         if workspace is None:
             os.environ.pop(CUBLAS, None)
         else:
