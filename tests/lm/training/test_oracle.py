@@ -158,15 +158,18 @@ def test_clipping_before_unscaling_is_caught(train, monkeypatch, corpus) -> None
     assert mutant[1] != plain[1]  # ... and what was made of it is not
 
 
-MODELS = {"LSTM": [], "GRU tied": ["--model", "GRU", "--tied"], "Transformer": TRANSFORMER}
+JOBS = {"LSTM": [], "GRU tied": ["--model", "GRU", "--tied"], "Transformer": TRANSFORMER}
+JOBS |= {kind: ["--model", kind] for kind in ("GRU", "RNN_TANH", "RNN_RELU")}
+ADAMW = ["--optimizer", "adamw", "--lr", "0.01"]
+JOBS |= {"LSTM, AdamW": ADAMW, "Transformer, AdamW": [*TRANSFORMER, *ADAMW]}
 
 
 @pytest.mark.parametrize("scale", jobs.mostly_slow(["128", "8192"], "128"))
-@pytest.mark.parametrize("model", jobs.mostly_slow(MODELS, "LSTM", "Transformer"))
-def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device, scale, model) -> None:
+@pytest.mark.parametrize("job", jobs.mostly_slow(JOBS, "LSTM", "RNN_RELU", "Transformer", "LSTM, AdamW"))
+def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device, scale, job) -> None:
     """Steps, validations, result and model; quick over 100 steps."""
     length = ["--epochs", "2"] if request.config.getoption("--slow") else ["--max-steps", str(STEPS)]
-    flags = ["--fp16", *MODELS[model], "--static-loss-scale", scale, *length, *on(device)]
+    flags = ["--fp16", *JOBS[job], "--static-loss-scale", scale, *length, *on(device)]
     manual, wrapped = (train(script, script, *flags) for script in ("main", "main_fp16_optimizer"))
     assert len(jobs.rows(manual)) >= STEPS
     left = [outcome(run.parent, run.name, f"{run.name}.pt") for run in (manual, wrapped)]
