@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from programs import ROOT, TINY, read_rows
+from switches import CUBLAS
 from worker import PATIENCE
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -65,12 +66,21 @@ class Ranks:
 
 
 def torchrun(folder: Path, script: str, *flags: str, processes: int = 2, **faults: Any) -> Ended:
-    """`torchrun --nproc-per-node processes script.py flags`; with `faults`, through worker.py."""
+    """`torchrun --standalone --nproc-per-node processes script.py flags`; with `faults`, through worker.py.
+
+    Standalone, it takes a port that is free, so that tests can run side by side. A run sets up cuBLAS by itself.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop(CUBLAS, None)
     program = [str(WORKER), json.dumps(faults), script] if faults else [str(ROOT / f"{script}.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *program, *flags]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*start, *program, *flags],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             out, err = process.communicate(timeout=2 * PATIENCE)

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def meta_job(monkeypatch, tmp_path, corpus, mode: str, optimizer: Any, *flags: s
 
 
 def steps(job: Training, count: int) -> Training:
-    """Take steps; this is the one test that calls the loop's own."""
+    """Take steps; these are the only tests that call the loop's own."""
     job.model.train()
     for i in range(count):
         job.train_step(i * job.args.bptt)
@@ -86,6 +87,37 @@ def test_no_step_of_adamw_waits(monkeypatch, tmp_path, corpus, mode) -> None:
     steps(meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--optimizer", "adamw"), 3)
     assert len(found) == 3
     assert all(flag.is_meta and flag.dtype == torch.float32 for flag in found)
+
+
+ON_A_GPU = {mode: (mode, []) for mode in jobs.MODES} | {
+    f"{mode} {name}": (mode, flags)
+    for mode in DEFAULT_MODES
+    for name, flags in {
+        **{kind: ["--model", kind] for kind in ("GRU", "RNN_TANH", "Transformer")},
+        "AdamW": ["--optimizer", "adamw"],
+    }.items()
+}
+
+
+@pytest.fixture
+def waits_refused() -> Iterator[Callable[[], None]]:
+    """What makes it an error to wait for the GPU, until the test ends."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_no_step_on_a_gpu_waits_for_it(monkeypatch, tmp_path, corpus, waits_refused, case) -> None:
+    """After the first ones, in which cuDNN seeds its dropout and optimizers make their state."""
+    mode, flags = ON_A_GPU[case]
+    where = ["--cuda", "--run-dir", str(tmp_path / "run"), "--save", str(tmp_path / "model.safetensors")]
+    job = steps(jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags, *where), 3)
+    job.records.flush()
+    waits_refused()
+    steps(job, 3)
+    with pytest.raises(RuntimeError, match="synchron"):
+        job.records.flush()
 
 
 @pytest.mark.parametrize("mode", jobs.MODES)

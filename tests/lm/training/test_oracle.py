@@ -1,6 +1,7 @@
 """The trainers against a plain PyTorch loop, and against each other, bit by bit."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import jobs
 from jobs import on
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.options.modes import DEFAULT_MODES
+from lm.training.checkpoint import FILE
+from programs import TINY
+from ranks import torchrun
 from roundoff.precision import MasterWeights, StepResult
-from runs import outcome
+from runs import outcome, state_bits
 
 STEPS = 100
 BATCH, BPTT, SIZE, LR, CLIP, DROPOUT = 4, 5, 16, 2.0, 0.25, 0.2
@@ -174,6 +178,16 @@ def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device
     assert len(jobs.rows(manual)) >= STEPS
     left = [outcome(run.parent, run.name, f"{run.name}.pt") for run in (manual, wrapped)]
     assert left[0] == left[1]
+
+
+def test_torchrun_with_one_process_is_the_plain_run(programs, device) -> None:
+    flags = [*TINY, "--fp16", "--dropout", "0.2", "--checkpoint-interval", "5", *on(device)]
+    assert programs.run("main", *flags).code == 0
+    plain = outcome(programs.folder), state_bits(programs.folder / "run" / FILE)
+    shutil.rmtree("run")
+    ended = torchrun(programs.folder, "main", *flags, processes=1)
+    assert ended.codes == [0], ended
+    assert (outcome(programs.folder), state_bits(programs.folder / "run" / FILE)) == plain
 
 
 LEARNS = {mode: (mode, []) for mode in jobs.MODES} | {
