@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,21 +67,20 @@ class Ranks:
 
 
 def torchrun(folder: Path, script: str, *flags: str, processes: int = 2, **faults: Any) -> Ended:
-    """`torchrun --standalone --nproc-per-node processes script.py flags`; with `faults`, through worker.py.
+    """`torchrun --nproc-per-node processes script.py flags`; with `faults`, through worker.py.
 
-    Standalone, it takes a port that is free, so that tests can run side by side. A run sets up cuBLAS by itself.
+    On a port that is free, so that tests can run side by side; cuBLAS is left for the run to set up.
     """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop(CUBLAS, None)
     program = [str(WORKER), json.dumps(faults), script] if faults else [str(ROOT / f"{script}.py")]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    command = [sys.executable, *start, *program, *flags]
     with subprocess.Popen(
-        [*start, *program, *flags],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             out, err = process.communicate(timeout=2 * PATIENCE)

@@ -180,6 +180,7 @@ def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device
     assert left[0] == left[1]
 
 
+@pytest.mark.slow
 def test_torchrun_with_one_process_is_the_plain_run(programs, device) -> None:
     flags = [*TINY, "--fp16", "--dropout", "0.2", "--checkpoint-interval", "5", *on(device)]
     assert programs.run("main", *flags).code == 0
