@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from programs import ROOT, TINY, read_rows
-from switches import CUBLAS
 from worker import PATIENCE
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -69,13 +68,12 @@ class Ranks:
 def torchrun(folder: Path, script: str, *flags: str, processes: int = 2, **faults: Any) -> Ended:
     """`torchrun --nproc-per-node processes script.py flags`; with `faults`, through worker.py.
 
-    On a port that is free, so that tests can run side by side; cuBLAS is left for the run to set up.
+    On a port that is free, so that tests can run side by side.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop(CUBLAS, None)
     program = [str(WORKER), json.dumps(faults), script] if faults else [str(ROOT / f"{script}.py")]
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
     command = [sys.executable, *start, *program, *flags]

@@ -1,12 +1,15 @@
 """The README's commands as a GPU runs them, and what only a GPU has: TF32, and sums of half products in half."""
 
+import subprocess
+
 import pytest
 import torch
 
 import jobs
 from lm.options.modes import FP32
+from programs import TINY, start
 from roundoff.device import tf32_allowed
-from switches import HALF_SUMS
+from switches import CUBLAS, HALF_SUMS
 
 COMMANDS = {
     " ".join(command): command
@@ -71,3 +74,13 @@ def test_sums_of_half_products_are_fp32(programs, mode) -> None:
     gradient = torch.full((700, 33_280), 8.0, dtype=torch.float16, device="cuda")
     gradient[:, 33_280 // 2 :] = -8.0
     assert not (gradient @ torch.ones((33_280, 200), dtype=torch.float16, device="cuda")).any()
+
+
+@pytest.mark.cuda
+def test_a_deterministic_run_sets_cublas_up_by_itself(programs, monkeypatch) -> None:
+    """In a process of its own: in this one it is set up already."""
+    monkeypatch.delenv(CUBLAS)
+    flags = [*TINY, "--dry-run", "--deterministic", "--cuda"]
+    process = start(programs.folder, "main", *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err

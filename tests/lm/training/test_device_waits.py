@@ -107,6 +107,7 @@ def waits_refused() -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("error:.*contiguous chunk of memory")  # else cuDNN copies all weights at each call
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_no_step_on_a_gpu_waits_for_it(monkeypatch, tmp_path, corpus, waits_refused, case) -> None:
     """After the first ones, in which cuDNN seeds its dropout and optimizers make their state."""
