@@ -1,7 +1,8 @@
-"""The device of a run: its name, its random state, TF32, memory."""
+"""The device of a run: its name, its versions, its random state, TF32, memory."""
 
 import ctypes
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 ACCELERATORS = ("cuda", "xpu", "mps")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -43,24 +45,37 @@ def random_state_kept(device: str) -> Iterator[None]:
 
 
 def set_tf32(allowed: bool) -> None:
-    """Let CUDA products and cuDNN layers round fp32 operands to TF32, or forbid it (cuDNN allows it by default)."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        precision = "tf32" if allowed else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = precision
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
-    else:  # torch before 2.9
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        torch.backends.cudnn.allow_tf32 = allowed
+    """Let CUDA products and cuDNN layers round fp32 operands to TF32, or forbid it (cuDNN allows it by default).
+
+    By torch's older names: after the newer ones, torch.compile and others that still read the older get an error.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def tf32_allowed() -> bool:
     """Return whether CUDA products or cuDNN layers may round fp32 operands to TF32, as torch is set now."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9: the older names fail after these were set
         cudnn: Any = torch.backends.cudnn
         places = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
         return any(place.fp32_precision == "tf32" for place in places)
     return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
+def forbid_reduced_precision_reductions() -> None:
+    """Have cuBLAS add the parts of a half product up in fp32. By default it may do so in half.
+
+    It splits a product with a long sum and a small result, such as the gradient of a decoder's input, into parts.
+    fp16 sums of these would round once more, and overflow at 65,504 what is still multiplied by the loss scale.
+    """
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def reduced_precision_reductions_allowed() -> bool:
+    """Return whether cuBLAS may add the parts of a half product up in half, as torch is set now."""
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.allow_fp16_reduced_precision_reduction or matmul.allow_bf16_reduced_precision_reduction)
 
 
 def keep_freed_memory() -> None:
@@ -95,6 +110,22 @@ def device_name(device: str) -> str:
         if names:
             return f"{names[0].partition(':')[2].strip()} x {len(names)}"
     return platform.processor() or platform.machine()
+
+
+def cudnn_version() -> str | None:
+    """Return cuDNN's version as torch numbers it, such as "91002" for 9.10.2; None where this torch has no cuDNN."""
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return None if version is None else str(version)
+
+
+def driver_version(file: Path = DRIVER_FILE) -> str | None:
+    """Return the version of NVIDIA's driver, such as "550.54.14"; None where `file` does not say it."""
+    try:
+        line = file.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return None
+    found = re.search(r"(?<![\w.])\d+(\.\d+)+", line)
+    return found and found[0]
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -18,7 +18,7 @@ from switches import CUBLAS, switches_kept
 torch.set_num_threads(1)
 
 # torch reads it at the first product of a process on a GPU, and never again: a test with --deterministic comes later.
-os.environ.setdefault(CUBLAS, ":4096:8")
+os.environ.setdefault(CUBLAS, ":16:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
