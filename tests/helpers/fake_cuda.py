@@ -8,9 +8,7 @@ The rest of this file is what stands in for a GPU: `FAKE_KERNELS`, `_GPU`, and t
 """
 
 import ctypes
-import itertools
-import math
-from collections import Counter
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,13 @@ from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
+
+WHY_NOT = ""
+"""Why there can be no GPU of fake tensors here; empty where there can."""
+if torch.cuda.is_available():
+    WHY_NOT = "this machine has a GPU, for which nothing needs to stand in"
+elif sys.platform != "linux":
+    WHY_NOT = "libc10.so, whose device guards are needed, is a file of Linux"
 
 # --- what is seen
 
@@ -42,20 +47,27 @@ class Operation(NamedTuple):
 
     name: str
     phase: str
+    launches: bool
+    """False: a view, or memory alone"""
     taken: list[Seen]
     returned: list[Seen]
 
     @property
     def devices(self) -> set[str]:
-        """The devices of all its tensors, but for CPU scalars: those go to a kernel by value, as torch allows."""
-        return {seen.device for seen in self.taken + self.returned if seen.device != "cpu" or seen.shape}
+        """The devices of all its tensors that have elements."""
+        return {seen.device for seen in self.taken + self.returned if 0 not in seen.shape}
+
+    @property
+    def off_gpu(self) -> list[Seen]:
+        """Its tensors with elements that are not on the GPU."""
+        return [seen for seen in self.taken + self.returned if seen.device != str(CUDA) and 0 not in seen.shape]
 
 
 class RecurrentCall(NamedTuple):
     """A call of torch.lstm and the like: what cuDNN is given."""
 
     phase: str
-    dtypes: set[torch.dtype]
+    dtypes: frozenset[torch.dtype]
     dropout: float
     layers: int
     is_flat: bool
@@ -86,12 +98,13 @@ class Recorder(TorchDispatchMode):
         if kwargs.get("device") == _FOR_CPP:
             kwargs = kwargs | {"device": CUDA}
         taken = [_seen(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        name = str(func).removesuffix(".default")
+        if _waits(name, taken, args, kwargs):  # noted first: fake tensors may have no answer, and raise
+            self.waits.append((name, self.phase))
         result = self._run(func, args, kwargs)
         returned = [_seen(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
-        operation = Operation(str(func).removesuffix(".default"), self.phase, taken, returned)
-        self.operations.append(operation)
-        if _waits(func, args, kwargs, operation):
-            self.waits.append((operation.name, self.phase))
+        launches = not func.is_view and not name.startswith(MEMORY)
+        self.operations.append(Operation(name, self.phase, launches, taken, returned))
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -101,9 +114,26 @@ class Recorder(TorchDispatchMode):
         fake_kernel = FAKE_KERNELS.get(func)
         return fake_kernel(*args, **kwargs) if fake_kernel else func(*args, **kwargs)
 
-    def of(self, phase: str) -> list[Operation]:
-        """The operations of a phase."""
-        return [operation for operation in self.operations if operation.phase == phase]
+    @contextmanager
+    def in_phase(self, phase: str) -> Iterator[None]:
+        """Let the operators of the block belong to `phase`."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def of(self, *phases: str) -> list[Operation]:
+        """The operations of these phases."""
+        return [operation for operation in self.operations if operation.phase in phases]
+
+    def launches(self, *phases: str) -> list[str]:
+        """The operators of these phases that launch at least one kernel."""
+        return [operation.name for operation in self.of(*phases) if operation.launches]
+
+
+MEMORY = ("aten.empty", "aten.new_empty", "aten.lift_fresh", "aten._unsafe_view", "aten.set_")
+"""Operators without a kernel, beside views."""
 
 
 def _seen(tensor: Tensor) -> Seen:
@@ -124,16 +154,16 @@ SIZE_IS_AN_ANSWER = {
 """Operators that read the GPU's memory to say how large their result is, or whether."""
 
 
-def _waits(func: Any, args: Any, kwargs: Any, operation: Operation) -> bool:
-    name, on_gpu = operation.name, any(seen.device == "cuda:0" for seen in operation.taken)
+def _waits(name: str, taken: list[Seen], args: Any, kwargs: Any) -> bool:
+    devices = {seen.device for seen in taken if 0 not in seen.shape}
+    on_gpu = str(CUDA) in devices
     if name in SIZE_IS_AN_ANSWER or name == "aten._local_scalar_dense":
         return on_gpu
     if name.startswith(("aten.index.", "aten.index_put")) and on_gpu:  # by a mask: nonzero, in disguise
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    if "copy" in name:
-        non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-        devices = {seen.device for seen in operation.taken + operation.returned}
-        return devices >= {"cpu", "cuda:0"} and not non_blocking
+    if "copy" in name and not kwargs.get("non_blocking", len(args) > 2 and args[2]):
+        target = {str(kwargs["device"])} if kwargs.get("device") else set()
+        return devices | target == {"cpu", str(CUDA)}  # either way
     return False
 
 
@@ -192,7 +222,7 @@ def _recurrent(recorder: Recorder, mode: int) -> Callable[..., Any]:
         if torch.is_autocast_enabled("cuda"):
             input, *states = (x.to(torch.float16) for x in (input, *states))
             weights = [w.to(torch.float16) for w in weights]
-        dtypes = {x.dtype for x in (input, *states, *weights)}
+        dtypes = frozenset(x.dtype for x in (input, *states, *weights))
         recorder.recurrent.append(RecurrentCall(recorder.phase, dtypes, dropout, num_layers, _are_flat(weights)))
         h, c = (*states, None)[:2]
         output, h, c, *_ = torch._cudnn_rnn(
@@ -205,9 +235,10 @@ def _recurrent(recorder: Recorder, mode: int) -> Callable[..., Any]:
 
 
 def _are_flat(weights: Any) -> bool:
-    """Return whether nothing lies between `weights`, so that cuDNN takes them as they are."""
+    """Return whether `weights` lie side by side in one storage, so that cuDNN takes them as they are."""
     storages = {w.untyped_storage()._cdata for w in weights}
-    return len(storages) == 1 and weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights)
+    first, end = min(w.storage_offset() for w in weights), max(w.storage_offset() + w.numel() for w in weights)
+    return len(storages) == 1 and end - first == sum(w.numel() for w in weights)
 
 
 def _flatten_weight(weights: Any, *_: Any) -> Tensor:
@@ -228,9 +259,12 @@ def _swap(a: Tensor, b: Tensor) -> None:
     torch._C._swap_tensor_impl(a, b)
 
 
-def _random_state(*_: Any) -> Tensor:
-    return torch.zeros(16, dtype=torch.uint8)
+def _address(tensor: Tensor) -> int:
+    """Stand in for `Tensor.data_ptr`: like it, equal where the storage and the place in it are."""
+    return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
 
+
+_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)
 
 _GPU: dict[str, Any] = {
     "torch.cuda.is_available": lambda: True,  # GradScaler and autocast ask, and disable themselves
@@ -239,13 +273,17 @@ _GPU: dict[str, Any] = {
     "torch.cuda.set_device": _nothing,
     "torch.cuda.init": _nothing,
     "torch.cuda._lazy_init": _nothing,
+    "torch.cuda._exchange_device": lambda _: 0,
+    "torch.cuda._maybe_exchange_device": lambda _: 0,
+    "torch.cuda.is_bf16_supported": lambda *_: True,
     "torch.cuda.get_device_name": lambda *_: "a GPU of fake tensors",
-    "torch.cuda.get_rng_state": _random_state,
+    "torch.cuda.get_rng_state": lambda *_: _RANDOM_STATE,
     "torch.cuda.set_rng_state": _nothing,
     "torch.cuda.max_memory_allocated": lambda *_: 0,
     "torch.version.cuda": "13.0",
     "torch.backends.cudnn.is_acceptable": lambda _: True,
     "torch.backends.cudnn.version": lambda: 91300,
+    "torch.backends.cudnn.rnn.get_cudnn_mode": lambda name: RECURRENT[name.lower()],
     "torch._use_cudnn_rnn_flatten_weight": lambda: True,
     "torch._cudnn_rnn_flatten_weight": _flatten_weight,
     "torch.utils.swap_tensors": _swap,
@@ -268,10 +306,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
             patch.setattr(f"torch.{name}", _recurrent(recorder, mode))
             patch.setattr(f"torch._VF.{name}", _recurrent(recorder, mode))
         patch.setattr(FakeTensorMode, "avoid_device_init", True)
-        numbers = itertools.count(1)
-        addresses: dict[int, int] = {}
-        patch.setattr(FakeTensor, "data_ptr", lambda t: addresses.setdefault(id(t), next(numbers)), raising=False)
-        with _device_guards(), torch.autograd.set_multithreading_enabled(False), fake, recorder:
+        patch.setattr(FakeTensor, "is_cuda", property(lambda t: t.device.type == "cuda"), raising=False)
+        patch.setattr(FakeTensor, "data_ptr", _address, raising=False)
+        with _tf32_kept(), _device_guards(), torch.autograd.set_multithreading_enabled(False), fake, recorder:
             yield recorder
 
 
@@ -290,3 +327,15 @@ def _device_guards() -> Iterator[None]:
         yield
     finally:
         guards[cuda], guards[xla] = before
+
+
+@contextmanager
+def _tf32_kept() -> Iterator[None]:
+    """Put TF32 back as it was before the block, which a run on CUDA sets."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    before = [place.fp32_precision for place in places]
+    try:
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision

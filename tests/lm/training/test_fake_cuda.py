@@ -1,0 +1,313 @@
+"""A whole step on a GPU of fake tensors: devices, dtypes, waits and launches, on a machine that has none.
+
+What a real GPU computes is for test_cuda.py. That a step waits for nothing test_device_waits.py shows in another way.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch.utils._pytree import tree_leaves
+
+import jobs
+from fake_cuda import CUDA, WHY_NOT, Recorder, fake_cuda
+from lm.model.decoder_loss import decoder_loss
+from lm.options.modes import MODES
+from lm.training import loop
+from lm.training.loop import Training
+from roundoff.precision import MasterWeights, StepResult
+
+pytestmark = pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
+
+KINDS = {"LSTM": (), "GRU": (), "RNN_TANH": ("--optimizer", "adamw"), "Transformer": ()}
+"""The layers, each with flags that they are run with."""
+QUICK = [(kind, mode) for kind in KINDS for mode in MODES if kind == "LSTM" or mode in ("manual", "amp-fp16")]
+every_job = pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        pytest.param(kind, mode, marks=() if (kind, mode) in QUICK else pytest.mark.slow)
+        for kind in KINDS
+        for mode in MODES
+    ],
+)
+STEP = ("try_once", "step")
+
+
+class Ran(NamedTuple):
+    """What three steps, a flush and an evaluation leave."""
+
+    recorder: Recorder
+    job: Training
+    results: list[StepResult]
+    state: dict[str, Any]
+    """of the precision: its optimizer's, its masters"""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, mode: str, *flags: str) -> Ran:
+    """Build the job of a mode through its own script, and take all of it but the files."""
+    flags = ("--device", str(CUDA), "--run-dir", str(folder / "run"), "--save", str(folder / "model"), *flags)
+    corpus = jobs.write_corpus(folder / "few lines", lines=40)
+    results: list[StepResult] = []
+    with fake_cuda(monkeypatch) as recorder, monkeypatch.context() as patch:
+        try_once = loop.try_once
+
+        def tried(*args: Any) -> Any:
+            with recorder.in_phase("try_once"):
+                return try_once(*args)
+
+        patch.setattr(loop, "try_once", tried)
+        with recorder.in_phase("start"):
+            job = jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags)
+        take = job.precision.step
+        patch.setattr(job.precision, "step", lambda max_norm: results.append(take(max_norm)) or results[-1])
+        job.model.train()
+        with recorder.in_phase("step"):
+            for i in range(3):
+                job.train_step(i * job.args.bptt)
+        gradients = [p.grad for p in job.model.parameters()]
+        with recorder.in_phase("flush"):
+            assert len(job.records.flush()) == 3
+        with recorder.in_phase("evaluation"):
+            assert isinstance(job.evaluate(job.valid_data), float)
+        with recorder.in_phase("state"):
+            state = job.precision.state_dict() | {"gradients": gradients}
+        job.records.close()
+    return Ran(recorder, job, results, state)
+
+
+def of_hidden(ran: Ran) -> tuple[Tensor, ...]:
+    """The state of the layers after the last step."""
+    hidden = ran.job.hidden
+    assert hidden is not None
+    return hidden if isinstance(hidden, tuple) else (hidden,)
+
+
+# --- what a step must be
+
+
+def check_devices(ran: Ran) -> None:
+    """All tensors that an operator takes or returns are on the GPU; not even a scalar, which torch would take, is not.
+
+    At the start the model and the text go there; at the end of an evaluation its loss comes back.
+    """
+    recorder = ran.recorder
+    assert {(o.phase, o.name, seen) for o in recorder.of(*STEP) for seen in o.off_gpu} == set()
+    in_evaluation = [o.name for o in recorder.of("evaluation") if o.off_gpu]
+    assert set(in_evaluation) == {
+        "aten.lift_fresh",  # how many words each batch has
+        "aten._to_copy",  # the losses, to the CPU, and to float64
+        *("aten.mul.Tensor", "aten.sum", "aten.div.Tensor", "aten._local_scalar_dense"),
+    }
+    assert len(in_evaluation) == 8
+    assert {o.name for o in recorder.operations if len(o.devices) > 1} == {"aten._to_copy"}
+    left = [*ran.job.model.parameters(), *of_hidden(ran), *tree_leaves((ran.results, ran.state))]
+    assert {x.device for x in left if isinstance(x, Tensor)} == {CUDA}
+
+
+def check_waits(ran: Ran) -> None:
+    """The host waits once for the loss of an evaluation, for the rows where they are flushed, and for nothing else."""
+    waits = ran.recorder.waits
+    assert [wait for wait in waits if wait[1] not in ("start", "flush", "state")] == [("aten._to_copy", "evaluation")]
+    assert "flush" in {phase for _, phase in waits}
+    assert {name for name, phase in waits if phase == "start"} == {"aten._to_copy"}
+
+
+def check_dtypes(ran: Ran, mode: str) -> None:
+    """Weights, masters, gradients, logits, loss and what a step reports are of the dtype that the docs say."""
+    half = MODES[mode].dtype
+    weights = "float32" if MODES[mode].script == "main_amp" else half
+    expected = {"weights": weights, "master_weights": "float32", "gradients": weights, "logits": half, "loss": "float32"}
+    assert {name: dtype for name, dtype in ran.job.dtypes.items() if name != "hidden"} == expected
+    assert {p.dtype for p in ran.job.model.parameters()} == {getattr(torch, weights)}
+    assert {grad.dtype for grad in ran.state["gradients"]} == {getattr(torch, weights)}
+    masters = [p for group in ran.job.precision.param_groups for p in group["params"]]
+    assert {p.dtype for p in masters} == {p.grad.dtype for p in masters if p.grad is not None} | {torch.float32}
+    assert {x.dtype for x in tree_leaves(ran.state) if isinstance(x, Tensor)} <= {torch.float32, getattr(torch, half)}
+    for result in ran.results:
+        assert [x.dtype for x in result] == [torch.bool, torch.float32, torch.float32]
+        assert {x.shape for x in result} == {()}
+
+
+def check_recurrent(ran: Ran, mode: str) -> None:
+    """What cuDNN is given is of the mode's dtype, autocast has no hold on it, and so is the state that it returns."""
+    half = MODES[mode].dtype
+    assert {dtype for call in ran.recorder.recurrent for dtype in call.dtypes} == {getattr(torch, half)}
+    assert {h.dtype for h in of_hidden(ran)} == {getattr(torch, half)}
+    assert ran.job.dtypes["hidden"] == half
+
+
+@every_job
+def test_a_whole_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, mode: str) -> None:
+    ran = run(monkeypatch, tmp_path, mode, "--model", kind, *KINDS[kind])
+    assert len(ran.results) == 3
+    assert {o.phase for o in ran.recorder.operations} >= {"start", *STEP, "flush", "evaluation"}
+    check_devices(ran)
+    check_waits(ran)
+    check_dtypes(ran, mode)
+
+
+@pytest.mark.parametrize("flags", [("--tied",), ("--tf32",), ("--optimizer", "adamw"), ("--dropout", "0")], ids=str)
+def test_a_whole_step_with_other_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    ran = run(monkeypatch, tmp_path, "fp16-optimizer-dynamic", *flags)
+    check_devices(ran)
+    check_waits(ran)
+    check_dtypes(ran, "fp16-optimizer-dynamic")
+
+
+# --- recurrent layers, which cuDNN computes
+
+
+@pytest.mark.parametrize("kind", jobs.mostly_slow(["LSTM", "GRU", "RNN_TANH", "RNN_RELU"], "LSTM", "GRU"))
+@pytest.mark.parametrize("mode", jobs.mostly_slow(MODES, "fp32", "manual", "amp-fp16", "amp-bf16"))
+def test_cudnn_is_given_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, kind: str
+) -> None:
+    """Under autocast on CUDA torch casts all that it is given to float16, whatever autocast's dtype is."""
+    check_recurrent(run(monkeypatch, tmp_path, mode, "--model", kind), mode)
+
+
+@pytest.mark.parametrize("mode", jobs.mostly_slow(MODES, "manual", "amp-bf16"))
+def test_no_dropout_is_left_to_cudnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str) -> None:
+    """It draws the masks from a state of its own, which no checkpoint holds: a resumed run would be another one."""
+    ran = run(monkeypatch, tmp_path, mode, "--dropout", "0.2")
+    assert {call.dropout for call in ran.recorder.recurrent} == {0.0}
+
+
+@pytest.mark.parametrize("mode", jobs.mostly_slow(MODES, "fp32", "manual", "amp-bf16"))
+def test_cudnn_takes_the_weights_as_they_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str) -> None:
+    """Side by side, in one storage: else it copies them at every call, and warns."""
+    ran = run(monkeypatch, tmp_path, mode)
+    assert {call.is_flat for call in ran.recorder.recurrent} == {True}
+
+
+# --- launches
+
+
+def launches_of_a_loss(monkeypatch: pytest.MonkeyPatch, loss_of: Callable[..., Tensor], dtype: torch.dtype) -> int:
+    """Kernels of forward and backward at the default job's size; views and memory are none."""
+    rows, vocabulary, width = 700, 33_280, 200
+    with fake_cuda(monkeypatch) as recorder:
+        shapes = ((rows, width), (vocabulary, width), (vocabulary,))
+        operands = [torch.zeros(shape, dtype=dtype, device=CUDA, requires_grad=True) for shape in shapes]
+        targets, scale = torch.zeros(rows, dtype=torch.int64, device=CUDA), torch.ones((), device=CUDA)
+        with recorder.in_phase("loss"):
+            loss = loss_of(*operands, targets)
+            grads = torch.autograd.grad(loss, operands, scale)
+    assert (loss.dtype, loss.device) == (torch.float32, CUDA)
+    assert [(grad.dtype, grad.shape) for grad in grads] == [(dtype, torch.Size(shape)) for shape in shapes]
+    assert recorder.waits == []
+    return len(recorder.launches("loss"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_decoder_loss_launches_few_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """A step of 200 units is bound by launches."""
+    assert launches_of_a_loss(monkeypatch, decoder_loss, dtype) <= 18
+
+
+# --- each check can fail
+
+
+def meddled(change: Callable[[Tensor, Any, Tensor], Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """What puts `change` of (loss, hidden, tokens) into a step; where it returns something, that is the new pair."""
+
+    def meddle(patch: pytest.MonkeyPatch) -> None:
+        real = loop.next_word_loss
+
+        def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Any) -> Any:
+            loss, hidden = real(model, tokens, targets, hidden)
+            return change(loss, hidden, tokens) or (loss, hidden)
+
+        patch.setattr(loop, "next_word_loss", next_word_loss)
+
+    return meddle
+
+
+def stepped(change: Callable[[StepResult], StepResult]) -> Callable[[pytest.MonkeyPatch], None]:
+    """What changes the result of a step."""
+
+    def meddle(patch: pytest.MonkeyPatch) -> None:
+        real = MasterWeights.step
+        patch.setattr(MasterWeights, "step", lambda self, max_norm: change(real(self, max_norm)))
+
+    return meddle
+
+
+MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., None]]] = {
+    "a tensor on the CPU": (meddled(lambda *_: torch.ones(3).add(1).unbind() and None), check_devices),
+    "a scalar on the CPU": (meddled(lambda loss, *_: loss.detach().add(torch.ones(())).tolist and None), check_devices),
+    "there and back": (meddled(lambda loss, h, _: (loss, [x.cpu().to(CUDA) for x in h])), check_devices),
+    "to the CPU": (meddled(lambda loss, *_: loss.detach().cpu().size() and None), check_waits),
+    "to the GPU": (meddled(lambda *_: torch.ones(3).to(CUDA).unbind() and None), check_waits),
+    "copied to the CPU": (meddled(lambda loss, *_: torch.ones(()).copy_(loss.detach()).size() and None), check_waits),
+    "item": (meddled(lambda loss, *_: loss.item() and None), check_waits),
+    "float": (meddled(lambda loss, *_: float(loss) and None), check_waits),
+    "if": (meddled(lambda loss, *_: None if loss > 0 else None), check_waits),
+    "a mask": (meddled(lambda _, __, tokens: tokens[tokens > 0].size() and None), check_waits),
+    "nonzero": (meddled(lambda _, __, tokens: tokens.nonzero().size() and None), check_waits),
+    "equal": (meddled(lambda _, __, tokens: tokens.equal(tokens) and None), check_waits),
+    "unique": (meddled(lambda _, __, tokens: tokens.unique().size() and None), check_waits),
+    "a norm in float64": (stepped(lambda r: r._replace(grad_norm=r.grad_norm.double())), check_dtypes),
+    "a scale in half": (stepped(lambda r: r._replace(loss_scale=r.loss_scale.half())), check_dtypes),
+    "a verdict in fp32": (stepped(lambda r: r._replace(applied=r.applied.float())), check_dtypes),
+    "a state in fp32": (meddled(lambda loss, h, _: (loss, tuple(x.float() for x in h))), check_recurrent),
+}
+"""What is wrong with a step -> how it gets there, and the check that must find it."""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    meddle, check = MUTANTS[name]
+    meddle(monkeypatch)
+    rest = ("manual",) if check in (check_dtypes, check_recurrent) else ()
+    with pytest.raises((AssertionError, DynamicOutputShapeException)):  # of what has no shape yet, fake tensors say so
+        check(run(monkeypatch, tmp_path, "manual"), *rest)
+
+
+def test_a_wrong_dtype_of_the_weights_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = run(monkeypatch, tmp_path, "fp32")
+    check_dtypes(ran, "fp32")
+    for mode in ("manual", "amp-fp16"):
+        with pytest.raises(AssertionError):
+            check_dtypes(ran, mode)
+
+
+def test_more_launches_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = launches_of_a_loss(monkeypatch, decoder_loss, torch.float16)
+    assert launches_of_a_loss(monkeypatch, lambda *x: decoder_loss(*x) + decoder_loss(*x), torch.float16) > 2 * once
+
+
+@pytest.mark.parametrize("layers", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda layers: layers.__name__)
+def test_what_stands_in_for_cudnn_does_what_torch_does_there(monkeypatch: pytest.MonkeyPatch, layers: Any) -> None:
+    """torch's own layers: float16 under autocast in bfloat16, dropout by cuDNN, and weights side by side or not."""
+    with fake_cuda(monkeypatch) as recorder:
+        rnn, input = layers(3, 4, 2, dropout=0.5).to(CUDA), torch.zeros(5, 2, 3, device=CUDA)
+        rnn(input)
+        with torch.autocast("cuda", torch.bfloat16):
+            output, _ = rnn(input)
+        rnn.weight_hh_l0 = nn.Parameter(rnn.weight_hh_l0.detach().clone())
+        rnn(input)[0].sum().backward()
+    assert output.dtype == torch.float16
+    calls = [(call.dtypes, call.dropout, call.layers, call.is_flat) for call in recorder.recurrent]
+    fp32, fp16 = frozenset([torch.float32]), frozenset([torch.float16])
+    assert calls == [(fp32, 0.5, 2, True), (fp16, 0.5, 2, False), (fp32, 0.5, 2, False)]
+    assert {(p.grad.shape, p.grad.device) for p in rnn.parameters()} == {(p.shape, CUDA) for p in rnn.parameters()}
+
+
+def test_nothing_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.lstm, torch.cuda.is_available(), torch.backends.cuda.matmul.fp32_precision
+    with suppress(ZeroDivisionError), fake_cuda(monkeypatch):
+        assert torch.cuda.is_available()
+        assert torch.zeros(3, device=CUDA).is_cuda
+        raise ZeroDivisionError
+    assert (torch.lstm, torch.cuda.is_available(), torch.backends.cuda.matmul.fp32_precision) == before
+    layers, input = nn.LSTM(2, 2), torch.ones(1, 1, 2)
+    layers(input)[0].sum().backward()
+    assert type(layers.weight_hh_l0.grad) is Tensor
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(3, device=CUDA)
