@@ -10,14 +10,16 @@ The rest of this file is what stands in for a GPU: `FAKE_KERNELS`, `_GPU`, and t
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.backends.cudnn.rnn import get_cudnn_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -281,9 +283,8 @@ _GPU: dict[str, Any] = {
     "torch.cuda.set_rng_state": _nothing,
     "torch.cuda.max_memory_allocated": lambda *_: 0,
     "torch.version.cuda": "13.0",
-    "torch.backends.cudnn.is_acceptable": lambda _: True,
+    "torch.backends.cudnn.is_acceptable": lambda t: t.is_cuda and t.dtype in torch.backends.cudnn.CUDNN_TENSOR_DTYPES,
     "torch.backends.cudnn.version": lambda: 91300,
-    "torch.backends.cudnn.rnn.get_cudnn_mode": lambda name: RECURRENT[name.lower()],
     "torch._use_cudnn_rnn_flatten_weight": lambda: True,
     "torch._cudnn_rnn_flatten_weight": _flatten_weight,
     "torch.utils.swap_tensors": _swap,
@@ -302,13 +303,15 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     with monkeypatch.context() as patch:
         for name, value in _GPU.items():
             patch.setattr(name, value)
+        modes = SimpleNamespace(RNNMode=SimpleNamespace(**RECURRENT))
+        patch.setitem(get_cudnn_mode.__globals__, "_cudnn", modes)  # of a module that hides behind another
         for name, mode in RECURRENT.items():
             patch.setattr(f"torch.{name}", _recurrent(recorder, mode))
             patch.setattr(f"torch._VF.{name}", _recurrent(recorder, mode))
         patch.setattr(FakeTensorMode, "avoid_device_init", True)
         patch.setattr(FakeTensor, "is_cuda", property(lambda t: t.device.type == "cuda"), raising=False)
         patch.setattr(FakeTensor, "data_ptr", _address, raising=False)
-        with _tf32_kept(), _device_guards(), torch.autograd.set_multithreading_enabled(False), fake, recorder:
+        with _switches_kept(), _device_guards(), torch.autograd.set_multithreading_enabled(False), fake, recorder:
             yield recorder
 
 
@@ -330,12 +333,18 @@ def _device_guards() -> Iterator[None]:
 
 
 @contextmanager
-def _tf32_kept() -> Iterator[None]:
-    """Put TF32 back as it was before the block, which a run on CUDA sets."""
-    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-    before = [place.fp32_precision for place in places]
+def _switches_kept() -> Iterator[None]:
+    """Put back what a run on CUDA sets for its whole process: TF32, by both of its names, and sums of half products."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    places: list[tuple[Any, str]] = [(matmul, f"allow_{half}_reduced_precision_reduction") for half in ("fp16", "bf16")]
+    places += [(place, name) for name in ("allow_tf32", "fp32_precision") for place in (matmul, cudnn)]
+    places += [(place, "fp32_precision") for place in (cudnn.conv, cudnn.rnn)]
+    before = []
+    for place, name in places:
+        with suppress(RuntimeError):  # the older name may not be read once the newer one has been set
+            before.append((place, name, getattr(place, name)))
     try:
         yield
     finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        for place, name, value in before:
+            setattr(place, name, value)
