@@ -13,6 +13,7 @@ from lm.model.language_model import RNNModel
 from lm.model.model_file import load_model
 from lm.options.device import add_device_options, device_of
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
+from roundoff.device import forbid_reduced_precision_reductions, set_tf32
 from roundoff.errors import UsageError, printable
 from roundoff.program import exit_code
 from roundoff.runs.files import check_writable, write_atomically
@@ -106,6 +107,9 @@ def main() -> int:
         if os.path.realpath(args.outf) == os.path.realpath(args.checkpoint):
             raise UsageError(f"--outf and --checkpoint are both {args.outf}; give the text a file of its own")
         check_writable("--outf", Path(args.outf))
+    if device.startswith("cuda"):
+        set_tf32(False)  # cuDNN's default, which would soon choose other words than a CPU
+        forbid_reduced_precision_reductions()
     model, vocabulary = load_model(args.checkpoint)
     torch.manual_seed(args.seed)
     model.eval().to(device)

@@ -43,24 +43,37 @@ def random_state_kept(device: str) -> Iterator[None]:
 
 
 def set_tf32(allowed: bool) -> None:
-    """Let CUDA products and cuDNN layers round fp32 operands to TF32, or forbid it (cuDNN allows it by default)."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        precision = "tf32" if allowed else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = precision
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
-    else:  # torch before 2.9
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        torch.backends.cudnn.allow_tf32 = allowed
+    """Let CUDA products and cuDNN layers round fp32 operands to TF32, or forbid it (cuDNN allows it by default).
+
+    By torch's older names: after the newer ones, torch.compile and others that still read the older get an error.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def tf32_allowed() -> bool:
     """Return whether CUDA products or cuDNN layers may round fp32 operands to TF32, as torch is set now."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9: the older names fail after these were set
         cudnn: Any = torch.backends.cudnn
         places = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
         return any(place.fp32_precision == "tf32" for place in places)
     return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
+def forbid_reduced_precision_reductions() -> None:
+    """Have cuBLAS add the parts of a half product up in fp32. By default it may do so in half.
+
+    It splits a product with a long sum and a small result, such as the gradient of a decoder's input, into parts.
+    fp16 sums of these would round once more, and overflow at 65,504 what is still multiplied by the loss scale.
+    """
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def reduced_precision_reductions_allowed() -> bool:
+    """Return whether cuBLAS may add the parts of a half product up in half, as torch is set now."""
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.allow_fp16_reduced_precision_reduction or matmul.allow_bf16_reduced_precision_reduction)
 
 
 def keep_freed_memory() -> None:

@@ -26,11 +26,15 @@ from torch.autograd.function import once_differentiable
 
 from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded
 
-SLICE_BYTES = 1 << 24
-"""Bytes of a slice of fp32 logits, anywhere but on a CPU: 126 rows of 33,280."""
+aten: Any = torch.ops.aten
 
 CACHED_BYTES = 1 << 20
 """Bytes of a slice of fp32 logits on a CPU: 7 rows of 33,280, which its L2 cache holds."""
+
+SLICE_BYTES = 1 << 28
+"""Bytes of a slice elsewhere: all 700 rows of a default batch, since the number of kernels limits a GPU's step."""
+
+MEAN, NO_INDEX = 1, -100  # arguments of torch.ops.aten.nll_loss_*
 
 _unused: list[UntypedStorage] = []
 """The memory of the last logits on a CPU, unless somebody still has them; one at most."""
@@ -109,27 +113,28 @@ class _DecoderLoss(torch.autograd.Function):
         for rows in _slices(logits, len(fp32)):
             log_p = _log_softmax(_round(logits[rows], half), fp32)
             torch.gather(log_p, 1, targets[rows, None], out=log_p_of_targets[rows])
-        # As a saved tensor: an attribute would live as long as somebody keeps the loss.
-        ctx.save_for_backward(input, weight, targets, logits)
+        # The mean, summed in the order of the plain one.
+        loss, count = aten.nll_loss_forward(log_p_of_targets, torch.zeros_like(targets), None, MEAN, NO_INDEX)
+        # As saved tensors: attributes would live as long as somebody keeps the loss.
+        ctx.save_for_backward(input, weight, targets, count, logits)
         ctx.half, ctx.keep_memory = half, True
-        return F.nll_loss(log_p_of_targets, torch.zeros_like(targets))  # the mean, summed in the order of the plain one
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, targets, logits = ctx.saved_tensors
-        grad_of_log_p = -grad / len(targets)
+        input, weight, targets, count, logits = ctx.saved_tensors
         fp32 = _fp32_rows(logits)
-        one_hot = torch.zeros_like(fp32)
+        one_hot = torch.empty_like(fp32)
         for rows in _slices(logits, len(fp32)):
-            part, at_target = logits[rows], targets[rows, None]
+            part = logits[rows]
             log_p = part if part.dtype is torch.float32 else _log_softmax(part, fp32)
-            selected = one_hot[: len(part)].scatter_(1, at_target, grad_of_log_p.expand_as(at_target))
-            grad_of_logits = torch._log_softmax_backward_data(selected, log_p, 1, torch.float32, out=log_p)
-            if grad_of_logits is not part:
-                part.copy_(grad_of_logits)
+            selected = one_hot[: len(part)]
+            aten.nll_loss_backward.grad_input(
+                grad, log_p, targets[rows], None, MEAN, NO_INDEX, count, grad_input=selected
+            )
+            _softmax_gradient(selected, log_p, part)
             _round(part, ctx.half)
-            selected.scatter_(1, at_target, 0.0)
         grads = torch.mm(logits, weight), torch.mm(logits.t(), input), logits.sum(0)
         if ctx.keep_memory:
             _keep_memory(logits)
@@ -142,9 +147,28 @@ def _round(fp32: Tensor, half: torch.dtype | None) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, fp32: Tensor) -> Tensor:
-    """Yield slices of fp32 logits in their place, of others in rows of `fp32`."""
-    wide = logits if logits.dtype is torch.float32 else fp32[: len(logits)].copy_(logits)
-    return torch._log_softmax(wide, 1, False, out=wide)
+    """Return the log probabilities of a slice: of fp32 logits in their place, of others in rows of `fp32`."""
+    if logits.dtype is torch.float32:
+        return torch._log_softmax(logits, 1, False, out=logits)
+    wide = fp32[: len(logits)]
+    if _casts_within(logits):
+        return torch._log_softmax(logits, 1, True, out=wide)
+    return torch._log_softmax(wide.copy_(logits), 1, False, out=wide)
+
+
+def _softmax_gradient(grad: Tensor, log_p: Tensor, logits: Tensor) -> None:
+    """Put the gradient of `logits` in their place, rounded to their dtype; `grad` (fp32) is that of `log_p`."""
+    if _casts_within(logits):
+        torch._log_softmax_backward_data(grad, log_p, 1, logits.dtype, out=logits)
+        return
+    wide = torch._log_softmax_backward_data(grad, log_p, 1, torch.float32, out=log_p)
+    if wide is not logits:
+        logits.copy_(wide)
+
+
+def _casts_within(logits: Tensor) -> bool:
+    """Return whether torch's softmax kernels cast up and down as they read and write: of float16 on CUDA alone."""
+    return logits.is_cuda and logits.dtype is torch.float16
 
 
 def _fp32_rows(logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lm.model.decoder_loss import decoder_loss
 from lm.model.kernels import compute_dtype, linear
-from lm.model.recurrent import GRU, LSTM, RNN
+from lm.model.recurrent import GRU, LSTM, RNN, Recurrent
 from lm.model.transformer import Transformer, positions
 
 KINDS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")
@@ -72,7 +72,7 @@ class RNNModel(nn.Module):
             self.options |= {"nhead": nhead, "context": context}
         self.drop = nn.Dropout(dropout)
         self.encoder = nn.Embedding(ntokens, emsize)
-        self.rnn: nn.RNNBase | Transformer
+        self.rnn: Recurrent | Transformer
         if is_transformer:
             self.rnn = Transformer(emsize, nhead, nhid, nlayers, dropout)
         else:
@@ -127,7 +127,7 @@ class RNNModel(nn.Module):
         return self.drop(output), hidden
 
 
-def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: float) -> nn.RNNBase:
+def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: float) -> Recurrent:
     dropout = dropout if nlayers > 1 else 0.0  # torch drops between layers only, and warns where there is one
     if kind == "LSTM":
         return LSTM(emsize, nhid, nlayers, dropout=dropout)

@@ -1,4 +1,4 @@
-"""torch's recurrent layers, at a usable speed for fp16 and bf16 on every CPU.
+"""torch's recurrent layers, one at a time, and at a usable speed for fp16 and bf16 on every CPU.
 
 On a CPU without instructions for them torch multiplies half matrices one element at a time: 460 ms for forward and
 backward of the default LSTM in fp16, of a step of 1,000, on an AMD Zen 4. There the layers below run in fp32 between
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.backends import cudnn
+from torch.backends.cudnn.rnn import get_cudnn_mode
 
 from lm.model.kernels import compute_dtype, half_through_fp32, rounded
 
@@ -64,58 +66,123 @@ def _relu_cell(x: Tensor, state: list[Tensor], weight: Tensor, bias: Tensor, hal
 CELLS = {"LSTM": _lstm_cell, "GRU": _gru_cell, "RNN_TANH": _tanh_cell, "RNN_RELU": _relu_cell}
 
 
-def through_fp32(rnn: nn.RNNBase, input: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Compute what `rnn` does in half, with every product in fp32.
+def through_fp32(
+    mode: str, weights: list[Tensor], input: Tensor, state: list[Tensor], half: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute what a recurrent layer does in half, with every product in fp32.
 
     Args:
-        rnn: its weights are half, or fp32 and to be rounded, as under autocast.
-        input: fp16 or bf16, shape (time, batch, input size).
-        state: h, or h and c: in the dtype of `input`, each of shape (layers, batch, hidden size).
+        mode: a key of `CELLS`.
+        weights: w_ih, w_hh, b_ih, b_hh, which are half, or fp32 and to be rounded, as under autocast.
+        input: shape (time, batch, input size).
+        state: h, or h and c, each of shape (1, batch, hidden size).
+        half: fp16 or bf16.
 
     Returns:
-        Output of the last layer and new state, in that dtype, shaped alike.
+        Output and new state, in half, shaped alike.
     """
-    cell, half = CELLS[rnn.mode], input.dtype
-    last: list[list[Tensor]] = []
-    for layer, weights in enumerate(rnn.all_weights):
-        w_x, w_h, b_x, b_h = (rounded(w, half) for w in weights)
-        of_layer = [s[layer].float() for s in state]
-        products = F.linear(input.float(), w_x, b_x)
-        states: list[Tensor] = []
-        biases = _BiasOverTime.apply(w_h, b_h, states, products.shape[:2])  # type: ignore[no-untyped-call]
-        outputs = []
-        for x, bias in zip(products, biases, strict=True):
-            states.append(of_layer[0].detach())
-            of_layer = cell(x, of_layer, w_h.detach().t(), bias, half)
-            outputs.append(of_layer[0])
-        input = torch.stack(outputs).to(half)
-        if layer + 1 < rnn.num_layers:
-            input = F.dropout(input, rnn.dropout, rnn.training)
-        last.append(of_layer)
-    return input, [torch.stack(states).to(half) for states in zip(*last, strict=True)]
+    cell = CELLS[mode]
+    w_x, w_h, b_x, b_h = (rounded(w, half) for w in weights)
+    now = [rounded(s[0], half) for s in state]
+    products = F.linear(rounded(input, half), w_x, b_x)
+    states: list[Tensor] = []
+    biases = _BiasOverTime.apply(w_h, b_h, states, products.shape[:2])  # type: ignore[no-untyped-call]
+    outputs = []
+    for x, bias in zip(products, biases, strict=True):
+        states.append(now[0].detach())
+        now = cell(x, now, w_h.detach().t(), bias, half)
+        outputs.append(now[0])
+    return torch.stack(outputs).to(half), [s[None].to(half) for s in now]
 
 
-class _EveryCPU:
-    """Stands before a recurrent layer in a class's bases, and steps in where `half_through_fp32` says so."""
+def cast_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return `weights` in `dtype`, one after the other in one buffer: cuDNN takes that as it is, without a copy.
 
-    def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
-        """Call the layer; unlike there, `hx` must be given."""
-        if not half_through_fp32(self.weight_hh_l0):
-            return super().forward(input, hx)  # type: ignore[misc]
-        half = compute_dtype(self.weight_hh_l0)
-        with torch.autocast("cpu", enabled=False):
-            states = hx if isinstance(hx, tuple) else (hx,)
-            output, state = through_fp32(self, input.to(half), [s.to(half) for s in states])
-        return output, tuple(state) if isinstance(hx, tuple) else state[0]
+    Their gradients come back in the dtype of `weights`.
+    """
+    flat: Any = torch.cat([w.reshape(-1) for w in weights]).to(dtype)
+    parts = flat.split([w.numel() for w in weights])
+    return [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
 
 
-class LSTM(_EveryCPU, nn.LSTM):  # type: ignore[misc]
+class _LayerByLayer:
+    """Stands before a recurrent layer of torch in a class's bases, and runs its layers one at a time.
+
+    cuDNN, given several at once, draws the dropout between them from a state of its own, which no checkpoint can hold.
+    On a CPU the result equals that of several at once in every bit.
+    """
+
+    def forward(self: Any, input: Tensor, hx: Any) -> Any:
+        """Call the layers; shapes are those of torch, batch second, and `hx` must be given."""
+        states = hx if isinstance(hx, tuple) else (hx,)
+        last: list[list[Tensor]] = []
+        for index in range(self.num_layers):
+            input, after = self.one_layer(index, input, [state[index : index + 1] for state in states])
+            last.append(after)
+            if index + 1 < self.num_layers:
+                input = F.dropout(input, self.dropout, self.training)
+        new = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
+        return input, new if isinstance(hx, tuple) else new[0]
+
+    def one_layer(self: Any, index: int, input: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the output of layer `index` and its state after the last word.
+
+        Args:
+            index: from 0.
+            input: shape (time, batch, input size).
+            states: h, or h and c, each of shape (1, batch, hidden size).
+        """
+        weights: list[Tensor] = self.all_weights[index]
+        dtype = compute_dtype(weights[0])
+        device = weights[0].device.type
+        if half_through_fp32(weights[0]):
+            with torch.autocast(device, enabled=False):
+                return through_fp32(self.mode, weights, input, states, dtype)
+        if dtype is weights[0].dtype:
+            return _call(self.mode, weights, input, states, self.training)
+        # Not left to autocast: on CUDA it takes float16 for cuDNN's layers, whatever dtype it was told.
+        with torch.autocast(device, enabled=False):
+            halves = cast_together(weights, dtype)
+            return _call(self.mode, halves, input.to(dtype), [s.to(dtype) for s in states], self.training)
+
+    def flatten_parameters(self: Any) -> None:
+        """Lay the weights of each layer one after the other, as cuDNN wants them; else each call copies them there.
+
+        torch's method, which it calls after every `.to()`, does so for all layers together.
+        """
+        if not all(isinstance(w, Tensor) and cudnn.is_acceptable(w) for w in self._flat_weights):  # type: ignore[no-untyped-call]
+            return
+        kind = get_cudnn_mode(self.mode)  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.cuda.device_of(self._flat_weights[0]):  # type: ignore[no-untyped-call]
+            for w_ih, *others in self.all_weights:
+                torch._cudnn_rnn_flatten_weight(
+                    [w_ih, *others], 4, w_ih.size(1), kind, self.hidden_size, 0, 1, False, False
+                )
+
+
+def _call(
+    mode: str, weights: list[Tensor], input: Tensor, states: list[Tensor], training: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Run torch's own function for one layer with biases, in one direction, without dropout."""
+    options = (True, 1, 0.0, training, False, False)
+    if mode == "LSTM":
+        output, *after = torch.lstm(input, states, weights, *options)
+        return output, after
+    function = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
+    output, state = function(input, states[0], weights, *options)
+    return output, [state]
+
+
+class LSTM(_LayerByLayer, nn.LSTM):  # type: ignore[misc]
     """`torch.nn.LSTM`."""
 
 
-class GRU(_EveryCPU, nn.GRU):  # type: ignore[misc]
+class GRU(_LayerByLayer, nn.GRU):  # type: ignore[misc]
     """`torch.nn.GRU`."""
 
 
-class RNN(_EveryCPU, nn.RNN):  # type: ignore[misc]
+class RNN(_LayerByLayer, nn.RNN):  # type: ignore[misc]
     """`torch.nn.RNN`."""
+
+
+Recurrent = LSTM | GRU | RNN

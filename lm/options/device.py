@@ -22,7 +22,8 @@ def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> 
     Each of several `processes` on this machine takes a GPU of its own.
 
     Raises:
-        UsageError: the two contradict each other, torch does not know `name`, or this machine has no such device.
+        UsageError: the two contradict each other, torch does not know `name`, this machine has no such device, or
+            CUDA does not start.
     """
     if cuda and name is not None and not name.startswith("cuda"):
         raise UsageError(f"--cuda and --device {name} contradict each other: give one of them")
@@ -36,8 +37,8 @@ def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> 
         raise UsageError(f"--device {name} is not supported; give cpu, cuda, cuda:N, xpu or mps")
     present = 1 if device.type == "cpu" else torch.get_device_module(device.type).device_count()
     if present == 0:
-        kind = "CUDA GPU" if device.type == "cuda" else f"{device.type} device"
-        raise UsageError(f"{asked}: torch finds no {kind} here; to run on the CPU, leave the flag out")
+        kind = f"CUDA GPU here{_without_cuda()}" if device.type == "cuda" else f"{device.type} device here"
+        raise UsageError(f"{asked}: torch finds no {kind}; to run on the CPU, leave the flag out")
     if (device.index or 0) >= present:
         raise UsageError(f"{asked}: this machine has {present}; the last one is {device.type}:{present - 1}")
     if device.type == "cuda" and processes > 1 and (device.index is not None or processes > present):
@@ -45,7 +46,25 @@ def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> 
             f"{asked} with {processes} processes on this machine, which has {present} GPUs: each process takes one of "
             f"its own; give --device cuda and at most {present} processes"
         )
+    if device.type == "cuda":
+        _start_cuda(asked)
     return name
+
+
+def _without_cuda() -> str:
+    """Say that it is torch that lacks CUDA, where it is; a ROCm build of torch calls its GPUs "cuda" too."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f", since torch {torch.__version__} is built without CUDA: for a GPU install a build with it"
+    return ""
+
+
+def _start_cuda(asked: str) -> None:
+    """Raise UsageError where CUDA counts GPUs but does not start, as with a driver that is too old for torch."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0][:160]
+        raise UsageError(f"{asked}: CUDA does not start ({reason}); to run on the CPU, leave the flag out") from None
 
 
 def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:

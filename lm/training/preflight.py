@@ -10,6 +10,12 @@ from roundoff.device import device_name, random_state_kept
 from roundoff.errors import UsageError
 from roundoff.precision import Precision
 
+NO_CODE = "no kernel image is available"
+"""What CUDA says on a GPU that torch was not built for."""
+
+DTYPES_OF_PRODUCTS = {"logits", "hidden"}
+"""Tensors that must have the dtype that was asked for: what comes out of the decoder, and of the recurrent layers."""
+
 
 def try_once(model: RNNModel, precision: Precision, args: Options) -> dict[str, str]:
     """Run one tiny batch forward, backward and in evaluation, and return the dtypes that really ran.
@@ -17,19 +23,37 @@ def try_once(model: RNNModel, precision: Precision, args: Options) -> dict[str, 
     No weight, no gradient and no random state changes.
 
     Raises:
-        UsageError: this device has no kernels for the half dtype.
+        UsageError: this device has no kernels for the dtype, or runs another one than was asked for.
     """
     with random_state_kept(args.device):
         try:
-            return _dtypes(model, precision)
+            dtypes = _dtypes(model, precision)
         except RuntimeError as error:
-            if args.dtype == "float32" or isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            half = "main_amp.py --dtype bfloat16" if args.dtype == "float16" else "--dtype float16"
+            if NO_CODE in str(error):
+                raise UsageError(
+                    f"{device_name(args.device)}: this torch ({torch.__version__}) has no code for it; install a build "
+                    "of torch that has, or leave the flag of the device out"
+                ) from None
+            if args.dtype == "float32":
+                raise
             raise UsageError(
                 f"{device_name(args.device)} cannot run {args.model} in {args.dtype} "
-                f"({str(error).splitlines()[0][:120]}); try {half}, or fp32 (main.py without --fp16)"
+                f"({str(error).splitlines()[0][:120]}); try {_others(args)}"
             ) from None
+    for name in DTYPES_OF_PRODUCTS & dtypes.keys():
+        if dtypes[name] != args.dtype:
+            raise UsageError(
+                f"{args.model} was to run in {args.dtype}, but {device_name(args.device)} with torch "
+                f"{torch.__version__} gives {name} in {dtypes[name]}; try {_others(args)}"
+            )
+    return dtypes
+
+
+def _others(args: Options) -> str:
+    half = "main_amp.py --dtype bfloat16" if args.dtype == "float16" else "main_amp.py --dtype float16"
+    return f"{half}, or fp32 (main.py without --fp16)"
 
 
 def settle(parallel_model: nn.Module, model: RNNModel, precision: Precision, args: Options) -> None:

@@ -6,19 +6,25 @@ import torch
 
 from lm.options.options import Options
 from lm.training import distributed
-from roundoff.device import keep_freed_memory, set_tf32
+from roundoff.device import forbid_reduced_precision_reductions, keep_freed_memory, set_tf32
 
 
 def set_up(args: Options) -> None:
     """Meet the other processes of the run, seed every generator, and set what torch keeps per process.
 
-    That is determinism, and TF32 on or off.
+    That is determinism, the current GPU, TF32 on or off, and sums of half products in fp32.
     """
     distributed.init_process_group(args.device)
     torch.manual_seed(args.seed)
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this set only
+        # cuBLAS is deterministic with this set only. cuDNN's recurrent layers allow :16:8 too, but not :4096:8.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         torch.use_deterministic_algorithms(True)
+        # Nothing here reads what it has not written, and the logits are 93 MB.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     keep_freed_memory()
     if args.device.startswith("cuda"):
+        if torch.device(args.device).index is not None:
+            torch.cuda.set_device(args.device)  # which Triton and others look at
         set_tf32(args.tf32)
+        forbid_reduced_precision_reductions()

@@ -1,11 +1,6 @@
 """Watch the gradients at the outputs of a model's modules, and name all that is measured, in order."""
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm.model.language_model import RNNModel
 from lm.model.transformer import Transformer
@@ -32,8 +27,7 @@ def tensor_names(model: RNNModel) -> dict[str, str]:
 def watch(model: RNNModel) -> dict[str, Tensor]:
     """Return a dict that each backward pass of `model` fills from now on: name of a boundary -> gradient.
 
-    The logits are not in it. Recurrent layers, which torch runs as one module, run one at a time from now on. Their
-    operations, the order of these and the random numbers stay the same; a test holds them to equal bits.
+    The logits are not in it. What the model computes stays the same; a test holds it to equal bits.
     """
     gradients: dict[str, Tensor] = {}
 
@@ -45,34 +39,12 @@ def watch(model: RNNModel) -> dict[str, Tensor]:
         for index, module in enumerate(model.rnn.layers):
             module.register_forward_hook(lambda module, args, output, index=index: keep(layer(index), output))
     else:
-        model.rnn.forward = _one_at_a_time(model.rnn, keep)
+        run = model.rnn.one_layer
+
+        def kept(index: int, input: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            output, after = run(index, input, states)
+            keep(layer(index), output)
+            return output, after
+
+        model.rnn.one_layer = kept  # type: ignore[method-assign]
     return gradients
-
-
-def _one_at_a_time(rnn: nn.RNNBase, keep: Callable[[str, Tensor], None]) -> Callable[..., Any]:
-    layers = [_single(rnn, index) for index in range(rnn.num_layers)]
-
-    def forward(input: Tensor, hx: Any) -> tuple[Tensor, Any]:
-        states = hx if isinstance(hx, tuple) else (hx,)
-        last = []
-        for index, single in enumerate(layers):
-            mine = tuple(state[index : index + 1] for state in states)
-            input, after = single(input, mine if isinstance(hx, tuple) else mine[0])
-            keep(layer(index), input)
-            if index + 1 < len(layers):
-                input = F.dropout(input, rnn.dropout, rnn.training)
-            last.append(after if isinstance(hx, tuple) else (after,))
-        new = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
-        return input, new if isinstance(hx, tuple) else new[0]
-
-    return forward
-
-
-def _single(rnn: nn.RNNBase, index: int) -> nn.RNNBase:
-    """Return the one layer `index` as a module that has its weights in common with `rnn`."""
-    options = {"nonlinearity": rnn.nonlinearity} if isinstance(rnn, nn.RNN) else {}
-    with torch.device("meta"):  # no memory, no random numbers
-        single = type(rnn)(rnn.input_size if index == 0 else rnn.hidden_size, rnn.hidden_size, **options)  # type: ignore[arg-type]
-    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-        setattr(single, f"{name}_l0", getattr(rnn, f"{name}_l{index}"))
-    return single.train(rnn.training)

@@ -1,5 +1,6 @@
 """The recurrent layers that CPUs without half instructions run, against torch's own."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,10 +45,10 @@ def make(kind: str, dropout: float = 0.0) -> nn.RNNBase:
     return rnn
 
 
-def run(rnn: nn.RNNBase, dtype: torch.dtype, autocast: bool = False) -> dict[str, Tensor]:
-    """Output, last state and all gradients of two chunks of text."""
+def run(rnn: nn.RNNBase, dtype: torch.dtype, autocast: bool = False, chunks: int = 2) -> dict[str, Tensor]:
+    """Output, last state and all gradients of chunks of text."""
     torch.manual_seed(2)
-    x = torch.randn(2, TIME, BATCH, SIZE).bfloat16().to(dtype).requires_grad_()
+    x = torch.randn(chunks, TIME, BATCH, SIZE).bfloat16().to(dtype).requires_grad_()
     h = torch.randn(LAYERS, BATCH, SIZE).bfloat16().to(dtype)
     state: Any = (h, h.flip(2)) if rnn.mode == "LSTM" else h
     outputs = []
@@ -56,7 +57,7 @@ def run(rnn: nn.RNNBase, dtype: torch.dtype, autocast: bool = False) -> dict[str
             output, state = rnn(chunk, state)
             outputs.append(output)
     results = {"output": torch.stack(outputs), "state": torch.stack(state) if rnn.mode == "LSTM" else state}
-    weights = torch.randn(2, TIME, BATCH, SIZE)
+    weights = torch.randn(chunks, TIME, BATCH, SIZE)
     grads = torch.autograd.grad((results["output"].float() * weights).sum(), [x, *rnn.parameters()])
     return results | {"input": grads[0]} | dict(zip(dict(rnn.named_parameters()), grads[1:], strict=True))
 
@@ -135,14 +136,49 @@ def test_training_and_evaluation_are_equal(monkeypatch, kind, half) -> None:
         assert torch.equal(rnn(x, state)[0], output)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_what_the_cpu_multiplies_is_left_to_torch(monkeypatch, kind, dtype) -> None:
+def test_where_the_cpu_multiplies_layers_one_at_a_time_are_torchs_in_every_bit(
+    monkeypatch, kind, dtype, autocast
+) -> None:
+    """With the dropout between them; one chunk, since autocast adds up in half the gradients of a weight used twice."""
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda half: half is dtype)
-    ours = make(kind).to(dtype)
-    torchs: Any = getattr(nn, "RNN" if "RNN" in kind else kind)(SIZE, SIZE, LAYERS, **KINDS[kind][1]).to(dtype)
-    torchs.load_state_dict(ours.state_dict())
-    a, b = run(ours, dtype), run(torchs, dtype)
+    weights = torch.float32 if autocast else dtype
+    ours = make(kind, dropout=0.5).to(weights)
+    torchs: Any = getattr(nn, "RNN" if "RNN" in kind else kind)(SIZE, SIZE, LAYERS, dropout=0.5, **KINDS[kind][1])
+    torchs.to(weights).load_state_dict(ours.state_dict())
+    use = autocast and dtype is not torch.float32
+    a, b = run(ours, dtype, use, 1), run(torchs, dtype, use, 1)
+    assert {name: x.dtype for name, x in a.items()} == {name: x.dtype for name, x in b.items()}
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_weights_that_are_cast_together_lie_together(kind, half) -> None:
+    weights = make(kind).all_weights[0]
+    cast = recurrent.cast_together(weights, half)
+    places = [w.storage_offset() for w in cast]
+    assert places == [sum(w.numel() for w in weights[:i]) for i in range(4)]
+    assert len({w.untyped_storage().data_ptr() for w in cast}) == 1
+    assert all(torch.equal(w.to(half), copy) for w, copy in zip(weights, cast, strict=True))
+    grads = torch.autograd.grad([w.sum() for w in cast], weights, [torch.tensor(3, dtype=half)] * 4)
+    assert all(torch.equal(grad, torch.full_like(w, 3)) for w, grad in zip(weights, grads, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cudnn_takes_the_weights_where_they_lie(kind, half, autocast) -> None:
+    """Else torch copies them in each call, and warns of it once."""
+    rnn = make(kind).cuda() if autocast else make(kind).cuda().to(half)
+    if autocast or half is torch.float16:  # torch lays bfloat16 weights together in no version
+        for layer in rnn.all_weights:
+            assert len({w.untyped_storage().data_ptr() for w in layer}) == 1
+            assert [w.storage_offset() for w in layer] == [sum(x.numel() for x in layer[:i]) for i in range(4)]
+    x, h = (torch.randn(n, BATCH, SIZE, device="cuda", dtype=half) for n in (TIME, LAYERS))
+    with torch.autocast("cuda", half, enabled=autocast), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        output, _ = rnn(x, (h, h) if kind == "LSTM" else h)
+    assert output.dtype is half
+    assert not [w for w in warned if "contiguous chunk" in str(w.message)]
 
 
 def test_a_state_is_half_at_every_time_step(monkeypatch, kind, half) -> None:

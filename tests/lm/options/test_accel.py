@@ -18,6 +18,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     if kind in ("cuda", "xpu", "mps"):
         monkeypatch.setattr(torch.get_device_module(kind), "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
@@ -100,3 +101,28 @@ def test_a_device_that_is_not_there(monkeypatch, kind) -> None:
     monkeypatch.setattr(torch.get_device_module(kind), "device_count", lambda: 0)
     with pytest.raises(UsageError, match=f"--device {kind}: torch finds no {kind} device here"):
         find_device(kind)
+
+
+def test_a_torch_without_cuda_is_not_a_machine_without_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    for cuda, reason in (
+        (None, ", since torch 2.13.0.cpu is built without CUDA: for a GPU install a build"),
+        ("13.0", ";"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        with pytest.raises(UsageError, match=f"--cuda: torch finds no CUDA GPU here{reason}"):
+            find_device(None, cuda=True)
+
+
+def test_a_driver_that_is_too_old(monkeypatch) -> None:
+    """NVML counts the GPUs all the same."""
+
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it")
+
+    accelerator(monkeypatch, "cuda")
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    said = r"--device cuda:0: CUDA does not start \(The NVIDIA driver .* 11040\).\); to run on the CPU"
+    with pytest.raises(UsageError, match=said):
+        find_device("cuda:0")

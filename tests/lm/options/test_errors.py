@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lm.model.recurrent import LSTM
 from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS
@@ -111,6 +112,36 @@ def test_a_half_dtype_that_this_cpu_cannot_run(programs, monkeypatch, script, fl
     dtype = "bfloat16" if "bfloat16" in flags else "float16"
     said = (f"LSTM in {dtype}", "could not create a primitive descriptor", f"--dtype {remedy}", "fp32")
     assert all(part in error for part in said), error
+
+
+@pytest.mark.parametrize("name", ["hidden", "logits"])
+def test_a_device_that_runs_another_dtype_than_asked_for(programs, monkeypatch, name) -> None:
+    """As CUDA's autocast did, which ran recurrent layers in float16 for bfloat16."""
+    forward = LSTM.forward
+
+    def state_in_float16(self, input, hx):
+        output, hidden = forward(self, input, hx)
+        return output, tuple(h.half() for h in hidden)
+
+    if name == "hidden":
+        monkeypatch.setattr(LSTM, "forward", state_in_float16)
+    else:
+        monkeypatch.setattr("lm.model.language_model.linear", lambda *operands: F.linear(*operands).half())
+    error = programs.refuse("main_amp", *TINY, "--dtype", "bfloat16")
+    said = rf"LSTM was to run in bfloat16, but .* gives {name} in float16; try main_amp.py --dtype float16, or fp32"
+    assert re.search(said, error), error
+
+
+def test_a_gpu_that_torch_has_no_code_for(programs, monkeypatch) -> None:
+    """The dtype is not to blame."""
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    monkeypatch.setattr(LSTM, "forward", fail)
+    for flags in ([], ["--fp16"]):
+        error = programs.refuse("main", *TINY, *flags)
+        assert f"this torch ({torch.__version__}) has no code for it; install a build of torch that has" in error
 
 
 @pytest.mark.parametrize("run_dir", ["run", "deep/run"])
