@@ -17,16 +17,20 @@ from torch.utils._pytree import tree_leaves
 import jobs
 from fake_cuda import CUDA, WHY_NOT, Recorder, fake_cuda
 from lm.model.decoder_loss import decoder_loss
-from lm.options.modes import MODES
+from lm.options.modes import DEFAULT_MODES, MODES
 from lm.training import loop
 from lm.training.loop import Training
+from roundoff.errors import UsageError
 from roundoff.precision import MasterWeights, StepResult
 
 pytestmark = pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
 
-KINDS = {"LSTM": (), "GRU": (), "RNN_TANH": ("--optimizer", "adamw"), "Transformer": ()}
+KINDS = {"LSTM": (), "GRU": (), "RNN_TANH": ("--optimizer", "adamw"), "RNN_RELU": (), "Transformer": ()}
 """The layers, each with flags that they are run with."""
-QUICK = [("GRU", "manual"), ("RNN_TANH", "amp-fp16"), ("Transformer", "fp16-optimizer"), *(("LSTM", m) for m in MODES)]
+QUICK = [
+    *(("LSTM", mode) for mode in DEFAULT_MODES),
+    *(("GRU", "amp-bf16"), ("RNN_TANH", "amp-fp16"), ("RNN_TANH", "manual"), ("Transformer", "fp16-optimizer")),
+]
 every_job = pytest.mark.parametrize(
     ("kind", "mode"),
     [
@@ -140,9 +144,16 @@ def check_dtypes(ran: Ran, mode: str) -> None:
 
 
 def check_recurrent(ran: Ran, mode: str) -> None:
-    """What cuDNN is given is of the mode's dtype, autocast has no hold on it, and so is the state that it returns."""
+    """What cuDNN is given is of the mode's dtype, and so is the state that comes back.
+
+    Its weights lie side by side, else it copies them at every call, and warns. It is left no dropout: it would draw the
+    masks from a state of its own, which no checkpoint holds, and a resumed run would be another one.
+    """
     half = MODES[mode].dtype
-    assert {dtype for call in ran.recorder.recurrent for dtype in call.dtypes} == {getattr(torch, half)}
+    calls = ran.recorder.recurrent
+    assert {call.phase for call in calls} == {*STEP, "evaluation"}
+    assert {dtype for call in calls for dtype in call.dtypes} == {getattr(torch, half)}
+    assert {(call.is_flat, call.dropout) for call in calls} == {(True, 0.0)}
     assert {h.dtype for h in of_hidden(ran)} == {getattr(torch, half)}
     assert ran.job.dtypes["hidden"] == half
 
@@ -154,43 +165,22 @@ def test_a_whole_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
     check_devices(ran)
     check_waits(ran)
     check_dtypes(ran, mode)
+    if kind == "Transformer":
+        assert of_hidden(ran) == ()
+    else:
+        check_recurrent(ran, mode)
 
 
-FLAGS = [("--tied", "--tf32"), ("--optimizer", "adamw"), ("--dropout", "0"), ("--nlayers", "1")]
+FLAGS = [("--tied", "--tf32"), ("--deterministic",), ("--optimizer", "adamw"), ("--dropout", "0"), ("--nlayers", "1")]
 
 
-@pytest.mark.parametrize("flags", jobs.mostly_slow(FLAGS, *FLAGS[:2]), ids=" ".join)
+@pytest.mark.parametrize("flags", jobs.mostly_slow(FLAGS, FLAGS[0]), ids=" ".join)
 def test_a_whole_step_with_other_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: tuple[str, ...]) -> None:
     ran = run(monkeypatch, tmp_path, "fp16-optimizer-dynamic", *flags)
     check_devices(ran)
     check_waits(ran)
     check_dtypes(ran, "fp16-optimizer-dynamic")
-
-
-# --- recurrent layers, which cuDNN computes
-
-
-@pytest.mark.parametrize("kind", jobs.mostly_slow(["LSTM", "GRU", "RNN_TANH", "RNN_RELU"], "LSTM"))
-@pytest.mark.parametrize("mode", jobs.mostly_slow(MODES, "fp32", "manual", "amp-fp16", "amp-bf16"))
-def test_cudnn_is_given_what_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, kind: str
-) -> None:
-    """Under autocast on CUDA torch casts all that it is given to float16, whatever autocast's dtype is."""
-    check_recurrent(run(monkeypatch, tmp_path, mode, "--model", kind), mode)
-
-
-@pytest.mark.parametrize("mode", jobs.mostly_slow(MODES, "manual", "amp-bf16"))
-def test_no_dropout_is_left_to_cudnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str) -> None:
-    """It draws the masks from a state of its own, which no checkpoint holds: a resumed run would be another one."""
-    ran = run(monkeypatch, tmp_path, mode, "--dropout", "0.2")
-    assert {call.dropout for call in ran.recorder.recurrent} == {0.0}
-
-
-@pytest.mark.parametrize("mode", jobs.mostly_slow(MODES, "fp32", "manual", "amp-bf16"))
-def test_cudnn_takes_the_weights_as_they_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str) -> None:
-    """Side by side, in one storage: else it copies them at every call, and warns."""
-    ran = run(monkeypatch, tmp_path, mode)
-    assert {call.is_flat for call in ran.recorder.recurrent} == {True}
+    check_recurrent(ran, "fp16-optimizer-dynamic")
 
 
 # --- launches
@@ -295,6 +285,24 @@ def test_another_dtype_than_the_modes_is_found(monkeypatch: pytest.MonkeyPatch, 
         for mode in ("manual", "amp-fp16", "amp-bf16"):
             with pytest.raises(AssertionError):
                 check(ran, mode)
+
+
+RECURRENT_MUTANTS: dict[str, tuple[str, str, Any]] = {
+    "all layers at once": ("manual", "LSTM.forward", nn.LSTM.forward),
+    "autocast left on": ("amp-bf16", "LSTM.forward", nn.LSTM.forward),
+    "weights here and there": ("manual", "LSTM.flatten_parameters", lambda self: None),
+    "casts one by one": ("amp-bf16", "cast_together", lambda weights, dtype: [w.to(dtype) for w in weights]),
+}
+"""What is wrong with recurrent layers -> a mode, and what of lm.model.recurrent is replaced by what."""
+
+
+@pytest.mark.parametrize("name", RECURRENT_MUTANTS)
+def test_a_wrong_recurrent_layer_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """By its check, or, where it runs in another dtype, by the preflight."""
+    mode, place, wrong = RECURRENT_MUTANTS[name]
+    monkeypatch.setattr(f"lm.model.recurrent.{place}", wrong)
+    with pytest.raises((AssertionError, UsageError)):
+        check_recurrent(run(monkeypatch, tmp_path, mode, steps=1), mode)
 
 
 def test_more_launches_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
