@@ -1,7 +1,8 @@
-"""The device of a run: its name, its random state, TF32, memory."""
+"""The device of a run: its name, its versions, its random state, TF32, memory."""
 
 import ctypes
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 ACCELERATORS = ("cuda", "xpu", "mps")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -108,6 +110,22 @@ def device_name(device: str) -> str:
         if names:
             return f"{names[0].partition(':')[2].strip()} x {len(names)}"
     return platform.processor() or platform.machine()
+
+
+def cudnn_version() -> str | None:
+    """Return cuDNN's version as torch numbers it, such as "91002" for 9.10.2; None where this torch has no cuDNN."""
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return None if version is None else str(version)
+
+
+def driver_version(file: Path = DRIVER_FILE) -> str | None:
+    """Return the version of NVIDIA's driver, such as "550.54.14"; None where `file` does not say it."""
+    try:
+        line = file.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return None
+    found = re.search(r"(?<![\w.])\d+(\.\d+)+", line)
+    return found and found[0]
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -153,13 +153,17 @@ def has_options(directory: Path, options: Any) -> bool:
 
 
 def moved(directory: Path, config: dict[str, Any]) -> str:
-    """Return the facts of the machine that `config` and the run's config.json do not share; "" if there are none."""
+    """Return the facts of the machine that `config` and the run's config.json do not share; "" if there are none.
+
+    A fact that only one of the two names is not compared: an older config.json names no cuDNN.
+    """
     try:
         before = machine(read_object(directory / "config.json"))
     except (OSError, UsageError, LookupError, AttributeError, RecursionError):
         return ""
     now = machine(config)
-    return ", ".join(f"{name} {now[name]}, not {printable(before[name])}" for name in now if now[name] != before[name])
+    other = [name for name in now if name in before and now[name] != before[name]]
+    return ", ".join(f"{name} {now[name]}, not {printable(before[name])}" for name in other)
 
 
 def _entry(path: Path, name: str) -> Any:

@@ -10,8 +10,7 @@ from lm.model.language_model import RNNModel
 from lm.options.modes import mode_of
 from lm.options.options import Options, as_values
 from roundoff import processes
-from roundoff.device import device_name
-from roundoff.runs.config_file import versions
+from roundoff.runs.config_file import describe_device, versions
 
 JOB = (
     *("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied"),
@@ -36,7 +35,8 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
         },
         "seed": args.seed,
         "environment": environment([*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]])
-        | {"device": device_name(args.device), "processes": processes.world_size(), "tf32": args.tf32},
+        | describe_device(args.device)
+        | {"processes": processes.world_size(), "tf32": args.tf32},
         "options": as_values(args) | ({"device": args.device.partition(":")[0]} if several else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

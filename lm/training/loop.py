@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from torch import Tensor
 
@@ -35,6 +35,10 @@ ANNEAL_FACTOR = 4.0
 def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) -> int:
     """Train, keep the best model, test it, and record the run; return the exit code.
 
+    This process leaves the process group once all processes have come to the end of the run together. After an
+    error it stays in the group until it ends. With nccl, leaving waits for messages under way. A process that is lost
+    never answers them, and the line that names it is printed only after `fit`.
+
     Raises:
         UsageError: the text is too short for the batch, this machine cannot run the dtype, a place for the
             results cannot be written, or the run cannot be resumed. Nothing was written then.
@@ -45,11 +49,14 @@ def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) ->
         training = Training(args, corpus, model, precision)
     except RuntimeError as error:
         raise distributed.lost(error) or error from None
-    try:
-        return training.run()
-    finally:
-        training.records.close()
-        distributed.destroy_process_group()
+    with closing(training.records):
+        try:
+            code = training.run()
+        except Terminated:  # all processes have agreed on it
+            distributed.destroy_process_group()
+            raise
+    distributed.destroy_process_group()
+    return code
 
 
 class Training:
@@ -66,7 +73,7 @@ class Training:
         self.eval_batches = 1 if args.dry_run else None
         self.max_steps: int = 1 if args.dry_run else args.max_steps or sys.maxsize
         self.dtypes = try_once(model, precision, args)
-        self.stop = StopSignals()
+        self.stop = StopSignals(distributed.STOP_INTERVAL.get(args.device.partition(":")[0], 1))
         distributed.own_random_numbers(args.seed)
         config = describe(args, corpus, model, self.dtypes)
         self.records, start = start_run(args, corpus, model, precision, config)

@@ -22,12 +22,15 @@ class StopSignals:
     """Remembers signals between `with` and its end, so that no step is cut in two.
 
     A second SIGINT raises KeyboardInterrupt at once, wherever the program is.
+
+    Args:
+        every: the processes of a distributed run tell each other of signals at each `every`-th call of `poll`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
         self._asked = 0
         self._previous: dict[int, Any] = {}
-        self._maximum = distributed.Maximum()
+        self._maximum = distributed.Maximum(every)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other may handle signals

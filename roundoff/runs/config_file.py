@@ -11,7 +11,13 @@ import torch
 
 import roundoff
 from roundoff import processes
-from roundoff.device import device_name, tf32_allowed
+from roundoff.device import (
+    cudnn_version,
+    device_name,
+    driver_version,
+    reduced_precision_reductions_allowed,
+    tf32_allowed,
+)
 from roundoff.errors import UsageError, printable
 from roundoff.runs.jsonfile import read_object, to_json
 
@@ -38,8 +44,19 @@ def describe_run(job: Mapping[str, Any] | None, precision: Mapping[str, Any], se
 
 
 def describe_device(device: torch.device | str) -> dict[str, Any]:
-    """Return what `config.json` says of a device: its name, and whether it may round fp32 operands to TF32."""
-    return {"device": device_name(str(device)), "tf32": str(device).startswith("cuda") and tf32_allowed()}
+    """Return what `config.json` says of a device.
+
+    That is its name, the versions of cuDNN and of its driver (None for a CPU), whether it may round fp32 operands to
+    TF32, and whether it may add half products up in half.
+    """
+    cuda = str(device).startswith("cuda")
+    return {
+        "device": device_name(str(device)),
+        "cudnn": cudnn_version() if cuda else None,
+        "driver": driver_version() if cuda else None,
+        "tf32": cuda and tf32_allowed(),
+        "reduced_precision_reductions": cuda and reduced_precision_reductions_allowed(),
+    }
 
 
 def guess_device(values: Iterable[object]) -> torch.device | str:

@@ -315,12 +315,17 @@ def _in_order(file: str, columns: dict[str, list[Any]], key: str, problems: list
 
 
 def machine(config: dict[str, Any]) -> dict[str, str]:
-    """Return what of the machine decides a run's bits: device, torch, and the threads that share a sum.
+    """Return what of the machine decides a run's bits: device, torch, and cuDNN or the CPU's threads.
 
-    `config` is what `config.json` holds.
+    A run names cuDNN's version if it was on a GPU. The CPU's threads, which share its sums, decide nothing then. Older
+    runs name no cuDNN.
+
+    Args:
+        config: what `config.json` holds.
     """
     environment = config["environment"]
-    return {name: str(environment.get(name)) for name in ("device", "torch", "threads")}
+    last = "threads" if environment.get("cudnn") is None else "cudnn"
+    return {name: str(environment.get(name)) for name in ("device", "torch", last)}
 
 
 def perplexity(loss: float) -> float:

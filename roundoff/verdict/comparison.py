@@ -272,8 +272,8 @@ def _deciding(run: Run) -> str:
     return _canonical([job, machine(run.config), more])
 
 
-def _machines(runs: Sequence[Run]) -> set[tuple[str, ...]]:
-    return {tuple(machine(run.config).values()) for run in runs}
+def _machines(runs: Sequence[Run]) -> set[tuple[tuple[str, str], ...]]:
+    return {tuple(machine(run.config).items()) for run in runs}
 
 
 def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> BitEquality:
@@ -318,5 +318,5 @@ def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
     if judged > 1:
         lines.append(f"Each of the {judged} verdicts has its own 5% risk of error; together the risk is larger.")
     if len(_machines(runs)) > 1:
-        lines.append("The runs differ in device, torch version or threads, which alone can change bits.")
+        lines.append("The runs differ in device, torch, cuDNN or threads, which alone can change bits.")
     return lines

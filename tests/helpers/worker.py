@@ -40,10 +40,10 @@ SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
 def main(faults: str, script: str, *flags: str) -> int:
     """Run `script` with `flags` and `faults`."""
     faulthandler.dump_traceback_later(PATIENCE, exit=True)  # nothing stays behind, whatever happens
-    for name, arguments in json.loads(faults).items():
-        globals()[name](**arguments)
     sys.argv = [f"{script}.py", *flags]
     try:
+        for name, arguments in json.loads(faults).items():
+            globals()[name](**arguments)
         module = importlib.import_module(script)
         return run_trainer(module.main, module.__file__, module.__doc__)
     except SystemExit as stop:
@@ -161,6 +161,33 @@ def _digest(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def average(gradients: str, means: str) -> None:
+    """Average gradients as the trainers do, instead of training: row r of the tensor in a file is that of rank r.
+
+    Each rank writes what it got in two passes to the file `means`-<rank>.
+    """
+    distributed.init_process_group("cpu")
+    mine = torch.load(gradients)[processes.rank()]
+    weights = torch.nn.ParameterList(torch.zeros_like(part) for part in mine.tensor_split([7, 1000]))
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = weights
+
+        def forward(self) -> torch.Tensor:
+            parts = mine.tensor_split([7, 1000])
+            return torch.stack([(w.float() * g.float()).sum() for w, g in zip(self.weights, parts, strict=True)]).sum()
+
+    parallel, passes = distributed.data_parallel(Model()), []
+    for _ in range(2):
+        parallel.zero_grad()
+        parallel().backward()
+        passes.append(torch.cat([weight.grad for weight in weights]).clone())
+    torch.save(passes, f"{means}-{processes.rank()}")
+    raise SystemExit(0)
+
+
 def leave_alone(moment: str, n: int) -> None:
     """Let rank 0 fail while it waits for a message from rank 1, which goes on only when rank 0 has gone."""
 
@@ -182,6 +209,19 @@ def leave_alone(moment: str, n: int) -> None:
     _when(moment, n, act)
 
 
+def leaving(hangs: bool) -> None:
+    """Let each rank that leaves the process group write the file `left-<rank>`, and then, if asked, hang for ever."""
+    leave = dist.destroy_process_group
+
+    def left() -> None:
+        Path(f"left-{processes.rank()}").touch()
+        while hangs:
+            time.sleep(1)
+        leave()
+
+    dist.destroy_process_group = left
+
+
 def signal_torchrun(moment: str, n: int, number: int) -> None:
     """Send torchrun a signal at a moment, and go on once torchrun has sent it here."""
     read, write = os.pipe()
@@ -200,6 +240,11 @@ def patience(timeout: float = 60.0, roll_call: float = 0.3) -> None:
     """How many seconds processes wait for each other."""
     distributed.TIMEOUT = timedelta(seconds=timeout)
     distributed.ROLL_CALL = roll_call
+
+
+def stop_interval(steps: int) -> None:
+    """How many steps share a message about signals."""
+    distributed.STOP_INTERVAL["cpu"] = steps
 
 
 def gpus(count: int) -> None:

@@ -10,9 +10,11 @@ import signal
 
 import pytest
 import torch
+from torch import distributed as dist
 
 import jobs
 from lm.model.model_file import load_model
+from lm.training import distributed
 from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS
 from programs import BATCHES, TINY, read_rows, read_run
 from ranks import Ended, torchrun
@@ -108,6 +110,49 @@ def test_all_ranks_skip_together(ranks, mode):
             scale *= 0.5 if not row["applied"] else 2.0 if good % 6 == 0 else 1.0
 
 
+def means(ranks, gradients: torch.Tensor) -> list[torch.Tensor]:
+    """What each rank got for a mean in its first and in its second pass; `gradients` has a row for each."""
+    torch.save(gradients, ranks.folder / "gradients")
+    ended = ranks.run(len(gradients), "main", average={"gradients": "gradients", "means": "means"})
+    assert (set(ended.codes), set(ended.err)) == ({0}, {""}), ended
+    return [mean for n in range(len(gradients)) for mean in torch.load(ranks.folder / f"means-{n}")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_half_gradients_are_averaged_with_one_rounding(ranks, processes, dtype):
+    """Those near the smallest subnormal number too, which DistributedDataParallel itself makes 0 or twice as large."""
+    torch.manual_seed(processes)
+    smallest = 2.0**-24 if dtype is torch.float16 else 2.0**-133
+    counts = torch.cat([torch.randint(-limit, limit + 1, (processes, 1000)) for limit in (1, 3, 100)], 1)
+    gradients = (counts.double() * smallest).to(dtype)
+    expected = (counts.double().sum(0) / processes).round() * smallest  # to even, as arithmetic rounds
+    assert torch.equal(gradients.double(), counts * smallest)
+    for mean in means(ranks, gradients):
+        assert mean.dtype is dtype
+        assert torch.equal(mean.double(), expected)
+    by_torch = sum(gradients[n] / processes for n in range(processes))
+    assert (by_torch.double() != expected).double().mean() > 0.1
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_half_gradients_of_any_size_are_averaged(ranks, processes):
+    """To the same bits on each rank and again; no sum overflows; an inf or nan of one rank reaches all."""
+    torch.manual_seed(processes)
+    gradients = (torch.randn(processes, 5000) * 2.0 ** torch.randint(-24, 10, (processes, 5000))).half()
+    gradients[:, 0] = 65504
+    gradients[-1, 1], gradients[0, 2] = torch.inf, torch.nan
+    every = means(ranks, gradients) + means(ranks, gradients)
+    for each in (every[::2], every[1::2]):  # the first pass decides the order of sums, which is that of the second
+        assert len(set(jobs.bits(each))) == 1
+    first = every[1]
+    exact = gradients.double().mean(0)
+    assert (first[0], first[1], first[2].isnan()) == (65504, torch.inf, True)
+    error = (first.double() - exact)[3:].abs()
+    scale = gradients[:, 3:].double().abs().amax(0)
+    assert bool((error <= 2.0**-11 * exact[3:].abs() + 2.0**-25 + 2.0**-22 * scale).all())
+
+
 @pytest.mark.parametrize("change", jobs.mostly_slow([(1, 2, "LSTM"), (2, 1, "GRU"), (2, 4, "LSTM")], (2, 1, "GRU")))
 def test_resumed_with_another_number_of_processes(ranks, change):
     """Without dropout the run is the same, but for the order of sums."""
@@ -124,6 +169,20 @@ def test_resumed_with_another_number_of_processes(ranks, change):
     assert run.config["environment"]["processes"] == after
     assert difference(run.steps, whole, "loss") < TOLERANCE
     assert difference(run.epochs, read_run(ranks.folder / "whole").epochs, "valid_loss") < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", jobs.mostly_slow(("fp32", *HALF), "fp32", "fp16-optimizer-dynamic"))
+def test_three_processes_are_resumed_to_the_bit(ranks, mode):
+    """Of three terms the order matters, and torch chooses it anew when the run goes on."""
+    script, *flags = jobs.MODES[mode]
+    flags += ["--dropout", "0.3", "--batch_size", "6", "--nhid", "24", "--checkpoint-interval", "7"]
+    whole = ranks.train(3, script, *flags, name="whole")
+    kill = {"moment": "backward", "n": 17, "do": "kill -9", "rank": 1}
+    ended = ranks.run(3, script, *TINY, *flags, at=kill, patience={})
+    assert ended.codes == [1, -signal.SIGKILL, 1]
+    assert ranks.run(3, script, "--resume", "run").codes == [0] * 3
+    assert read_rows(ranks.folder / "run" / "steps.jsonl") == whole
+    assert outcome(ranks.folder, "run") == outcome(ranks.folder, "whole", "whole.pt")
 
 
 @pytest.mark.slow
@@ -170,14 +229,37 @@ def test_the_end_of_one_rank_ends_all(ranks, do):
     assert ["Traceback" in text for text in ended.err] == [do == "mistake" and n == 1 for n in range(processes)]
 
 
-def test_kill_9_names_nobody_else(ranks):
+@pytest.mark.parametrize("mode", ["fp32", "manual"])
+def test_kill_9_names_nobody_else(ranks, mode):
     """Neither those that waited for the one that has gone, nor those that waited for them."""
-    ended = ranks.run(4, "main", *TRAIN, at=STOP | {"rank": 2, "do": "kill -9"})
+    script, *flags = jobs.MODES[mode]
+    ended = ranks.run(4, script, *TRAIN, *flags, at=STOP | {"rank": 2, "do": "kill -9"})
     assert ended.codes == [1, 1, -signal.SIGKILL, 1]
     (line,) = errors(ended)
     assert line.startswith(LOST.format(2))
     assert "--resume" in line
     assert "Traceback" not in "".join(ended.err)
+
+
+LEAVES = {  # -> what happens to rank 1; whether leaving hangs; exit codes; lines of error, each by its beginning
+    "nothing": (None, False, [0, 0], []),
+    "SIGTERM": ("SIGTERM", False, [143, 143], []),
+    "kill -9": ("kill -9", True, [1, -signal.SIGKILL], [LOST.format(1)]),
+    "mistake": ("mistake", True, [1, 70], [LOST.format(1)]),
+    "Ctrl-C twice": ("Ctrl-C twice", True, [1, 130], [LOST.format(1)]),
+}
+
+
+@pytest.mark.parametrize("case", LEAVES)
+def test_only_those_who_have_all_come_to_the_end_leave_the_group(ranks, case):
+    """With nccl, leaving waits for messages under way, and so for ever for a rank that has gone."""
+    do, hangs, codes, lines = LEAVES[case]
+    fault = {} if do is None else {"at": STOP | {"do": do, "rank": 1}}
+    ended = ranks.run(2, "main", *TRAIN, leaving={"hangs": hangs}, patience={"roll_call": 3}, **fault)
+    for code, expected in zip(ended.codes, codes, strict=True):
+        assert code in (expected, -signal.SIGTERM), ended
+    assert [line.startswith(start) for line, start in zip(errors(ended), lines, strict=True)] == [True] * len(lines)
+    assert [path.name for path in sorted(ranks.folder.glob("left-*"))] == ([] if hangs else ["left-0", "left-1"])
 
 
 def test_no_rank_waits_for_others_once_it_has_failed(ranks):
@@ -204,6 +286,41 @@ def test_an_overflow_that_stays_ends_all(ranks, full):
         result = read_run(ranks.folder / "run").result
         assert (result["status"], result["steps"], result["skipped"]) == ("diverged", 8, 4)
         assert "has diverged" in refused(ranks, 2, "--resume", "run", script="main_amp")
+
+
+@pytest.mark.parametrize(
+    ("every", "rank", "moment", "n", "steps"),
+    [(1, 1, "backward", 7, 8), (10, 1, "backward", 7, 18), (10, 0, "backward", 11, 27), (10, 1, "evaluation", 1, 27)],
+)
+def test_sigterm_to_one_rank_ends_all_at_the_same_step(ranks, every, rank, moment, n, steps):
+    """At the second message from then on; an epoch asks 21 times: 18 steps, 2 batches of validation, its end."""
+    stop = {"moment": moment, "n": n, "do": "SIGTERM", "rank": rank}
+    flags = ["--epochs", "3", "--checkpoint-interval", "7", "--dropout", "0.3"]
+    ended = ranks.run(2, "main", *TINY, *flags, at=stop, stop_interval={"steps": every}, dump={"name": "dump"})
+    assert (ended.codes, errors(ended)) == ([143, 143], []), ended
+    assert [len(rows) for rows in read_dumps(ranks.folder, "dump")] == [steps, steps]
+    assert read_one(ranks.folder / "run" / FILE)["records"]["steps"] == steps
+    assert read_run(ranks.folder / "run").result["status"] == "interrupted"
+
+
+class Message:
+    """Stands for an all-reduce under way."""
+
+    def wait(self) -> None:
+        """It has arrived."""
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_processes_ask_each_other_at_every_tenth_step(monkeypatch, every):
+    sent = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda value, *_, async_op: sent.append(value.item()) or Message())
+    maximum = distributed.Maximum(every)
+    answers = [maximum(2 if call > 25 else 0) for call in range(1, 101)]
+    assert len(sent) == 100 // every
+    assert sum(value == 0 for value in sent) == 25 // every
+    assert answers.index(2) + 1 == (27 if every == 1 else 40)
+    assert set(answers[answers.index(2) :]) == {2}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lm.training.checkpoint import read_checkpoint
+from lm.training.checkpoint import moved, read_checkpoint
 from programs import BATCHES, MODEL, TINY, Programs, strict_json
 from runs import kill_at, outcome, resume
 
@@ -94,6 +94,31 @@ def test_a_run_that_goes_on_elsewhere_says_so(killed):
     assert out.splitlines()[1].startswith(line)
     assert config()["environment"] | {"command": []} == here["environment"] | {"command": []}
     assert "its bits may" not in resume(killed, "main").out
+
+
+GPU = {"device": "A GPU", "torch": "2.11", "threads": 2, "cudnn": "91002", "driver": "550.54.14"}
+OLD_GPU = {name: GPU[name] for name in ("device", "torch", "threads")}
+CPU = GPU | {"device": "A CPU", "cudnn": None, "driver": None}
+MOVES = {  # -> what config.json says, what is so now, what is said of it
+    "threads beside a GPU": (GPU | {"threads": 8, "driver": "1.0"}, GPU, ""),
+    "cuDNN": (GPU | {"cudnn": "9\n"}, GPU, "cudnn 91002, not 9\\n"),
+    "GPU": (GPU | {"device": "B"}, GPU, "device A GPU, not B"),
+    "an older record of a GPU": (OLD_GPU | {"threads": 8}, GPU, ""),
+    "an older record of another torch": (OLD_GPU | {"torch": "2.6"}, GPU, "torch 2.11, not 2.6"),
+    "threads": (CPU | {"threads": 8}, CPU, "threads 2, not 8"),
+    "an older record of a CPU": (OLD_GPU | {"device": "A CPU", "threads": 8}, CPU, "threads 2, not 8"),
+    "from a CPU to a GPU": (CPU, GPU, "device A GPU, not A CPU"),
+    "from a GPU to a CPU": (GPU, CPU, "device A CPU, not A GPU"),
+    "odd values": (GPU | {"cudnn": [1], "device": None}, GPU, "device A GPU, not None, cudnn 91002, not [1]"),
+    "no mapping": ([], GPU, ""),
+}
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_what_counts_as_another_machine(tmp_path, case):
+    before, now, said = MOVES[case]
+    (tmp_path / "config.json").write_text(json.dumps({"environment": before}))
+    assert moved(tmp_path, {"environment": now}) == said
 
 
 def test_flags_given_again(killed):

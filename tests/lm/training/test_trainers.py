@@ -130,6 +130,7 @@ def test_config_says_what_ran(programs, script):
     assert environment["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", environment["git_commit"])
     assert environment["command"] == [f"{script}.py", *flags]
     assert (environment["processes"], environment["tf32"]) == (1, False)
+    assert (environment["cudnn"], environment["driver"]) == (None, None)
     corpus = config["job"]["corpus"]
     assert corpus.pop("sha256").keys() == {"train", "valid", "test"}
     assert config["corpus"] == "corpus"

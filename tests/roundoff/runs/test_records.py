@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 import lm.training.loop
 from jobs import count_tensors
 from programs import BATCHES, HALF, SCRIPTS, TINY, read_rows, read_run, strict_json
+from roundoff.device import driver_version
 from roundoff.errors import UsageError
 from roundoff.precision import StepResult
 from roundoff.runs import directory, reading
+from roundoff.runs.config_file import describe_device
 from roundoff.runs.directory import START, RunDirectory
 from roundoff.runs.files import lock, unlock
 from roundoff.runs.jsonfile import to_json
@@ -196,6 +198,39 @@ def test_a_loop_of_any_model(tmp_path):
     assert (read.result["test_loss"], read.result["skipped"]) == (0.25, 1)
     assert reading.machine(read.config)["torch"] == torch.__version__
     assert "test_ppl" not in strict_json((tmp_path / "run/result.json").read_text())
+
+
+NVRM = "NVRM version: NVIDIA UNIX "
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (f"{NVRM}x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC version: 12.3.0\n", "535.129.03"),
+        (f"{NVRM}Open Kernel Module for x86_64  550.54.14  Release Build  (dvs-builder@U16-A24)\n", "550.54.14"),
+        (f"{NVRM}x86_64 Kernel Module  460.39  Fri Jan 1 2021", "460.39"),
+        ("no version\nGCC version: 12.3.0\n", None),
+        ("", None),
+        (b"\xff\x00 570.1", "570.1"),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_the_version_of_the_driver(tmp_path, text, version):
+    """As its first line names it."""
+    file = tmp_path / "version"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert driver_version(file) == version
+
+
+@pytest.mark.parametrize(("number", "version"), [(91002, "91002"), (None, None)])
+def test_what_a_run_says_of_a_gpu(monkeypatch, number, version):
+    monkeypatch.setattr("roundoff.runs.config_file.device_name", lambda device: f"a {device}")
+    monkeypatch.setattr("roundoff.runs.config_file.driver_version", lambda: "550.54.14")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    monkeypatch.setattr("roundoff.runs.config_file.tf32_allowed", lambda: True)
+    assert describe_device("cuda:1") == {"device": "a cuda:1", "cudnn": version, "driver": "550.54.14", "tf32": True}
+    assert describe_device("cpu") == {"device": "a cpu", "cudnn": None, "driver": None, "tf32": False}
 
 
 def test_what_a_loop_says_of_its_precision_and_device(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_other_options_and_machines_are_not_another_job(run) -> None:
     environment = {"torch": "2.6.0", "threads": 8, "device": "A GPU"}
     seen = compare([run(), run("manual", environment=environment, options={"log_interval": 5})])
     assert seen.differences == []
-    assert seen.covers[-1] == "The runs differ in device, torch version or threads, which alone can change bits."
+    assert seen.covers[-1] == "The runs differ in device, torch, cuDNN or threads, which alone can change bits."
 
 
 def test_other_seeds_are_refused(run) -> None:
@@ -294,8 +294,8 @@ def test_when_loss_scales_let_modes_agree(run, case: str) -> None:
     "other",
     [
         {"environment": {"device": "B"}}, {"environment": {"torch": "2.6.0"}}, {"environment": {"threads": 3}},
-        {"environment": {"tf32": True}}, {"environment": {"processes": 2}}, {"job": {"lr": 5.0}},
-        {"job": {"corpus": {"sha256": {"valid": "ff" * 32}}}},
+        {"environment": {"cudnn": "91002"}}, {"environment": {"tf32": True}}, {"environment": {"processes": 2}},
+        {"job": {"lr": 5.0}}, {"job": {"corpus": {"sha256": {"valid": "ff" * 32}}}},
     ],
 )  # fmt: skip
 def test_other_machines_and_jobs_need_not_agree(run, other: dict[str, Any]) -> None:
