@@ -229,6 +229,18 @@ def test_save_and_load_go_on_exactly(make, mode, optimizer) -> None:
         assert everything(resumed) == everything(job)
 
 
+@pytest.mark.parametrize("mode", ["manual", "fp16-optimizer", "fp16-optimizer-dynamic"])
+def test_masters_win_over_half_weights_on_load(make, mode) -> None:
+    job = make(mode)
+    for i in range(3):
+        step(job, i)
+    state = through_a_file(job.precision.state_dict())
+    fresh = make(mode, "--seed", "7")
+    fresh.precision.load_state_dict(state)
+    assert jobs.bits(masters(fresh)) == jobs.bits(masters(job))
+    assert jobs.bits(list(fresh.model.parameters())) == jobs.bits(list(job.model.parameters()))
+
+
 @pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, "manual", "fp16-optimizer-dynamic", "amp-fp16"))
 def test_a_state_saved_on_a_gpu_goes_on_where_it_is_loaded(make, mode) -> None:
     """`state_dict` of a loop that uses torch.save itself, read with map_location as torch says."""
@@ -243,18 +255,6 @@ def test_a_state_saved_on_a_gpu_goes_on_where_it_is_loaded(make, mode) -> None:
     assert everything(resumed) == everything(job)
     assert jobs.bits(list(step(resumed, 2))) == jobs.bits(list(step(job, 2)))
     assert everything(resumed) == everything(job)
-
-
-@pytest.mark.parametrize("mode", ["manual", "fp16-optimizer", "fp16-optimizer-dynamic"])
-def test_masters_win_over_half_weights_on_load(make, mode) -> None:
-    job = make(mode)
-    for i in range(3):
-        step(job, i)
-    state = through_a_file(job.precision.state_dict())
-    fresh = make(mode, "--seed", "7")
-    fresh.precision.load_state_dict(state)
-    assert jobs.bits(masters(fresh)) == jobs.bits(masters(job))
-    assert jobs.bits(list(fresh.model.parameters())) == jobs.bits(list(job.model.parameters()))
 
 
 @pytest.mark.parametrize("mode", ["manual", "fp16-optimizer", "fp16-optimizer-dynamic"])

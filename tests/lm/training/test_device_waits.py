@@ -56,7 +56,7 @@ class WaitingSGD(torch.optim.SGD):
 def meta_job(monkeypatch, tmp_path, corpus, mode: str, optimizer: Any, *flags: str) -> Training:
     monkeypatch.setattr(torch.optim, "SGD", optimizer)
     monkeypatch.setattr("lm.options.resolve.device_of", lambda *_, **__: "meta")
-    # Autocast does not know the meta device; its casts are not what is tested here, and test_fake_cuda.py tests them.
+    # autocast does not know the meta device; its casts are not what is tested here, nor the dtypes that come of them
     monkeypatch.setattr("lm.training.preflight.DTYPES_OF_PRODUCTS", set())
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: REAL_AUTOCAST("cpu", dtype, enabled=enabled))
     flags += ("--run-dir", str(tmp_path / "run"), "--save", str(tmp_path / "model.safetensors"))
