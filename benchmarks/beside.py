@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks import reference
+from benchmarks.measure import synchronise
 from lm.data.corpus import batchify
+from roundoff.device import set_tf32
 
 EVALUATION_BATCHES = 4
 
@@ -24,12 +26,15 @@ class Reference:
         stack: ends the process.
         data: folder of the corpus.
         size: of the layers.
+        device: that it trains on.
     """
 
-    def __init__(self, stack: ExitStack, data: str, size: int) -> None:
+    def __init__(self, stack: ExitStack, data: str, size: int, device: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, data, size, torch.get_num_threads()), daemon=True)
+        process = context.Process(
+            target=_serve, args=(theirs, data, size, device, torch.get_num_threads()), daemon=True
+        )
         process.start()
         theirs.close()
         stack.callback(process.join)
@@ -45,12 +50,14 @@ class Reference:
         return run
 
 
-def _serve(pipe: Connection, data: str, size: int, threads: int) -> None:
-    """Run what `pipe` names, until it sends None."""
+def _serve(pipe: Connection, data: str, size: int, device: str, threads: int) -> None:
+    """Run what `pipe` names to its end on `device`, until the pipe sends None."""
     torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        set_tf32(False)
     (train, valid, _), vocabulary = reference.read(data)
-    job = reference.Trainer(batchify(train, 20, "cpu"), (vocabulary + 7) // 8 * 8, size)
-    source = batchify(valid, 10, "cpu")[: EVALUATION_BATCHES * job.bptt + 1]
+    job = reference.Trainer(batchify(train, 20, device), (vocabulary + 7) // 8 * 8, size)
+    source = batchify(valid, 10, device)[: EVALUATION_BATCHES * job.bptt + 1]
     batches = iter(range(0, len(job.data) - 1, job.bptt))
     calls: dict[str, Callable[[], object]] = {
         "step": lambda: job.step(next(batches)),
@@ -60,4 +67,5 @@ def _serve(pipe: Connection, data: str, size: int, threads: int) -> None:
     }
     while name := pipe.recv():
         calls[name]()
+        synchronise(device)
         pipe.send(None)

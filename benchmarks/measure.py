@@ -24,21 +24,32 @@ def interleaved(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     prepare: Mapping[str, Callable[[], object]] | None = None,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Time `rounds` calls of each of `variants` in turn (A B C A B C ...); return the seconds of each.
 
-    A machine that slows down then slows all of them. `prepare` holds what runs before a call, untimed.
+    A machine that slows down then slows all of them. `prepare` holds what runs before a call, untimed. A call has
+    ended when `device` has done all that it was given.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(WARM_UP + rounds):
         for name, variant in variants.items():
             if prepare and name in prepare:
                 prepare[name]()
+            synchronise(device)
             start = clock()
             variant()
+            synchronise(device)
             if i >= WARM_UP:
                 times[name].append(clock() - start)
     return times
+
+
+def synchronise(device: str) -> None:
+    """Wait until `device` has done all that it was given; a CPU has done it already."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        torch.get_device_module(kind).synchronize(*([] if kind == "mps" else [device]))
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -81,8 +92,8 @@ def compared(part: str, size: int | None, times: dict[str, list[float]], *, fast
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine, as far as the figures depend on it."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Describe the machine, as far as the figures on `device` depend on it."""
     features = []
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -90,6 +101,7 @@ def machine() -> dict[str, Any]:
         features = [feature for feature in CPU_FEATURES if feature in flags]
     return {
         "processor": device_name("cpu"),
+        "device": device if device == "cpu" else device_name(device),
         "instructions": features,
         "threads": torch.get_num_threads(),
         "load_at_start": os.getloadavg()[0],

@@ -53,37 +53,40 @@ def python(*arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def flags(mode: str, data: str, size: int, folder: str) -> list[str]:
-    """Return script and flags of `mode`, with its results in `folder`."""
-    where = {"run_dir": f"{folder}/run", "save": f"{folder}/model.safetensors"}
+def flags(mode: str, data: str, size: int, folder: str, device: str = "cpu") -> list[str]:
+    """Return script and flags of `mode` on `device`, with its results in `folder`."""
+    where = {"run_dir": f"{folder}/run", "save": f"{folder}/model.safetensors", "device": device}
     options = {**MODES[mode].options, "data": data, "emsize": size, "nhid": size, **where}
     return [f"{MODES[mode].script}.py", *words(options)]
 
 
-def measure_memory(data: str, size: int, modes: list[str], rounds: int) -> list[Row]:
-    """Measure the peak resident memory of a process that trains for `STEPS` batches and evaluates."""
+def measure_memory(data: str, size: int, modes: list[str], rounds: int, device: str = "cpu") -> list[Row]:
+    """Measure the peak memory of a process that trains for `STEPS` batches and evaluates.
+
+    On a CPU that is what the process holds, on a GPU what torch holds there.
+    """
     peaks: dict[str, list[float]] = {name: [] for name in (REFERENCE, *modes)}
     with short_evaluation(data) as short:
-        call = f"from benchmarks.processes import train_reference; train_reference({short!r}, {size})"
+        call = f"from benchmarks.processes import train_reference; train_reference({short!r}, {size}, {device!r})"
         for _ in range(rounds):
             peaks[REFERENCE].append(float(python("-c", call)) / 2**20)
             for mode in modes:
                 with tempfile.TemporaryDirectory() as folder:
-                    python(*flags(mode, short, size, folder), "--max-steps", str(STEPS))
+                    python(*flags(mode, short, size, folder, device), "--max-steps", str(STEPS))
                     result = json.loads(Path(folder, "run", "result.json").read_text())
                     peaks[mode].append(result["peak_memory_bytes"] / 2**20)
     return [row | {"unit": "MiB"} for row in compared("memory", size, peaks, faster=False)]
 
 
-def train_reference(data: str, size: int) -> None:
+def train_reference(data: str, size: int, device: str) -> None:
     """Train and evaluate as `measure_memory` has the trainers do, and print the peak memory in bytes."""
     (train, valid, test), vocabulary = reference.read(data)
-    job = reference.Trainer(batchify(train, 20, "cpu"), (vocabulary + 7) // 8 * 8, size)
+    job = reference.Trainer(batchify(train, 20, device), (vocabulary + 7) // 8 * 8, size)
     for i in range(STEPS):
         job.step(i * job.bptt)
     for text in (valid, test):
-        job.evaluate(batchify(text, 10, "cpu"))
-    print(peak_memory_bytes("cpu"))
+        job.evaluate(batchify(text, 10, device))
+    print(peak_memory_bytes(device))
 
 
 def measure_start(data: str, size: int, modes: list[str], rounds: int) -> list[Row]:

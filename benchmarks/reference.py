@@ -72,7 +72,7 @@ class Trainer:
     """The model and its training loop, a step at a time.
 
     Args:
-        data: int64, shape (rows, batch size), as `batchify` cuts it.
+        data: int64, shape (rows, batch size), as `batchify` cuts it; the model goes to its device.
         vocabulary: number of words.
         size: of the embedding and of each hidden layer.
         bptt: rows a step.
@@ -82,7 +82,7 @@ class Trainer:
         torch.manual_seed(1111)
         self.data, self.bptt = data, bptt
         self.lr, self.clip = 20.0, 0.25
-        self.model = Model(vocabulary, size)
+        self.model = Model(vocabulary, size).to(data.device)
         self.criterion = nn.NLLLoss()
         self.hidden = self.model.init_hidden(data.size(1))
         self.total_loss = 0.0

@@ -15,18 +15,18 @@ from lm.training.process import set_up
 
 
 @contextmanager
-def trainer(mode: str, data: str, size: int) -> Iterator[Training]:
-    """Build what the script of `mode` (a key of MODES) trains, with layers of `size` units.
+def trainer(mode: str, data: str, size: int, device: str = "cpu") -> Iterator[Training]:
+    """Build what the script of `mode` (a key of MODES) trains on `device`, with layers of `size` units.
 
     Its records go to a folder that is removed afterwards.
     """
     chosen = MODES[mode]
     with tempfile.TemporaryDirectory() as folder:
         places = {"run_dir": Path(folder, "run"), "save": Path(folder, "model.safetensors")}
-        args = make_args(chosen.script, **chosen.options, **places, data=data, emsize=size, nhid=size)
+        args = make_args(chosen.script, **chosen.options, **places, data=data, emsize=size, nhid=size, device=device)
         set_up(args)
         corpus = Corpus(args.data)
-        model = make_model(args, corpus.vocab_size)
+        model = make_model(args, corpus.vocab_size).to(args.device)
         precision = importlib.import_module(chosen.script).make_precision(args, model)
         training = Training(args, corpus, model, precision)
         yield training

@@ -18,12 +18,13 @@ VOCABULARY = 33280  # of WikiText-2, rounded up to a multiple of 8
 
 
 class Jobs:
-    """The trainers of `modes` and the reference, all over the same text and at the same size."""
+    """The trainers of `modes` and the reference, all over the same text, at the same size and on one device."""
 
-    def __init__(self, stack: ExitStack, data: str, size: int, modes: list[str]) -> None:
+    def __init__(self, stack: ExitStack, data: str, size: int, modes: list[str], device: str = "cpu") -> None:
         self.size = size
-        self.reference = Reference(stack, data, size)
-        self.trainers = {mode: stack.enter_context(trainer(mode, data, size)) for mode in modes}
+        self.device = device
+        self.reference = Reference(stack, data, size, device)
+        self.trainers = {mode: stack.enter_context(trainer(mode, data, size, device)) for mode in modes}
 
     def steps(self) -> dict[str, Callable[[], object]]:
         """Return for each a function that trains on the next batch."""
@@ -40,7 +41,7 @@ def own_step(job: Training) -> Callable[[], None]:
 
 def measure_step(jobs: Jobs, rounds: int) -> list[Row]:
     """Measure whole training steps."""
-    return compared("step", jobs.size, interleaved(jobs.steps(), rounds), faster=True)
+    return compared("step", jobs.size, interleaved(jobs.steps(), rounds, device=jobs.device), faster=True)
 
 
 def measure_eval(jobs: Jobs, rounds: int) -> list[Row]:
@@ -52,7 +53,7 @@ def measure_eval(jobs: Jobs, rounds: int) -> list[Row]:
 
     variants: dict[str, Callable[[], object]] = {REFERENCE: jobs.reference.call("evaluate")}
     variants |= {mode: own(job) for mode, job in jobs.trainers.items()}
-    return compared("eval", jobs.size, interleaved(variants, rounds), faster=True)
+    return compared("eval", jobs.size, interleaved(variants, rounds, device=jobs.device), faster=True)
 
 
 def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
@@ -76,11 +77,12 @@ def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
         variants[mode], prepare[mode] = update(job), restore_grads(job.model)
     for keep in (False, True):
         name = "loop, kept gradients" if keep else "loop, new gradients"
-        model = reference.Model(VOCABULARY, jobs.size).half()
+        model = reference.Model(VOCABULARY, jobs.size).to(jobs.device).half()
         for p in model.parameters():
-            p.grad = torch.randn(p.shape).half()
+            p.grad = torch.randn_like(p)
         variants[name], prepare[name] = handwritten_update(model, keep), restore_grads(model)
-    return compared("precision", jobs.size, interleaved(variants, rounds, prepare=prepare), faster=False)
+    times = interleaved(variants, rounds, prepare=prepare, device=jobs.device)
+    return compared("precision", jobs.size, times, faster=False)
 
 
 def restore_grads(model: nn.Module) -> Callable[[], None]:

@@ -229,8 +229,11 @@ def test_what_a_run_says_of_a_gpu(monkeypatch, number, version):
     monkeypatch.setattr("roundoff.runs.config_file.driver_version", lambda: "550.54.14")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
     monkeypatch.setattr("roundoff.runs.config_file.tf32_allowed", lambda: True)
-    assert describe_device("cuda:1") == {"device": "a cuda:1", "cudnn": version, "driver": "550.54.14", "tf32": True}
-    assert describe_device("cpu") == {"device": "a cpu", "cudnn": None, "driver": None, "tf32": False}
+    half_sums = {"reduced_precision_reductions": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction}
+    on_gpu = {"device": "a cuda:1", "cudnn": version, "driver": "550.54.14", "tf32": True}
+    assert describe_device("cuda:1") == on_gpu | half_sums
+    on_cpu = {"device": "a cpu", "cudnn": None, "driver": None, "tf32": False}
+    assert describe_device("cpu") == on_cpu | {"reduced_precision_reductions": False}
 
 
 def test_what_a_loop_says_of_its_precision_and_device(tmp_path, monkeypatch):
