@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import jobs
+from checkpoints import torch_saved_on_gpu
 from lm.data.corpus import get_batch
 from lm.model.language_model import KINDS, next_word_loss
 from lm.model.model_file import load_model
@@ -289,6 +290,22 @@ def test_masters_win_over_half_weights_on_load(make, mode) -> None:
     fresh.precision.load_state_dict(state)
     assert jobs.bits(masters(fresh)) == jobs.bits(masters(job))
     assert jobs.bits(list(fresh.model.parameters())) == jobs.bits(list(job.model.parameters()))
+
+
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, "manual", "fp16-optimizer-dynamic", "amp-fp16"))
+def test_a_state_saved_on_a_gpu_goes_on_where_it_is_loaded(make, mode) -> None:
+    """`state_dict` of a loop that uses torch.save itself, read with map_location as torch says."""
+    job, resumed = make(mode, "--dropout", "0"), make(mode, "--dropout", "0", "--seed", "7")
+    for i in range(2):
+        step(job, i)
+    whole = torch_saved_on_gpu({"model": job.model.state_dict(), "precision": job.precision.state_dict()})
+    assert b"cuda:0" in whole
+    saved = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
+    resumed.model.load_state_dict(saved["model"])
+    resumed.precision.load_state_dict(saved["precision"])
+    assert everything(resumed) == everything(job)
+    assert jobs.bits(list(step(resumed, 2))) == jobs.bits(list(step(job, 2)))
+    assert everything(resumed) == everything(job)
 
 
 @pytest.mark.parametrize("mode", ["manual", "fp16-optimizer", "fp16-optimizer-dynamic"])
