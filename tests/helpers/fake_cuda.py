@@ -12,7 +12,7 @@ cuDNN's layers, `_GPU` for functions of torch, `_FOR_CPP` and `_device_guards` f
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from torch.backends.cudnn.rnn import get_cudnn_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from switches import switches_kept
+
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 
@@ -32,6 +34,8 @@ WHY_NOT = ""
 """Why there can be no GPU of fake tensors here; empty where there can."""
 if torch.cuda.is_available():
     WHY_NOT = "this machine has a GPU, for which nothing needs to stand in"
+elif torch.version.cuda or torch.version.hip:
+    WHY_NOT = "what stands in is made for a torch that was built without CUDA"
 elif sys.platform != "linux":
     WHY_NOT = "libc10.so, whose device guards are needed, is a file of Linux"
 
@@ -313,7 +317,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
         patch.setattr(FakeTensorMode, "avoid_device_init", True)
         patch.setattr(FakeTensor, "is_cuda", property(lambda t: t.device.type == "cuda"), raising=False)
         patch.setattr(FakeTensor, "data_ptr", _address, raising=False)
-        with _switches_kept(), _device_guards(), torch.autograd.set_multithreading_enabled(False), fake, recorder:
+        with switches_kept(), _device_guards(), torch.autograd.set_multithreading_enabled(False), fake, recorder:
             yield recorder
 
 
@@ -332,21 +336,3 @@ def _device_guards() -> Iterator[None]:
         yield
     finally:
         guards[cuda], guards[xla] = before
-
-
-@contextmanager
-def _switches_kept() -> Iterator[None]:
-    """Put back what a run on CUDA sets for its whole process: TF32, by both of its names, and sums of half products."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    places: list[tuple[Any, str]] = [(matmul, f"allow_{half}_reduced_precision_reduction") for half in ("fp16", "bf16")]
-    places += [(place, name) for name in ("allow_tf32", "fp32_precision") for place in (matmul, cudnn)]
-    places += [(place, "fp32_precision") for place in (cudnn.conv, cudnn.rnn)]
-    before = []
-    for place, name in places:
-        with suppress(RuntimeError):  # the older name may not be read once the newer one has been set
-            before.append((place, name, getattr(place, name)))
-    try:
-        yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
