@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-cuda lint clean
 
 # The main job on text that every Python ships, in every precision mode, side by side.
 demo: .venv/.report
@@ -14,6 +14,10 @@ test: lint
 # The slowest too.
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --slow
+
+# On a machine with a GPU, in the environment of $(PYTHON) as it is. Another torch may warn of other things.
+test-cuda:
+	$(PYTHON) -m pytest -m cuda -n 4 --dist worksteal -o filterwarnings=default
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

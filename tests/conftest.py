@@ -1,5 +1,6 @@
 """Set-up shared by all tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import ranks as several
 from lm.model.model_file import save_model
 from programs import WORDS, Programs, make_model, write_corpus
 from runs import Command, Expected, Faulty
+from switches import CUBLAS, switches_kept
 
 # The suite runs one process a core; more threads than cores only get in each other's way.
 torch.set_num_threads(1)
+
+# torch reads it at the first product of a process on a GPU, and never again: a test with --deterministic comes later.
+os.environ.setdefault(CUBLAS, ":16:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,12 +27,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and what is slow where nobody asked for it."""
+    """Skip what needs a GPU where there is none, and what is slow, on a CPU, where nobody asked for it."""
     for item in items:
-        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA GPU on this machine"))
+        if item.get_closest_marker("cuda"):
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="torch finds no CUDA GPU on this machine"))
         elif item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: make test-all runs it"))
+
+
+@pytest.fixture(autouse=True)
+def switches() -> Iterator[None]:
+    """No test finds torch as another one has set it."""
+    with switches_kept():
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

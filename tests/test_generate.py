@@ -65,6 +65,15 @@ def test_a_seed_makes_a_text(saved):
     assert text(saved, "--words", "20", "--seed", "7") == first.splitlines(keepends=True)[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_on_a_device(programs, device, kind):
+    """The same at each time, and the CPU's: fp32 is not rounded to TF32, and all devices draw the same."""
+    save_model(programs.folder / "model.safetensors", make_model(kind), WORDS)
+    first = text(programs, "--words", "40", "--device", device)
+    assert text(programs, "--words", "40", "--device", device) == first
+    assert text(programs, "--words", "40") == first
+
+
 @pytest.mark.parametrize("words", ["1", "20", "45"])
 def test_outf_to_the_terminal(saved, words):
     """The text alone, the same as in a file, and no file."""

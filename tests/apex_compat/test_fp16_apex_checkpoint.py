@@ -9,6 +9,7 @@ import torch
 
 import apex_compat
 from apex_compat import fp16_utils
+from checkpoints import torch_saved_on_gpu
 from fp16_cases import loss_of, mlp, problem, same, snapshot, train, wrap
 
 
@@ -50,23 +51,28 @@ def old_dynamic(factor, window, cur_iter, last_overflow_iter, scale=2**20):
 def saved(tmp_path):
     """Return a function that saves a checkpoint as a script with apex would, and returns its path and optimizer."""
 
-    def save(scaler_of, legacy=False, **changes):
+    def save(scaler_of, legacy=False, on_gpu=False, **changes):
         network = mlp(torch.float16)
         optimizer = wrap(torch.optim.Adam(network.parameters(), lr=0.01), dynamic_loss_scale=True)
         train(network, optimizer, steps=3)
         with pytest.MonkeyPatch.context() as monkeypatch:
             state = optimizer.state_dict() | {"loss_scaler": scaler_of(monkeypatch)} | changes
             checkpoint = {"epoch": 3, "model": network.state_dict(), "optimizer": state, "best": (0.5, ["a"])}
-            torch.save(checkpoint, tmp_path / "c.pt", _use_new_zipfile_serialization=not legacy)
+            if on_gpu:
+                whole = torch_saved_on_gpu(checkpoint, _use_new_zipfile_serialization=not legacy)
+                (tmp_path / "c.pt").write_bytes(whole)
+            else:
+                torch.save(checkpoint, tmp_path / "c.pt", _use_new_zipfile_serialization=not legacy)
         assert not any(name.split(".")[0] == "apex" for name in sys.modules)
         return tmp_path / "c.pt", optimizer
 
     return save
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["CPU", "cuda:0"])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
-def test_a_checkpoint_of_apex_resumes(saved, legacy):
-    path, original = saved(amp_scaler(), legacy)
+def test_a_checkpoint_of_apex_resumes(saved, legacy, on_gpu):
+    path, original = saved(amp_scaler(), legacy, on_gpu)
     checkpoint = apex_compat.load_apex_checkpoint(path)
     assert (checkpoint["epoch"], checkpoint["best"]) == (3, (0.5, ["a"]))
     network = mlp(torch.float16, seed=9)
@@ -116,6 +122,20 @@ def test_the_old_window_counter_resumes_where_it_was(saved):
             optimizer.backward(loss_of(network, *problem(i)))
             scaler.update_scale(False)
             assert optimizer.loss_scale == scaler.loss_scale
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_map_location_is_torchs(saved, legacy):
+    """Such a file comes from a GPU. Whoever asks for the GPU that is not here is told so by torch."""
+    path, _ = saved(amp_scaler(), legacy, on_gpu=True)
+    plain = apex_compat.load_apex_checkpoint(path)
+    for places in ("cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda storage, place: storage):
+        checkpoint = apex_compat.load_apex_checkpoint(path, map_location=places)
+        assert same(checkpoint["model"], plain["model"])
+        assert {weight.device.type for weight in checkpoint["model"].values()} == {"cpu"}
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CPU-only machine"):
+            apex_compat.load_apex_checkpoint(path, map_location=None)
 
 
 class Bomb:

@@ -122,7 +122,6 @@ def test_an_optimizer_that_skips_by_the_tensor_is_told():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fused", [False, True])
 def test_cuda_steps_do_not_synchronise(fused):
     network = mixed().cuda()

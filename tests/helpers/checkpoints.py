@@ -1,7 +1,13 @@
-"""What a checkpoint holds, in small, whether two such are the same in every bit, and what a model file holds."""
+"""What a checkpoint holds, in small, whether two such are the same in every bit, and what a model file holds.
 
+And what a machine with GPUs makes of such things: a file with their tags, weights that are views of one storage.
+"""
+
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -74,3 +80,52 @@ def saved_weights(path: Path) -> dict[str, Tensor]:
 def bits(tensor: Tensor) -> bytes:
     """The elements as they lie in memory, in order."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def torch_saved_on_gpu(content: Any, **options: Any) -> bytes:
+    """The file that torch.save writes where all tensors of `content` are on `cuda:0`."""
+    out = io.BytesIO()
+    with mock.patch("torch.serialization.location_tag", return_value="cuda:0"):
+        torch.save(content, out, **options)
+    return out.getvalue()
+
+
+def _side_by_side(weights: list[Tensor], padding: int) -> None:
+    storage = weights[0].new_full((sum(w.numel() + padding for w in weights),), 7.0)
+    parts = storage.split([n for w in weights for n in (w.numel(), padding)])[::2]
+    for weight, part in zip(weights, parts, strict=True):
+        weight.data = part.view_as(weight).copy_(weight.detach())
+
+
+def _in_one(model: Any, padding: int = 0) -> None:
+    _side_by_side(list(model.rnn.parameters()), padding)
+
+
+def _one_a_layer(model: Any) -> None:
+    for weights in model.rnn.all_weights:
+        _side_by_side(weights, 0)
+
+
+def _matrices_turned(model: Any) -> None:
+    for weight in model.rnn.parameters():
+        if weight.dim() == 2:
+            weight.data = weight.detach().t().contiguous().t()
+
+
+LAYOUTS: dict[str, Callable[[Any], None]] = {
+    "one storage, as cuDNN has them": _in_one,
+    "one storage, with gaps": lambda model: _in_one(model, padding=5),
+    "one storage a layer": _one_a_layer,
+    "column by column": _matrices_turned,
+}
+"""Places in memory where recurrent weights may lie -> what puts a model's there."""
+
+
+def unique_bytes(tensors: dict[str, Tensor]) -> int:
+    """The size of all tensors, of which those that share their memory count once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors.values()}.values())
+
+
+def data_bytes(whole: bytes) -> int:
+    """What a tensor file takes for tensors, beside its header."""
+    return len(whole) - 8 - int.from_bytes(whole[:8], "little")

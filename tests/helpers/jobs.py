@@ -31,6 +31,11 @@ def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
     return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def on(device: str) -> list[str]:
+    """The flags for a device, on which runs must repeat themselves."""
+    return ["--device", device, *(["--deterministic"] if device == "cuda" else [])]
+
+
 def live_tensors() -> list[torch.Tensor]:
     """Every tensor of this process, parameters aside."""
     return [x for x in gc.get_objects() if type(x) is torch.Tensor]  # isinstance asks lazy modules, too

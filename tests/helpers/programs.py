@@ -134,11 +134,11 @@ class Programs:
             code = stop.code
         return Done(code, *self._capsys.readouterr())
 
-    def train(self, script: str, *flags: str) -> Run:
-        """A tiny run that succeeds."""
-        done = self.run(script, *TINY, *flags)
+    def train(self, script: str, *flags: str, name: str = "run") -> Run:
+        """A tiny run into `name` that succeeds."""
+        done = self.run(script, *TINY, "--run-dir", name, *flags)
         assert (done.code, done.err) == (0, "")
-        return read_run(self.folder / "run", done.out)
+        return read_run(self.folder / name, done.out)
 
     def files(self) -> dict[str, bytes | None]:
         """Everything in the folder, hidden files too; None for a folder."""

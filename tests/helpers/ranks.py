@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +66,17 @@ class Ranks:
 
 
 def torchrun(folder: Path, script: str, *flags: str, processes: int = 2, **faults: Any) -> Ended:
-    """`torchrun --nproc-per-node processes script.py flags`; with `faults`, through worker.py."""
+    """`torchrun --nproc-per-node processes script.py flags`; with `faults`, through worker.py.
+
+    On a port that is free, so that tests can run side by side.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [str(WORKER), json.dumps(faults), script] if faults else [str(ROOT / f"{script}.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *program, *flags]
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    command = [sys.executable, *start, *program, *flags]
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -61,15 +61,16 @@ def state_bits(path: Path) -> str:
     content = read_one(path)
     position = {name: value for name, value in content["position"].items() if not name.endswith("seconds")}
     parts = ("model", "precision", "hidden", "random", "best_weights")
-    return repr(_plain({name: content[name] for name in parts} | {"position": position}))
+    return repr(plain({name: content[name] for name in parts} | {"position": position}))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` with the bytes of each tensor in its place, to be compared wherever it is."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), jobs.bits([value])[0]
     if isinstance(value, dict):
-        return sorted((str(key), _plain(part)) for key, part in value.items())
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+        return sorted((str(key), plain(part)) for key, part in value.items())
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def one_line(ended: Ended | Done, code: int, *parts: str) -> None:

@@ -2,23 +2,28 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import jobs
+from checkpoints import torch_saved_on_gpu
 from lm.data.corpus import get_batch
-from lm.model.language_model import next_word_loss
+from lm.model.language_model import KINDS, next_word_loss
+from lm.model.model_file import load_model
 from lm.training.evaluation import evaluate
 from lm.training.loop import Training
+from roundoff.runs.tensor_file import load_tensors, save_tensors
+from runs import plain
 
 FP16_MODES = [mode for mode in jobs.MODES if "fp32" not in mode and "bf16" not in mode]
 DYNAMIC_MODES = ["fp16-optimizer-dynamic", "amp-fp16"]
 
 
 @pytest.fixture
-def make(monkeypatch, tmp_path, corpus, device):
+def make(monkeypatch, tmp_path, corpus, device) -> Callable[..., Training]:
     """Builds the job of a mode through its own script; an optimizer class in place of fused SGD if given."""
 
     def build(mode: str, *flags: str, optimizer: Any = None) -> Training:
@@ -31,8 +36,7 @@ def make(monkeypatch, tmp_path, corpus, device):
                 patch.setattr(torch.optim, "SGD", optimizer)
             return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], "--device", device, *where, *flags)
 
-    yield build
-    torch.use_deterministic_algorithms(False)
+    return build
 
 
 def adamw(params: Any, lr: float, fused: bool) -> torch.optim.Optimizer:
@@ -228,6 +232,54 @@ def test_save_and_load_go_on_exactly(make, mode, optimizer) -> None:
         assert everything(resumed) == everything(job)
 
 
+GPU = pytest.mark.cuda
+KINDS_OF_DEVICE = [("cpu", "cpu"), pytest.param("cpu", "cuda", marks=GPU), pytest.param("cuda", "cpu", marks=GPU)]
+
+
+@pytest.mark.parametrize(("device", "other"), KINDS_OF_DEVICE)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("mode", jobs.MODES)
+def test_files_of_one_device_are_read_on_another(make, tmp_path, mode, optimizer, other) -> None:
+    """All that a run goes on with but its random generators, and the model, with the same bits."""
+    flags = ("--optimizer", optimizer, "--lr", "0.1")
+    job, elsewhere = make(mode, *flags), make(mode, *flags, "--seed", "7", "--device", other)
+    for i in range(3):
+        step(job, i, inject=("decoder.bias", math.inf) if i == 1 else None)
+    state = {"model": job.model.state_dict(), "precision": job.precision.state_dict()}
+    save_tensors(tmp_path / "file", state, "a format")
+    saved = load_tensors(tmp_path / "file", "a format")
+    assert plain(saved) == plain(state)
+    elsewhere.model.load_state_dict(saved["model"])
+    elsewhere.precision.load_state_dict(saved["precision"])
+    assert everything(elsewhere) == everything(job)
+    assert plain(elsewhere.precision.state_dict()) == plain(state["precision"])
+    assert {t.device.type for t in [*elsewhere.model.parameters(), *masters(elsewhere)]} == {other}
+    assert step(elsewhere, 3).applied
+    job.save_model()
+    loaded, _ = load_model(job.args.save)
+    assert jobs.bits(list(loaded.parameters())) == jobs.bits([p.float() for p in job.model.parameters()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast_has_the_range_of_fp32(make, kind) -> None:
+    """Gradients far below 2**-25, which fp16 flushes, reach all weights, in proportion: nothing runs in fp16 unasked.
+
+    On a GPU torch's autocast would have recurrent layers in fp16 whatever it was asked for.
+    """
+    flags, tiny = ("--model", kind, "--nhead", "2", "--dropout", "0"), 2.0**-40
+    gradients = {}
+    for mode, scale in (("amp-bf16", 1.0), ("amp-bf16", tiny), ("amp-fp16-static", tiny)):
+        job = make(mode, *flags, "--static-loss-scale", str(scale))
+        job.model.train()
+        backward(job, 0)
+        gradients[mode, scale] = {name: p.grad.double() / scale for name, p in job.model.named_parameters()}
+        assert mode == "amp-fp16-static" or job.dtypes["logits"] == job.dtypes.get("hidden", "bfloat16") == "bfloat16"
+    assert not any(grad.any() for name, grad in gradients["amp-fp16-static", tiny].items() if name.startswith("rnn."))
+    for name, expected in gradients["amp-bf16", 1.0].items():
+        error = gradients["amp-bf16", tiny][name] - expected
+        assert error.norm() < 2.0**-8 * expected.norm(), name
+
+
 @pytest.mark.parametrize("mode", ["manual", "fp16-optimizer", "fp16-optimizer-dynamic"])
 def test_masters_win_over_half_weights_on_load(make, mode) -> None:
     job = make(mode)
@@ -238,6 +290,22 @@ def test_masters_win_over_half_weights_on_load(make, mode) -> None:
     fresh.precision.load_state_dict(state)
     assert jobs.bits(masters(fresh)) == jobs.bits(masters(job))
     assert jobs.bits(list(fresh.model.parameters())) == jobs.bits(list(job.model.parameters()))
+
+
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, "manual", "fp16-optimizer-dynamic", "amp-fp16"))
+def test_a_state_saved_on_a_gpu_goes_on_where_it_is_loaded(make, mode) -> None:
+    """`state_dict` of a loop that uses torch.save itself, read with map_location as torch says."""
+    job, resumed = make(mode, "--dropout", "0"), make(mode, "--dropout", "0", "--seed", "7")
+    for i in range(2):
+        step(job, i)
+    whole = torch_saved_on_gpu({"model": job.model.state_dict(), "precision": job.precision.state_dict()})
+    assert b"cuda:0" in whole
+    saved = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
+    resumed.model.load_state_dict(saved["model"])
+    resumed.precision.load_state_dict(saved["precision"])
+    assert everything(resumed) == everything(job)
+    assert jobs.bits(list(step(resumed, 2))) == jobs.bits(list(step(job, 2)))
+    assert everything(resumed) == everything(job)
 
 
 @pytest.mark.parametrize("mode", ["manual", "fp16-optimizer", "fp16-optimizer-dynamic"])

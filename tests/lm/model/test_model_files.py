@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoints import LAYOUTS, data_bytes, torch_saved_on_gpu, unique_bytes
 from fuzzing import fuzz
 from hostile import DAMAGES, PICKLES, sealed_tree
-from lm.model.model_file import FORMAT, load_model
+from jobs import bits
+from lm.model.model_file import FORMAT, load_model, save_model
 from lm.training.checkpoint import FORMAT as CHECKPOINT
 from programs import WORDS, Programs, make_model
 from roundoff.errors import UsageError
@@ -40,6 +42,31 @@ def test_a_file_that_would_run_code(programs: Programs, name: str, command: tupl
     (programs.folder / "model.safetensors").write_bytes(PICKLES[name](programs.folder / "canary"))
     error = programs.refuse(*command)
     assert re.search("cannot be read as a model file .*(it is a pickle|no safetensors file)", error)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_of_an_older_version_from_a_gpu(programs: Programs, legacy: bool) -> None:
+    """Its tensors are tagged `cuda:0`, which torch.load would not read here. Like any pickle it is not opened."""
+    whole = torch_saved_on_gpu(model_content(), _use_new_zipfile_serialization=not legacy)
+    (programs.folder / "model.safetensors").write_bytes(whole)
+    error = programs.refuse("generate")
+    assert re.search("cannot be read as a model file .*(it is a pickle|no safetensors file)", error)
+    assert "cuda" not in error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_whose_weights_lie_as_on_a_gpu(tmp_path: Path, layout: str, tied: bool, dtype: torch.dtype) -> None:
+    """Its file has no more than the weights, and gives them back."""
+    for kind in ("LSTM", "GRU", "RNN_TANH"):
+        model, plain = make_model(kind, tied).to(dtype), make_model(kind, tied).to(dtype)
+        LAYOUTS[layout](model)
+        save_model(tmp_path / "file", model, WORDS)
+        assert data_bytes((tmp_path / "file").read_bytes()) == unique_bytes(plain.state_dict())
+        read, _ = load_model(tmp_path / "file")
+        assert bits(list(read.state_dict().values())) == bits([w.float() for w in plain.state_dict().values()])
+        assert (read.encoder.weight is read.decoder.weight) == tied
 
 
 @pytest.mark.parametrize("name", DAMAGES)

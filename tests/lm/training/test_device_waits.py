@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -56,14 +57,15 @@ class WaitingSGD(torch.optim.SGD):
 def meta_job(monkeypatch, tmp_path, corpus, mode: str, optimizer: Any, *flags: str) -> Training:
     monkeypatch.setattr(torch.optim, "SGD", optimizer)
     monkeypatch.setattr("lm.options.resolve.device_of", lambda *_, **__: "meta")
-    # autocast does not know the meta device; its casts are not what is tested here
+    # autocast does not know the meta device; its casts are not what is tested here, nor the dtypes that come of them
+    monkeypatch.setattr("lm.training.preflight.DTYPES_OF_PRODUCTS", set())
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: REAL_AUTOCAST("cpu", dtype, enabled=enabled))
     flags += ("--run-dir", str(tmp_path / "run"), "--save", str(tmp_path / "model.safetensors"))
     return jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags)
 
 
 def steps(job: Training, count: int) -> Training:
-    """Take steps; this is the one test that calls the loop's own."""
+    """Take steps; these are the only tests that call the loop's own."""
     job.model.train()
     for i in range(count):
         job.train_step(i * job.args.bptt)
@@ -86,6 +88,38 @@ def test_no_step_of_adamw_waits(monkeypatch, tmp_path, corpus, mode) -> None:
     steps(meta_job(monkeypatch, tmp_path, corpus, mode, DeviceSGD, "--optimizer", "adamw"), 3)
     assert len(found) == 3
     assert all(flag.is_meta and flag.dtype == torch.float32 for flag in found)
+
+
+ON_A_GPU = {mode: (mode, []) for mode in jobs.MODES} | {
+    f"{mode} {name}": (mode, flags)
+    for mode in DEFAULT_MODES
+    for name, flags in {
+        **{kind: ["--model", kind] for kind in ("GRU", "RNN_TANH", "Transformer")},
+        "AdamW": ["--optimizer", "adamw"],
+    }.items()
+}
+
+
+@pytest.fixture
+def waits_refused() -> Iterator[Callable[[], None]]:
+    """What makes it an error to wait for the GPU, until the test ends."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("error:.*contiguous chunk of memory")  # else cuDNN copies all weights at each call
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_no_step_on_a_gpu_waits_for_it(monkeypatch, tmp_path, corpus, waits_refused, case) -> None:
+    """After the first ones, in which cuDNN seeds its dropout and optimizers make their state."""
+    mode, flags = ON_A_GPU[case]
+    where = ["--cuda", "--run-dir", str(tmp_path / "run"), "--save", str(tmp_path / "model.safetensors")]
+    job = steps(jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags, *where), 3)
+    job.records.flush()
+    waits_refused()
+    steps(job, 3)
+    with pytest.raises(RuntimeError, match="synchron"):
+        job.records.flush()
 
 
 @pytest.mark.parametrize("mode", jobs.MODES)

@@ -1,6 +1,7 @@
 """The trainers against a plain PyTorch loop, and against each other, bit by bit."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jobs
+from jobs import on
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.options.modes import DEFAULT_MODES
+from lm.training.checkpoint import FILE
+from programs import TINY
+from ranks import torchrun
 from roundoff.precision import MasterWeights, StepResult
-from runs import outcome
+from runs import outcome, state_bits
 
 STEPS = 100
 BATCH, BPTT, SIZE, LR, CLIP, DROPOUT = 4, 5, 16, 2.0, 0.25, 0.2
@@ -27,15 +32,34 @@ class PlainLSTM(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(DROPOUT)
         self.encoder = nn.Embedding(ntokens, SIZE)
-        self.rnn = nn.LSTM(SIZE, SIZE, 2, dropout=DROPOUT)
+        self.rnn: Any = self.layers()
         self.decoder = nn.Linear(SIZE, ntokens)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
 
+    def layers(self) -> nn.Module:
+        return nn.LSTM(SIZE, SIZE, 2, dropout=DROPOUT)
+
+    def features(self, embedded: Tensor, hidden: Any) -> tuple[Tensor, Any]:
+        return self.rnn(embedded, hidden)
+
     def forward(self, tokens: Tensor, hidden: Any) -> tuple[Tensor, Any]:
-        output, hidden = self.rnn(self.drop(self.encoder(tokens)), hidden)
+        output, hidden = self.features(self.drop(self.encoder(tokens)), hidden)
         return self.decoder(self.drop(output)), hidden
+
+
+class PlainLayers(PlainLSTM):
+    """The same layer by layer: a GPU draws what nn.LSTM drops between layers from a state of cuDNN's own."""
+
+    def layers(self) -> nn.Module:
+        return nn.ModuleList(nn.LSTM(SIZE, SIZE) for _ in range(2))
+
+    def features(self, embedded: Tensor, hidden: Any) -> tuple[Tensor, Any]:
+        first, second = (None, None) if hidden is None else (hidden[:2], hidden[2:])
+        between, first = self.rnn[0](embedded, first)
+        output, second = self.rnn[1](self.drop(between), second)
+        return output, (*first, *second)
 
 
 class PlainTransformer(nn.Module):
@@ -106,11 +130,6 @@ def train(monkeypatch, tmp_path, corpus) -> Callable[..., Path]:
     return run
 
 
-def on(device: str) -> list[str]:
-    """The flags for a device, on which runs must repeat themselves."""
-    return ["--device", device, *(["--deterministic"] if device == "cuda" else [])]
-
-
 def history(run_dir: Path) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in jobs.rows(run_dir)]
 
@@ -118,7 +137,7 @@ def history(run_dir: Path) -> list[tuple[float, float]]:
 FP32 = {"main": [], "main_fp16_optimizer": [], "main_amp": ["--dtype", "float32"]}
 
 
-PLAIN = {"LSTM, scale 1": (PlainLSTM, [], 1.0), "LSTM": (PlainLSTM, [], 1024.0)}
+PLAIN = {"LSTM": (PlainLSTM, [], 1024.0), "LSTM, scale 1, layer by layer": (PlainLayers, [], 1.0)}
 PLAIN["Transformer"] = (PlainTransformer, TRANSFORMER, 1024.0)
 
 
@@ -126,6 +145,8 @@ PLAIN["Transformer"] = (PlainTransformer, TRANSFORMER, 1024.0)
 @pytest.mark.parametrize("script", FP32)
 def test_fp32_equals_plain_pytorch_in_every_bit(train, corpus, device, script, case) -> None:
     kind, flags, scale = PLAIN[case]
+    if device == "cuda" and kind is PlainLSTM:
+        kind = PlainLayers
     run = train(
         "run", script, *FP32[script], *flags, f"--static-loss-scale={scale}", f"--max-steps={STEPS}", *on(device)
     )
@@ -162,19 +183,33 @@ def test_clipping_before_unscaling_is_caught(train, monkeypatch, corpus) -> None
     assert mutant[1] != plain[1]  # ... and what was made of it is not
 
 
-MODELS = {"LSTM": [], "GRU tied": ["--model", "GRU", "--tied"], "Transformer": TRANSFORMER}
+JOBS = {"LSTM": [], "GRU tied": ["--model", "GRU", "--tied"], "Transformer": TRANSFORMER}
+JOBS |= {kind: ["--model", kind] for kind in ("GRU", "RNN_TANH", "RNN_RELU")}
+ADAMW = ["--optimizer", "adamw", "--lr", "0.01"]
+JOBS |= {"LSTM, AdamW": ADAMW, "Transformer, AdamW": [*TRANSFORMER, *ADAMW]}
 
 
 @pytest.mark.parametrize("scale", jobs.mostly_slow(["128", "8192"], "128"))
-@pytest.mark.parametrize("model", jobs.mostly_slow(MODELS, "LSTM", "Transformer"))
-def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device, scale, model) -> None:
+@pytest.mark.parametrize("job", jobs.mostly_slow(JOBS, "LSTM", "RNN_RELU", "Transformer", "LSTM, AdamW"))
+def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device, scale, job) -> None:
     """Steps, validations, result and model; quick over 100 steps."""
     length = ["--epochs", "2"] if request.config.getoption("--slow") else ["--max-steps", str(STEPS)]
-    flags = ["--fp16", *MODELS[model], "--static-loss-scale", scale, *length, *on(device)]
+    flags = ["--fp16", *JOBS[job], "--static-loss-scale", scale, *length, *on(device)]
     manual, wrapped = (train(script, script, *flags) for script in ("main", "main_fp16_optimizer"))
     assert len(jobs.rows(manual)) >= STEPS
     left = [outcome(run.parent, run.name, f"{run.name}.pt") for run in (manual, wrapped)]
     assert left[0] == left[1]
+
+
+@pytest.mark.slow
+def test_torchrun_with_one_process_is_the_plain_run(programs, device) -> None:
+    flags = [*TINY, "--fp16", "--dropout", "0.2", "--checkpoint-interval", "5", *on(device)]
+    assert programs.run("main", *flags).code == 0
+    plain = outcome(programs.folder), state_bits(programs.folder / "run" / FILE)
+    shutil.rmtree("run")
+    ended = torchrun(programs.folder, "main", *flags, processes=1)
+    assert ended.codes == [0], ended
+    assert (outcome(programs.folder), state_bits(programs.folder / "run" / FILE)) == plain
 
 
 LEARNS = {mode: (mode, []) for mode in jobs.MODES} | {

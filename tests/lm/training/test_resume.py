@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lm.training.checkpoint import moved, read_checkpoint
+import jobs
+from lm.training.checkpoint import FILE, moved, read_checkpoint
 from programs import BATCHES, MODEL, TINY, Programs, strict_json
-from runs import kill_at, outcome, resume
+from runs import kill_at, outcome, resume, state_bits
 
 FLAGS = [*TINY, "--lr", "30", "--log-interval", "5", "--dropout", "0.3"]
 
@@ -52,6 +53,34 @@ def test_more_epochs_are_the_longer_run(programs, whole):
     Path("run/result.json").unlink()
     resume(programs, "main")  # the flags given at the last time count
     assert outcome(programs.folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *(("fp32", "LSTM"), ("amp-bf16", "LSTM"), ("fp16-optimizer-dynamic", "GRU"), ("amp-fp16", "GRU")),
+        *(("manual", "Transformer"), ("amp-bf16", "Transformer"), ("manual", "RNN_TANH")),
+    ],
+)
+def test_dropout_goes_on_with_the_masks_of_the_run_never_stopped(programs, device, mode, kind):
+    """On embeddings and output, and between the two layers, for which cuDNN would draw from a state of its own."""
+    script, *flags = jobs.MODES[mode]
+    flags += [*TINY, "--model", kind, "--lr", "2", "--dropout", "0.2", "--checkpoint-interval", "5", *jobs.on(device)]
+    assert programs.run(script, *flags).code == 0
+    expected = outcome(programs.folder), state_bits(Path("run") / FILE)
+    shutil.rmtree("run")
+    kill_at(programs, 29, script, *flags)  # three steps after a checkpoint, in the second epoch
+    assert "going on with run at epoch 2, step 26\n" in resume(programs, script).out
+    assert (outcome(programs.folder), state_bits(Path("run") / FILE)) == expected
+
+
+def test_a_run_stays_on_its_kind_of_device(programs, device):
+    """A checkpoint holds the generator of one kind, and no other kind has its masks."""
+    assert programs.run("main", *FLAGS, "--dry-run", *jobs.on(device)).code == 0
+    other = {"cpu": "cuda", "cuda": "cpu"}[device]
+    assert f"--device {other}: the run was started with {device}" in programs.refuse(
+        "main", "--resume", "run", "--device", other
+    )
 
 
 def test_what_may_change_does_not_matter(whole, killed):

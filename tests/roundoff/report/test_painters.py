@@ -9,10 +9,14 @@ from math import inf, nan
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("matplotlib", reason="this environment lacks matplotlib, of the extra report")
+pytest.importorskip("plotly", reason="this environment lacks plotly, of the extra report")
+
 import matplotlib as mpl
 import numpy as np
 import plotly.graph_objects as go
-import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import imread
 

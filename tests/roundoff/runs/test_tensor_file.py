@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bounded import FORMAT, needs_bounds, read_bounded
-from checkpoints import SETUPS, content, same
+from checkpoints import LAYOUTS, SETUPS, content, data_bytes, same, unique_bytes
 from fuzzing import byte_changes, fuzz
 from hostile import DAMAGES, PICKLES, TREES, sealed, sealed_tree
 from programs import make_model
@@ -99,6 +99,21 @@ def test_a_tensor_in_two_places_is_saved_once_and_shared_again(tmp_path: Path) -
     assert [views[name].flatten().tolist() for name in ("front", "back", "table")] == [
         [0, 1, 2], [3, 4, 5], [0, 1, 2, 3, 4, 5],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_that_are_views_take_no_more_than_weights(tmp_path: Path, layout: str, tied: bool) -> None:
+    """A file with the storage behind each view would hold it as often as there are views."""
+    model, plain = make_model(tied=tied), make_model(tied=tied).state_dict()
+    LAYOUTS[layout](model)
+    weights = model.state_dict()
+    whole = saved(tmp_path / "file", {"model": weights, "best": dict(weights)})
+    assert data_bytes(whole) == unique_bytes(plain) == unique_bytes(weights)
+    read_back = load_tensors(tmp_path / "file", FORMAT)
+    assert same(read_back["model"], dict(plain))
+    assert same(read_back["best"], dict(plain))
+    assert (read_back["model"]["encoder.weight"] is read_back["model"]["decoder.weight"]) == tied
 
 
 def deep(levels: int, key: str | int) -> Any:

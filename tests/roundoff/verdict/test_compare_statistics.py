@@ -3,8 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy", reason="this environment lacks scipy, of the extra report")
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
