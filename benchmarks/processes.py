@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import reference
+from benchmarks.gpu.packages import ROOT, python_path
 from benchmarks.measure import REFERENCE, Row, compared
 from lm.data import corpora
 from lm.data.corpus import batchify
@@ -18,7 +19,6 @@ from lm.options.modes import MODES
 from lm.options.options import words
 from roundoff.device import peak_memory_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
 EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the first batches
 
@@ -49,7 +49,7 @@ def short_evaluation(data: str) -> Iterator[str]:
 def python(*arguments: str) -> str:
     """Run a fresh Python process and return its stdout."""
     command = [sys.executable, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": python_path()}
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
 

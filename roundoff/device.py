@@ -4,6 +4,7 @@ import ctypes
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,12 @@ def set_tf32(allowed: bool) -> None:
 
     By torch's older names: after the newer ones, torch.compile and others that still read the older get an error.
     """
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+    cudnn: Any = torch.backends.cudnn
+    with warnings.catch_warnings(action="ignore"):  # torch 2.9 warns of the older names
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        cudnn.allow_tf32 = allowed
+    if not allowed and hasattr(cudnn, "rnn"):  # else these inherit what is set for all of torch
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
 
 
 def tf32_allowed() -> bool:

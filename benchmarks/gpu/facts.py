@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from benchmarks.gpu.report import Report, one_line
 from benchmarks.gpu.settings import Settings
 from lm.model import recurrent
 from lm.model.language_model import RNNModel
-from roundoff.device import device_name, set_tf32
+from roundoff.device import cudnn_version, device_name, driver_version, set_tf32
 
 HALVES = (torch.bfloat16, torch.float16)
 CUDNN: Any = torch.backends.cudnn
@@ -44,14 +43,13 @@ def run(report: Report, settings: Settings) -> None:
 
 def versions(report: Report, device: str) -> None:
     """Report what the machine is, and what is installed."""
-    driver = Path("/proc/driver/nvidia/version")
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": CUDNN.version(),
-        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "cudnn": cudnn_version(),
+        "driver": driver_version(),
         "device": device_name(device),
         "packages": {name: version(name) for name in ("numpy", "pytest", "pytest-xdist", *BASE)},
         "default_half_sums": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
@@ -114,7 +112,7 @@ def _dtype_of(layer: nn.RNNBase, state_dtype: torch.dtype | None, device: str, h
     x = torch.randn(5, 8, 16, device=device)
     with torch.autocast(torch.device(device).type, half):
         if state_dtype is None:
-            output, state = layer(x)
+            output, state = layer(x.to(half))  # as a model hands it over; fp32 would go to cuDNN in every version
         else:
             zeros = torch.zeros(2, 8, 16, device=device, dtype=state_dtype)
             output, state = layer(x.to(state_dtype), (zeros, zeros) if layer.mode == "LSTM" else zeros)

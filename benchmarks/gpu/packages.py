@@ -1,6 +1,7 @@
 """The packages that a part needs beyond torch and numpy, and how they get to a machine without a network."""
 
 import importlib
+import os
 import re
 import tomllib
 from importlib import metadata
@@ -9,6 +10,13 @@ from pathlib import Path
 from roundoff.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def python_path() -> str:
+    """Return PYTHONPATH with this project before what it says already, such as a folder of packages."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 BASE = ("safetensors", "tqdm", "filelock")
 """What the trainers need beside torch and numpy."""
 MODULES = {"pytest-xdist": "xdist"}

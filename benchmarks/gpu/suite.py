@@ -7,7 +7,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from benchmarks.gpu.packages import ROOT, version
+from benchmarks.gpu.packages import ROOT, python_path, version
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.settings import Settings
 from roundoff.errors import RunError
@@ -29,7 +29,7 @@ def run(report: Report, settings: Settings) -> None:
     done = subprocess.run(
         [*command, f"--junitxml={results}"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": python_path()},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

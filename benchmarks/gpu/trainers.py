@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.packages import ROOT
+from benchmarks.gpu.packages import ROOT, python_path
 from benchmarks.gpu.settings import Settings
 from roundoff.errors import RunError
 
@@ -83,7 +83,7 @@ class Trainers:
 
     def _forking(self) -> Any:
         """Return a context of multiprocessing that starts processes here; the server's, if it can."""
-        os.environ["PYTHONPATH"] = str(ROOT)  # the server's only way to find what it imports in advance
+        os.environ["PYTHONPATH"] = python_path()  # the server's only way to find what it imports in advance
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or an import may start CUDA, which no fork survives
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch._dynamo", "lm.launch.entry", "lm.training.loop"])

@@ -32,7 +32,7 @@ CACHED_BYTES = 1 << 20
 """Bytes of a slice of fp32 logits on a CPU: 7 rows of 33,280, which its L2 cache holds."""
 
 SLICE_BYTES = 1 << 28
-"""Bytes of a slice elsewhere: all 700 rows of a default batch, since the number of kernels limits a GPU's step."""
+"""Bytes of a slice elsewhere: all 700 rows of a default batch. By estimate a GPU's step is limited by its launches."""
 
 MEAN, NO_INDEX = 1, -100  # arguments of torch.ops.aten.nll_loss_*
 
@@ -109,9 +109,9 @@ class _DecoderLoss(torch.autograd.Function):
     ) -> Tensor:
         torch.addmm(bias, input, weight.t(), out=logits)
         log_p_of_targets = torch.empty((len(input), 1), dtype=torch.float32, device=input.device)
-        fp32 = _fp32_rows(logits)
-        for rows in _slices(logits, len(fp32)):
-            log_p = _log_softmax(_round(logits[rows], half), fp32)
+        wide = _wide_rows(logits)
+        for rows in _slices(logits):
+            log_p = _log_softmax(_round(logits[rows], half), wide)
             torch.gather(log_p, 1, targets[rows, None], out=log_p_of_targets[rows])
         # The mean, summed in the order of the plain one.
         loss, count = aten.nll_loss_forward(log_p_of_targets, torch.zeros_like(targets), None, MEAN, NO_INDEX)
@@ -124,11 +124,11 @@ class _DecoderLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, targets, count, logits = ctx.saved_tensors
-        fp32 = _fp32_rows(logits)
-        one_hot = torch.empty_like(fp32)
-        for rows in _slices(logits, len(fp32)):
+        wide = _wide_rows(logits)
+        one_hot = logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
+        for rows in _slices(logits):
             part = logits[rows]
-            log_p = part if part.dtype is torch.float32 else _log_softmax(part, fp32)
+            log_p = part if wide is None else _log_softmax(part, wide)
             selected = one_hot[: len(part)]
             aten.nll_loss_backward.grad_input(
                 grad, log_p, targets[rows], None, MEAN, NO_INDEX, count, grad_input=selected
@@ -146,11 +146,11 @@ def _round(fp32: Tensor, half: torch.dtype | None) -> Tensor:
     return fp32.copy_(fp32.to(half)) if half else fp32
 
 
-def _log_softmax(logits: Tensor, fp32: Tensor) -> Tensor:
-    """Return the log probabilities of a slice: of fp32 logits in their place, of others in rows of `fp32`."""
-    if logits.dtype is torch.float32:
+def _log_softmax(logits: Tensor, wide: Tensor | None) -> Tensor:
+    """Return the log probabilities of a slice: of fp32 logits in their place, of others in rows of `wide`."""
+    if wide is None:
         return torch._log_softmax(logits, 1, False, out=logits)
-    wide = fp32[: len(logits)]
+    wide = wide[: len(logits)]
     if _casts_within(logits):
         return torch._log_softmax(logits, 1, True, out=wide)
     return torch._log_softmax(wide.copy_(logits), 1, False, out=wide)
@@ -171,12 +171,19 @@ def _casts_within(logits: Tensor) -> bool:
     return logits.is_cuda and logits.dtype is torch.float16
 
 
-def _fp32_rows(logits: Tensor) -> Tensor:
-    """Memory for a slice of fp32 logits: from one row to all."""
+def _at_once(logits: Tensor) -> int:
+    """Return how many rows a slice has: from one to all."""
     size = CACHED_BYTES if logits.device.type == "cpu" else SLICE_BYTES
-    rows = min(len(logits), max(1, size // (4 * logits.size(1))))
-    return logits.new_empty(rows, logits.size(1), dtype=torch.float32)
+    return min(len(logits), max(1, size // (4 * logits.size(1))))
 
 
-def _slices(logits: Tensor, size: int) -> Iterator[slice]:
+def _wide_rows(logits: Tensor) -> Tensor | None:
+    """Return memory for a slice of half logits in fp32; None where logits are fp32 themselves."""
+    if logits.dtype is torch.float32:
+        return None
+    return logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    size = _at_once(logits)
     return (slice(start, start + size) for start in range(0, len(logits), size))

@@ -1,5 +1,8 @@
 """Replacements for kernels of torch that would be right but needlessly slow on some CPUs."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +14,12 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which products with `weight` run in the dtype of their operands."""
+    device = weight.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def cpu_multiplies(half: torch.dtype) -> bool:
@@ -56,6 +65,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not half_through_fp32(weight):
         return F.linear(input, weight, bias)
     half = compute_dtype(weight)
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(weight):
         # Rounds fp32 operands where autocast would.
         return F.linear(rounded(input, half), rounded(weight, half), rounded(bias, half)).to(half)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.backends import cudnn
 from torch.backends.cudnn.rnn import get_cudnn_mode
 
-from lm.model.kernels import compute_dtype, half_through_fp32, rounded
+from lm.model.kernels import compute_dtype, half_through_fp32, rounded, without_autocast
 
 
 class _BiasOverTime(torch.autograd.Function):
@@ -133,17 +133,14 @@ class _LayerByLayer:
             states: h, or h and c, each of shape (1, batch, hidden size).
         """
         weights: list[Tensor] = self.all_weights[index]
-        dtype = compute_dtype(weights[0])
-        device = weights[0].device.type
-        if half_through_fp32(weights[0]):
-            with torch.autocast(device, enabled=False):
-                return through_fp32(self.mode, weights, input, states, dtype)
-        if dtype is weights[0].dtype:
-            return _call(self.mode, weights, input, states, self.training)
+        dtype, through = compute_dtype(weights[0]), half_through_fp32(weights[0])
         # Not left to autocast: on CUDA it takes float16 for cuDNN's layers, whatever dtype it was told.
-        with torch.autocast(device, enabled=False):
-            halves = cast_together(weights, dtype)
-            return _call(self.mode, halves, input.to(dtype), [s.to(dtype) for s in states], self.training)
+        with without_autocast(weights[0]):
+            if through:
+                return through_fp32(self.mode, weights, input, states, dtype)
+            if dtype is not weights[0].dtype:
+                weights = cast_together(weights, dtype)
+            return _call(self.mode, weights, input.to(dtype), [s.to(dtype) for s in states], self.training)
 
     def flatten_parameters(self: Any) -> None:
         """Lay the weights of each layer one after the other, as cuDNN wants them; else each call copies them there.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.model.kernels import compute_dtype, half_through_fp32, linear
+from lm.model.kernels import compute_dtype, half_through_fp32, linear, without_autocast
 
 
 class _Linear(nn.Linear):
@@ -47,7 +47,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     if not half_through_fp32(q):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     half = compute_dtype(q)
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(q):
         q, k, v = q.float(), k.float(), v.float()
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).to(half)
 

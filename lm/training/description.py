@@ -36,7 +36,7 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
         "seed": args.seed,
         "environment": environment([*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]])
         | describe_device(args.device)
-        | {"processes": processes.world_size(), "tf32": args.tf32},
+        | {"processes": processes.world_size()},
         "options": as_values(args) | ({"device": args.device.partition(":")[0]} if several else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

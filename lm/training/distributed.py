@@ -78,6 +78,18 @@ def barrier() -> None:
             dist.barrier()
 
 
+def meet_before_a_wait(device: str) -> None:
+    """Wait for the others before a wait for a GPU, in whose queue there may be a message from one that is lost.
+
+    This wait ends if a process has gone, and that one may not.
+
+    Raises:
+        RuntimeError: a process has gone; see `lost`.
+    """
+    if world_size() > 1 and device.startswith("cuda"):
+        dist.barrier()  # of gloo, since no process group was given a GPU of its own
+
+
 @contextmanager
 def rank_0_first() -> Iterator[None]:
     """Let rank 0 run the block alone, then the others."""

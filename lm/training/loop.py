@@ -201,6 +201,7 @@ class Training:
 
     def flush(self) -> None:
         """Write the rows of the steps since the last call; raise RunError where too many in a row came to nothing."""
+        distributed.meet_before_a_wait(self.args.device)
         rows = self.records.flush()
         self.at.training_seconds += self.tick()  # a GPU's steps take theirs here, where they are waited for
         for row in rows:

@@ -10,10 +10,7 @@ from roundoff.device import device_name, random_state_kept
 from roundoff.errors import UsageError
 from roundoff.precision import Precision
 
-NO_CODE = "no kernel image is available"
-"""What CUDA says on a GPU that torch was not built for."""
-
-DTYPES_OF_PRODUCTS = {"logits", "hidden"}
+DTYPES_OF_PRODUCTS = ("hidden", "logits")
 """Tensors that must have the dtype that was asked for: what comes out of the decoder, and of the recurrent layers."""
 
 
@@ -31,19 +28,14 @@ def try_once(model: RNNModel, precision: Precision, args: Options) -> dict[str, 
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            if NO_CODE in str(error):
-                raise UsageError(
-                    f"{device_name(args.device)}: this torch ({torch.__version__}) has no code for it; install a build "
-                    "of torch that has, or leave the flag of the device out"
-                ) from None
             if args.dtype == "float32":
                 raise
             raise UsageError(
                 f"{device_name(args.device)} cannot run {args.model} in {args.dtype} "
                 f"({str(error).splitlines()[0][:120]}); try {_others(args)}"
             ) from None
-    for name in DTYPES_OF_PRODUCTS & dtypes.keys():
-        if dtypes[name] != args.dtype:
+    for name in DTYPES_OF_PRODUCTS:
+        if dtypes.get(name, args.dtype) != args.dtype:
             raise UsageError(
                 f"{args.model} was to run in {args.dtype}, but {device_name(args.device)} with torch "
                 f"{torch.__version__} gives {name} in {dtypes[name]}; try {_others(args)}"

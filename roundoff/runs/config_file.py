@@ -46,8 +46,8 @@ def describe_run(job: Mapping[str, Any] | None, precision: Mapping[str, Any], se
 def describe_device(device: torch.device | str) -> dict[str, Any]:
     """Return what `config.json` says of a device.
 
-    That is its name, the versions of cuDNN and of its driver (None for a CPU), whether it may round fp32 operands to
-    TF32, and whether it may add half products up in half.
+    That is its name, and the versions of cuDNN and of its driver (None for a CPU). It is whether fp32 operands may be
+    rounded to TF32, and whether half products may be added up in half.
     """
     cuda = str(device).startswith("cuda")
     return {

@@ -1,9 +1,9 @@
 """A GPU of fake tensors, for a machine that has none: which tensors go where, in which dtype, and what waits.
 
 `fake_cuda` runs a block under torch's `FakeTensorMode`: tensors on `cuda:0` have a device, a dtype and a shape, and no
-numbers. Operators are dispatched as on a GPU, autograd and autocast included, and a `Recorder` notes each. Not seen are
-what a kernel computes, what CUDA's own code decides (which of cuDNN's kernels, which product), and time. Where torch's
-C++ asks for CUDA by name it goes another way: dropout and attention are their plain operators, not the fused ones.
+numbers. Operators are dispatched as on a GPU, autograd and autocast included, and a `Recorder` notes each. What a
+kernel computes is not seen, nor which kernel CUDA's own code would choose, nor its time. Where torch's C++ asks for
+CUDA by name it goes another way: dropout and attention are their plain operators, not the fused ones.
 
 The rest of this file is what stands in for a GPU, each with its reason: `FAKE_KERNELS` for operators, `RECURRENT` for
 cuDNN's layers, `_GPU` for functions of torch, `_FOR_CPP` and `_device_guards` for what C++ asks.

@@ -3,14 +3,18 @@
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lm.model.recurrent import LSTM
+from lm.options.config import make_args
 from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS
+from lm.training.process import set_up
 from programs import ROOT, SCRIPTS, TINY, Programs, read_run, start
+from roundoff.errors import UsageError
 from roundoff.program import exit_code
 
 
@@ -132,16 +136,21 @@ def test_a_device_that_runs_another_dtype_than_asked_for(programs, monkeypatch, 
     assert re.search(said, error), error
 
 
-def test_a_gpu_that_torch_has_no_code_for(programs, monkeypatch) -> None:
-    """The dtype is not to blame."""
+def test_a_gpu_that_torch_has_no_code_for(monkeypatch) -> None:
+    """It is found before a model goes there."""
+    said = "CUDA error: no kernel image is available for execution on the device\nmore"
 
-    def fail(*_):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+    def fail(*_: object, device: str) -> None:
+        raise RuntimeError(said)
 
-    monkeypatch.setattr(LSTM, "forward", fail)
-    for flags in ([], ["--fp16"]):
-        error = programs.refuse("main", *TINY, *flags)
-        assert f"this torch ({torch.__version__}) has no code for it; install a build of torch that has" in error
+    monkeypatch.setattr("lm.training.process.device_name", lambda device: f"GPU {device}")
+    monkeypatch.setattr(torch, "zeros", fail)
+    options = replace(make_args("main"), device="cuda")
+    with pytest.raises(UsageError, match=re.escape(f"GPU cuda: this torch ({torch.__version__}) has no code for it")):
+        set_up(options)
+    said = "CUDA error: out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        set_up(options)
 
 
 @pytest.mark.parametrize("run_dir", ["run", "deep/run"])

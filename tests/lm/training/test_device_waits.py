@@ -111,7 +111,7 @@ def waits_refused() -> Iterator[Callable[[], None]]:
 @pytest.mark.filterwarnings("error:.*contiguous chunk of memory")  # else cuDNN copies all weights at each call
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_no_step_on_a_gpu_waits_for_it(monkeypatch, tmp_path, corpus, waits_refused, case) -> None:
-    """After the first ones, in which cuDNN seeds its dropout and optimizers make their state."""
+    """After the first ones, in which optimizers make their state."""
     mode, flags = ON_A_GPU[case]
     where = ["--cuda", "--run-dir", str(tmp_path / "run"), "--save", str(tmp_path / "model.safetensors")]
     job = steps(jobs.build(monkeypatch, corpus, *jobs.MODES[mode], *flags, *where), 3)
