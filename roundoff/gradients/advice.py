@@ -37,7 +37,14 @@ def take(result: dict[str, Any]) -> int | None:
 
 def advise(result: dict[str, Any]) -> list[str]:
     """Return the sentences, most important first."""
-    return [*_static(result), *_dynamic(result), *_half(result), *_bias(result), *_stagnation(result)]
+    return [
+        *_overflow(result),
+        *_static(result),
+        *_dynamic(result),
+        *_half(result),
+        *_bias(result),
+        *_stagnation(result),
+    ]
 
 
 def _shares(result: dict[str, Any], share: str, k: int) -> dict[str, float]:
@@ -145,13 +152,16 @@ def _bias(result: dict[str, Any]) -> list[str]:
             f"{name} at a loss scale of {mode['loss_scale']:g} is biased: its mean error is {bias:.2g} +- {error:.1g} "
             f"of the mean gradient, which does not average out; flushed elements alone would make {flushed:.2g}."
         )
-    for name, mode in result["modes"].items():
-        if mode["total"]["overflowed"]:
-            sentences.append(
-                f"{name} overflows at its loss scale of {mode['loss_scale']:g}: {mode['total']['overflowed']:.2g} of "
-                "its gradient is not finite, and training would skip these steps."
-            )
     return sentences
+
+
+def _overflow(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} overflows at its loss scale of {mode['loss_scale']:g}: {mode['total']['overflowed']:.2g} of its "
+        "gradient is not finite. It has no error to noise, and training would skip these steps."
+        for name, mode in result["modes"].items()
+        if mode["total"]["overflowed"]
+    ]
 
 
 def _stagnation(result: dict[str, Any]) -> list[str]:

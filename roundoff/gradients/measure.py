@@ -264,14 +264,15 @@ class Measurement:
         of_parameters = {name: tally for name, tally in tallies.items() if isinstance(tally, Tally)}
         every = {name: (tally.errors(), tally.flushed_errors()) for name, tally in of_parameters.items()}
         tensors = {
-            name: _errors(tally.squares, *every[name], products[name]) | _stagnated([stagnation[name]])
+            name: _errors([tally], tally.squares, *every[name], products[name]) | _stagnated([stagnation[name]])
             if isinstance(tally, Tally)
             else {}
             for name, tally in tallies.items()
         }
         sums: list[Tensor] = [torch.stack(parts).sum(0) for parts in zip(*every.values(), strict=True)]
         squares = torch.stack([tally.squares for tally in of_parameters.values()]).sum(0)
-        whole = _errors(squares, sums[0], sums[1], total) | _stagnated(list(stagnation.values()))
+        whole = _errors(list(of_parameters.values()), squares, sums[0], sums[1], total)
+        whole |= _stagnated(list(stagnation.values()))
         return {
             "description": mode.description,
             "forward": {name: of_name.figures() for name, of_name in self.forward[mode.name].items()},
@@ -326,7 +327,13 @@ def _spread(products: Tensor | None) -> dict[str, float | None]:
     return {"gradient": statistics.norm_of_mean(products), "noise": value, "noise_error": error}
 
 
-def _errors(squares: Tensor, errors: Tensor, flushed: Tensor, reference: Tensor) -> dict[str, float | None]:
+def _errors(
+    tallies: Sequence[Shares], squares: Tensor, errors: Tensor, flushed: Tensor, reference: Tensor
+) -> dict[str, float | None]:
+    """Return the figures of errors; none where something overflowed, since an infinite error has no size."""
+    if any(tally.counts["overflowed"] for tally in tallies):
+        return {}
+
     def pair(name: str, estimate: Estimate) -> dict[str, float | None]:
         return {name: estimate.value, f"{name}_error": estimate.error}
 

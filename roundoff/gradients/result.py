@@ -54,7 +54,7 @@ bias            norm of the mean error over norm of the mean gradient of the ref
 critical_batch  number of batches in one from which on the bias is larger than the noise; null for a bias like 0
 bias_flushed    the bias that the flushed elements alone would make
 flushed, subnormal, overflowed
-                `SHARES`: became 0; have lost digits; are inf or nan (and are left out of the errors)
+                `SHARES`: became 0; have lost digits; are inf or nan (then the figures above are null)
 stagnated       share of the updates that are smaller than half a unit in the last place of a weight in the mode's dtype
 """
 

@@ -24,7 +24,7 @@ from roundoff.terminal import progress_bar, say
 COVERS = [
     "Errors are of one backward pass at one set of weights, with the rounding of the weights in them. Errors that add "
     "up over steps, and what an optimizer makes of them, are not seen.",
-    "Elements that are inf or nan are counted as overflowed and left out of errors and bias.",
+    "A tensor of which an element is inf or nan in a mode has no error and no bias there.",
     "Shares are of the elements that are not 0 in the reference (nor under 2**-40 of the tensor's largest). Predicted "
     "ones are of the reference's own values, rounded to fp16 once; a mode's own have in them what was flushed further "
     "up on the way back.",

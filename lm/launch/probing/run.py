@@ -29,7 +29,7 @@ COVERS = [
     "that of the weights is the same in every batch, and is bias here, but changes as training moves them.",
     "Half gradients are taken as the trainers' own code leaves them before its step, and divided by the loss scale in "
     "float64. CPU kernels differ between modes, and so do their errors; those of a GPU were not measured.",
-    "Elements that are inf or nan are counted as overflowed and left out of errors and bias.",
+    "A tensor of which an element is inf or nan in a mode has no error and no bias there.",
     "Shares are of the elements that are not 0 in the reference (nor under 2**-40 of the tensor's largest). Predicted "
     "ones are of the reference's own values, rounded to fp16 once; measured ones have in them what was flushed further "
     "up on the way back.",

@@ -12,7 +12,7 @@ from torch import Tensor
 from roundoff.errors import UsageError
 from roundoff.gradients.exponents import KS
 from roundoff.gradients.measure import Measurement, ParameterGradients, Plan, ScaledGradients
-from roundoff.gradients.result import VALUES
+from roundoff.gradients.result import SHARES, VALUES
 from roundoff.gradients.tally import Shares
 
 SHAPES = {"table": (9, 3), "between": (4, 5), "matrix": (6, 7), "bias": (5,), "out": (8, 4)}
@@ -144,7 +144,13 @@ def shares(found: Vectors, true: Vectors, dtype: torch.dtype) -> dict[str, float
 
 
 def figures(found: Vectors, true: Vectors, mode: Mode) -> dict[str, float | None]:
-    """All that is said of a parameter, or of several, in a mode; `found` is still scaled."""
+    """All that is said of a parameter, or of several, in a mode; `found` is still scaled.
+
+    Where something overflowed, an error has no size.
+    """
+    counted = shares(found, true, mode.dtype)
+    if counted["overflowed"]:
+        return counted | dict.fromkeys(set(VALUES) - set(SHARES) - {"stagnated"})
     pairs = [list(zip(fs, ts, strict=True)) for fs, ts in zip(found, true, strict=True)]
     errors = [[f / mode.scale - t if math.isfinite(f) else 0.0 for f, t in batch] for batch in pairs]
     lost = [[-t if f == 0 else 0.0 for f, t in batch] for batch in pairs]
@@ -158,7 +164,7 @@ def figures(found: Vectors, true: Vectors, mode: Mode) -> dict[str, float | None
         "bias": bias,
         "bias_error": math.sqrt(bias**2 + spread) - bias,
         "bias_flushed": math.sqrt(max(0.0, bias_squared(true, lost))),
-        **shares(found, true, mode.dtype),
+        **counted,
     }
 
 
@@ -223,9 +229,12 @@ def test_each_mode(measured, index: int) -> None:
     found, reference, modes = measured
     mode = modes[index]
     said = found["modes"][mode.name]
-    if index == 1:  # something of everything but this
-        assert [what for what in VALUES if not said["total"][what]] == ["bias_flushed", "critical_batch"]
-        assert found["modes"][modes[0].name]["tensors"]["bias"]["bias_flushed"] > 0.1
+    if index == 0:  # something of everything but overflow
+        assert [what for what in VALUES if not said["total"][what]] == ["overflowed", "critical_batch"]
+        assert said["tensors"]["bias"]["bias_flushed"] > 0.1
+    if index == 1:  # which stands here
+        assert [what for what in VALUES if said["total"][what]] == [*SHARES, "stagnated"]
+        assert [name for name in PARAMETERS if said["tensors"][name]["bias"] is None] == ["table", "matrix"]
     assert (said["loss_scale"], said["description"], said["weights"]) == (mode.scale, "made up", "float32")
     assert said["computes"] == said["dtype"] == str(mode.dtype).removeprefix("torch.")
     for name in [None, *SHAPES]:
