@@ -20,7 +20,9 @@ from roundoff.modes import Build, MakeOptimizer
 
 LR, MOMENTUM, MAX_NORM = 0.05, 0.9, 1.0
 STEPS, BATCH, CLASSES, SIZE = 60, 32, 4, 8
+torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp(prefix="cnn-"))
+print(f"| the pages go to {folder}")
 
 # %% [markdown]
 # The model is any `nn.Module`. The model names no dtype: its weights and autocast decide.
@@ -56,8 +58,8 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 # %% [markdown]
-# A mode is a name, or a function that builds the precision management around the model. Half weights come first, and the
-# optimizer after them.
+# A mode is a name, or a function that builds the precision management around the model. Half weights come first, the
+# optimizer second.
 
 
 # %%
@@ -72,7 +74,7 @@ def fp16_optimizer(model: nn.Module, make_optimizer: MakeOptimizer = sgd) -> Pre
     return WrappedOptimizer(FP16_Optimizer(make_optimizer(parameters), static_loss_scale=128.0, verbose=False))
 
 
-MODES: dict[str, str | Build] = {name: name for name in ("fp32", "masters-fp16", "amp-fp16", "amp-bf16", "bf16-weights")}
+MODES: dict[str, str | Build] = {name: name for name in ("fp32", "masters-fp16", "amp-fp16", "amp-bf16")}
 MODES["fp16-optimizer"] = fp16_optimizer
 
 
@@ -109,6 +111,10 @@ print(report)
 report.save(folder / "probe")
 
 # %%
-comparison = compare(train, MODES, seeds=2, folder=folder / "runs")
+comparison = compare(train, MODES, seeds=2)
 print(comparison)
 comparison.save(folder / "comparison")
+
+# %% [markdown]
+# `masters-fp16` and `fp16-optimizer` agree in every figure and every loss: they are one algorithm, written twice.
+# BatchNorm makes the errors larger than in other models, and still each mode's is under a tenth of the noise.

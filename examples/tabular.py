@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from roundoff import compare, probe
 from roundoff.modes import Build
 
-ROWS, TEST, BATCH, NUMBERS, KINDS, EPOCHS, LR = 4096, 1024, 128, 8, 5, 12, 1e-3
+ROWS, TEST, BATCH, NUMBERS, KINDS, EPOCHS, LR = 4096, 1024, 128, 8, 5, 16, 1e-3
 MODES = ["fp32", "amp-bf16", "masters-bf16", "bf16-weights"]
+torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp(prefix="tabular-"))
+print(f"| the probe's pages go to {folder}")
 
 # %% [markdown]
 # The model has two inputs: NUMBERS columns of numbers, and one of KINDS kinds.
@@ -70,7 +72,7 @@ batches = [tuple(column[rows] for column in data) for rows in torch.arange(ROWS)
 # %%
 report = probe(MLP(), loss, batches[:16], MODES, lr=LR)
 print(report)
-report.save(folder / "probe")
+report.save(folder)
 
 
 # %%
@@ -89,6 +91,8 @@ def train(build: Build, seed: int) -> tuple[list[float], float]:
         return [value.item() for value in losses], loss(model, test).item()
 
 
-comparison = compare(train, MODES, seeds=2, folder=folder / "runs")
-print(comparison)
-comparison.save(folder / "comparison")
+print(compare(train, MODES, seeds=3))
+
+# %% [markdown]
+# The probe counts that bf16 weights round away nine of ten updates, though their gradient is as good as that of
+# `masters-bf16`. In training `bf16-weights` ends worse in each seed; with fp32 masters it ends as fp32 does.
