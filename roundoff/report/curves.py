@@ -48,6 +48,11 @@ def column(run: Run, name: str) -> Floats:
     return np.asarray(run.steps[name], dtype=np.float64)
 
 
+def further(run: Run, name: str) -> Floats:
+    """Return a further loss of the steps; nan where a step, or the run, has none of that name."""
+    return np.asarray(run.losses.get(name, [np.nan] * len(run.steps["step"])), dtype=np.float64)
+
+
 def positive(values: Floats) -> Floats:
     """Return `values` for a logarithmic axis: nan where a float32 has no logarithm."""
     return np.where(np.isfinite(values) & (values >= 2.0**-149), values, np.nan)
@@ -62,12 +67,29 @@ def window(drawn: list[Mode]) -> int:
 def smooth(values: Floats, window: int) -> Floats:
     """Return the mean of the finite values among the `window` around each; nan where the value itself is not finite."""
     finite = np.isfinite(values)
-    ones, half = np.ones(window), window // 2
-    inside = slice(half, half + len(values))
-    # Not by differences of a running sum: a loss of 1e30 would leave its rounding error in all that follows.
-    sums = np.convolve(np.where(finite, values, 0.0), ones)[inside]
-    counts = np.convolve(finite.astype(np.float64), ones)[inside]
+    sums = _sums(np.where(finite, values, 0.0), window)
+    counts = _sums(finite.astype(np.float64), window)
     return np.where(finite, sums / np.maximum(counts, 1), np.nan)
+
+
+def _sums(values: Floats, window: int) -> Floats:
+    """Return the sum of the `window` values, an odd number, around each; what lies beyond the ends counts as 0.
+
+    It adds sums of 1, 2, 4, 8 and so on values, and never subtracts: differences of a running sum would leave the
+    rounding error of a loss of 1e30 in all that follows it.
+    """
+    count, half = len(values), window // 2
+    power = np.concatenate([np.zeros(half), values, np.zeros(half)])  # sums of `width` values from each place on
+    total, start, width = np.zeros(count), 0, 1
+    while window:
+        if window & 1:
+            total += power[start : start + count]
+            start += width
+        window >>= 1
+        if window:
+            power = power[:-width] + power[width:]
+            width *= 2
+    return total
 
 
 def spread_out(count: int, limit: int = POINTS) -> Steps:
@@ -159,13 +181,13 @@ def reach(differences: list[tuple[Run, Floats]], band: Band | None) -> float:
     return 1.1 * float(values.max(initial=0.0)) or 1e-3
 
 
-def epochs(run: Run, drawn: list[Mode]) -> tuple[Floats, Floats]:
-    """Return positions and validation perplexities. Where epochs are few, the modes stand side by side."""
+def epochs(run: Run, drawn: list[Mode], name: str) -> tuple[Floats, Floats]:
+    """Return positions and the figures `name` of the epochs. Where epochs are few, the modes stand side by side."""
     number = np.array([row["epoch"] for row in run.epochs], dtype=np.float64)
     place = next(i for i, mode in enumerate(drawn) if mode.label == run.label)
     aside = 0.05 * (place - (len(drawn) - 1) / 2) if last_epoch(drawn) < 4 else 0.0
-    perplexities = np.array([row["valid_ppl"] for row in run.epochs], dtype=np.float64)
-    return number + aside, np.where(np.abs(perplexities) < 1e300, perplexities, np.nan)  # no axis could hold the rest
+    figures = np.array([row[name] for row in run.epochs], dtype=np.float64)
+    return number + aside, np.where(np.abs(figures) < 1e300, figures, np.nan)  # no axis could hold the rest
 
 
 def last_epoch(drawn: list[Mode]) -> int:

@@ -8,9 +8,9 @@ from roundoff.report.comparison_panels import panels
 from roundoff.report.elements import bullets, flat, listed, place_of, sample, switches, text, write_page
 from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
-from roundoff.report.summary import COLUMNS, LEGEND, problems, row, unfinished
+from roundoff.report.summary import LONGEST_UNIT, columns, legend, problems, row, unfinished
 from roundoff.runs.reading import Run
-from roundoff.verdict.types import Comparison, ModeSummary
+from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
 
 WORDS = {"better", "equivalent", "undecided", "worse"}
 
@@ -65,10 +65,13 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
         return f"{labels}: no run left anything to compare."
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
+    unit = f"losses are in {printable(comparison.unit, LONGEST_UNIT)}; " if comparison.unit else ""
+    margin = f"{comparison.margin:g} {printable(comparison.short_unit, LONGEST_UNIT)}".rstrip()
+    ends = "test losses" if comparison.end == TEST_LOSS else "losses over the last tenth of the steps"
     return (
         f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
-        f"The reference is {comparison.reference}; losses are in nats a word; modes whose mean test losses surely "
-        f"differ by less than {comparison.margin:g} nats are equivalent."
+        f"The reference is {comparison.reference}; {unit}modes whose mean {ends} surely differ by less than {margin} "
+        "are equivalent."
     )
 
 
@@ -83,13 +86,15 @@ def _is_plain(value: object) -> bool:
 
 
 def _results(comparison: Comparison) -> list[str]:
-    heads = "".join(f'<th class="{side}">{text(head.replace(chr(10), " "))}</th>' for head, side in COLUMNS.items())
+    heads = "".join(
+        f'<th class="{side}">{text(head.replace(chr(10), " "))}</th>' for head, side in columns(comparison).items()
+    )
     rows = [_result(place, mode, comparison) for place, mode in enumerate(comparison.modes)]
     body = [
         "<h2>Results</h2>",
         f'<div class="wide"><table class="results"><thead><tr>{heads}</tr></thead>',
         f"<tbody>{''.join(rows)}</tbody></table></div>",
-        f'<p class="caption">{text(" ".join(LEGEND), 2000)}</p>',
+        f'<p class="caption">{text(" ".join(legend(comparison)), 2000)}</p>',
         bullets(mode.verdict.sentence for mode in comparison.modes),
     ]
     return body + listed(
@@ -100,8 +105,8 @@ def _results(comparison: Comparison) -> list[str]:
 def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:
     about = f"{len(mode.runs)} seeds, {mode.status}" if len(mode.runs) > 1 else mode.status
     cells = [f'<td class="mode">{sample(place)}{text(mode.label)}<small>{text(about)}</small></td>']
-    sides = list(COLUMNS.values())
-    for head, side, cell in list(zip(COLUMNS, sides, row(mode, comparison), strict=True))[1:]:
+    heads = columns(comparison)
+    for head, side, cell in list(zip(heads, heads.values(), row(mode, comparison), strict=True))[1:]:
         kind = f" verdict {cell}" if head == "verdict" and cell in WORDS else ""
         cells.append(f'<td class="{side}{kind}">{text(cell).replace(" [", "<small>[")}</td>')
     return f"<tr>{''.join(cells)}</tr>"
