@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from roundoff import compare, probe
 from roundoff.modes import Build
 
-ROWS, TEST, BATCH, NUMBERS, KINDS, EPOCHS, LR = 4096, 1024, 128, 8, 5, 16, 1e-3
+ROWS, TEST, BATCH, NUMBERS, KINDS, EPOCHS, LR = 4096, 1024, 128, 8, 5, 12, 1e-3
 MODES = ["fp32", "amp-bf16", "masters-bf16", "bf16-weights"]
 torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp(prefix="tabular-"))
@@ -64,13 +64,18 @@ def table(rows: int, seed: int) -> tuple[Tensor, ...]:
 
 
 data, test = table(ROWS, seed=0), table(TEST, seed=1)
-batches = [tuple(column[rows] for column in data) for rows in torch.arange(ROWS).split(BATCH)]
+
+
+def batch(rows: Tensor) -> tuple[Tensor, ...]:
+    """Return some rows of the data."""
+    return tuple(column[rows] for column in data)
+
 
 # %% [markdown]
 # The probe, at fresh weights. Its column "stagnated" is of a plain SGD step with the learning rate that it is given.
 
 # %%
-report = probe(MLP(), loss, batches[:16], MODES, lr=LR)
+report = probe(MLP(), loss, [batch(rows) for rows in torch.arange(ROWS).view(-1, BATCH)[:8]], MODES, lr=LR)
 print(report)
 report.save(folder)
 
@@ -81,10 +86,10 @@ def train(build: Build, seed: int) -> tuple[list[float], float]:
     torch.manual_seed(seed)
     model, losses = MLP(), []
     precision = build(model, lambda parameters: torch.optim.AdamW(parameters, lr=LR))
-    for i in torch.cat([torch.randperm(len(batches)) for _ in range(EPOCHS)]):
+    for rows in torch.cat([torch.randperm(ROWS) for _ in range(EPOCHS)]).view(-1, BATCH):
         model.zero_grad()
         with precision.forward():
-            losses.append(loss(model, batches[i]))
+            losses.append(loss(model, batch(rows)))
         precision.backward(losses[-1])
         precision.step(max_norm=1.0)
     with torch.no_grad(), precision.forward():
