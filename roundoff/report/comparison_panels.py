@@ -4,7 +4,6 @@ The x of a curve is the number of the step, which is its position in the data: t
 mode, also after a step that was skipped.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +48,14 @@ def panels(comparison: Comparison, detailed: bool = True) -> list[Panel]:
         comparison: of the runs.
         detailed: with single steps and the ends of the epochs, for which a small picture has no room.
     """
-    drawn = curves.modes(comparison)
+    drawn = [curves.with_arrays(mode) for mode in curves.modes(comparison)]
     if not drawn:
         return []
     reference = next((mode for mode in drawn if mode.label == comparison.reference), None)
     unit, short = [f", {printable(u, LONGEST_UNIT)}" if u else "" for u in (comparison.unit, comparison.short_unit)]
     subject = _Subject(drawn, reference, curves.window(drawn), detailed, unit, short, comparison.has_perplexity)
     found = [build(subject) for build in (_loss, _difference, _size, _validation, _loss_scale)]
-    if any(not math.isnan(norm) for mode in drawn for run in mode.runs for norm in run.steps["grad_norm"]):
+    if not all(np.isnan(curves.column(run, "grad_norm")).all() for mode in drawn for run in mode.runs):
         found.append(_grad_norm(subject))
     names = dict.fromkeys(name for mode in drawn for run in mode.runs for name in run.losses)
     return found + [_further(subject, name, f"further-{i}") for i, name in enumerate(names)]

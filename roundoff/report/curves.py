@@ -1,6 +1,7 @@
 """The numbers of the curves: positions, smoothing, bands of the reference's seeds, limits of the axes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,26 @@ def modes(comparison: Comparison) -> list[Mode]:
         Mode(i, mode.label, [run for run in mode.runs if run.steps["step"]]) for i, mode in enumerate(comparison.modes)
     ]
     return [mode for mode in found if mode.runs]
+
+
+def with_arrays(mode: Mode) -> Mode:
+    """Return `mode` with arrays as columns of its runs, which each panel would make again of lists otherwise."""
+    return replace(mode, runs=[_with_arrays(run) for run in mode.runs])
+
+
+def _with_arrays(run: Run) -> Run:
+    columns: dict[str, Any] = {name: np.asarray(run.steps[name], dtype) for name, dtype in _COLUMNS.items()}
+    return replace(run, steps=columns)
+
+
+_COLUMNS = {
+    "step": np.int64,
+    "epoch": np.int64,
+    "loss": np.float64,
+    "grad_norm": np.float64,
+    "loss_scale": np.float64,
+    "applied": np.bool_,
+}
 
 
 def layers(drawn: list[Mode]) -> list[tuple[Mode, Run, bool]]:
@@ -117,9 +138,10 @@ def difference(run: Run, reference: Mode) -> tuple[Steps, Floats] | None:
     other = next((candidate for candidate in reference.runs if candidate.seed == run.seed), None)
     if other is None:
         return None
-    common, mine, others = np.intersect1d(steps(run), steps(other), return_indices=True)
+    ours, theirs = steps(run), steps(other)
+    mine, others = np.isin(ours, theirs, assume_unique=True), np.isin(theirs, ours, assume_unique=True)
     with np.errstate(invalid="ignore"):  # inf - inf
-        return common, column(run, "loss")[mine] - column(other, "loss")[others]
+        return ours[mine], column(run, "loss")[mine] - column(other, "loss")[others]
 
 
 def band(reference: Mode, window: int) -> Band | None:
@@ -145,8 +167,9 @@ def _smoothed_losses(reference: Mode, window: int) -> tuple[Steps, Floats] | Non
         return None
     common = steps(reference.runs[0])
     for run in reference.runs[1:]:
-        common = np.intersect1d(common, steps(run))
-    losses = np.stack([smooth(column(run, "loss"), window)[np.isin(steps(run), common)] for run in reference.runs])
+        common = common[np.isin(common, steps(run), assume_unique=True)]
+    kept = [np.isin(steps(run), common, assume_unique=True) for run in reference.runs]
+    losses = np.stack([smooth(column(run, "loss"), window)[k] for run, k in zip(reference.runs, kept, strict=True)])
     finite = np.isfinite(losses).all(axis=0)
     return (common[finite], losses[:, finite]) if finite.any() else None
 

@@ -1,6 +1,7 @@
 """report.html: a comparison as one page that needs no network."""
 
 from pathlib import Path
+from typing import Any
 
 from roundoff.errors import printable
 from roundoff.report import curves
@@ -9,7 +10,7 @@ from roundoff.report.elements import bullets, flat, listed, place_of, sample, sw
 from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
 from roundoff.report.summary import LONGEST_UNIT, columns, legend, problems, row, unfinished
-from roundoff.runs.reading import Run
+from roundoff.runs.reading import Run, has_perplexity
 from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
 
 WORDS = {"better", "equivalent", "undecided", "worse"}
@@ -147,7 +148,7 @@ def _runs(comparison: Comparison) -> list[Run]:
 
 def _origins(comparison: Comparison) -> list[str]:
     runs = _runs(comparison)
-    tables = [flat({**run.config, "result": run.result or {}}) for run in runs]
+    tables = [flat({**run.config, "result": _result_of(run)}) for run in runs]
     names = {name for table in tables for name in table}
     differing = {name for name in names if len({table.get(name) for table in tables}) > 1}
     body = [_origin(run, table, differing) for run, table in zip(runs, tables, strict=True)]
@@ -155,6 +156,12 @@ def _origins(comparison: Comparison) -> list[str]:
         return []
     note = "<p>Marked: what is not the same in all of these runs.</p>" if differing else ""
     return ["<h2>How each run was made</h2>", note, *body]
+
+
+def _result_of(run: Run) -> dict[str, Any]:
+    """Return `result.json`, without a perplexity where exp of a loss is none."""
+    left_out = () if has_perplexity(run.loss_unit) else ("test_ppl",)
+    return {name: value for name, value in (run.result or {}).items() if name not in left_out}
 
 
 def _origin(run: Run, table: dict[str, str], differing: set[str]) -> str:

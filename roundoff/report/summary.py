@@ -204,6 +204,11 @@ def _without(names: set[str], fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
 
 
+def _epoch(row: dict[str, Any], train_loss: float | None) -> dict[str, Any]:
+    lr = None if math.isnan(row["lr"]) else row["lr"]  # which a loop may leave out
+    return row | {"lr": lr, "train_loss": train_loss}
+
+
 def _run(run: Run) -> dict[str, Any]:
     losses: dict[int, list[float]] = defaultdict(list)
     for epoch, loss in zip(run.steps["epoch"], run.steps["loss"], strict=True):
@@ -216,7 +221,7 @@ def _run(run: Run) -> dict[str, Any]:
         "status": run.status,
         "device_name": run.device,
         "environment": run.config["environment"],
-        "epochs": [row | {"train_loss": means.get(row["epoch"])} for row in run.epochs],
+        "epochs": [_epoch(row, means.get(row["epoch"])) for row in run.epochs],
         "test_loss": None if run.result is None else run.result["test_loss"],
         "steps": len(run.steps["step"]),
         "problems": run.problems,

@@ -3,11 +3,13 @@
 `config.json` must have a job, a precision with a mode, a seed and an environment. All names in a run are data.
 """
 
+import gc
 import itertools
 import json
 import math
 import reprlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -330,7 +332,7 @@ def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, lis
     require_file(path)
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     number = 0
-    with path.open("rb") as file:
+    with path.open("rb") as file, _without_garbage_collection():
         while chunk := _whole_lines(file):
             found = _columns(chunk, fields)
             if found is None:
@@ -345,6 +347,18 @@ def _read_rows(path: Path, fields: Fields, problems: list[str]) -> dict[str, lis
             for name, values in found.items():
                 columns[name] += values
     return _in_order(path.name, columns, next(iter(fields)), problems)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Let nobody look for circles meanwhile: JSON has none, and a million rows are looked through again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _whole_lines(file: IO[bytes]) -> bytes:
