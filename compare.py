@@ -23,7 +23,7 @@ from roundoff.program import exit_code
 from roundoff.report.compare_command import add_options, default_out, publish, settings
 from roundoff.runs.reading import Run, read_run
 from roundoff.terminal import say
-from roundoff.verdict.comparison import compare
+from roundoff.verdict.comparison import compare_runs
 from roundoff.verdict.types import Failure
 
 USAGE = """compare.py [options] [-- TRAINER FLAGS...]   run the modes, then compare them
@@ -126,7 +126,7 @@ def main() -> int:
         runs, failures = [read_run(path) for path in args.runs], list[Failure]()
     else:
         runs, failures = run_modes(args)
-    comparison = compare(runs, failures, **settings(args))
+    comparison = compare_runs(runs, failures, **settings(args))
     if args.probe:
         with continued_by_hand(args.out):
             comparison = replace(comparison, probes=run_probes(args.out, comparison))

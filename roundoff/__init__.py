@@ -1,8 +1,8 @@
 """Mixed-precision training: the seam, the record of a run, and what a precision does to it, for any model and any loop.
 
 `MasterWeights`, `WrappedOptimizer` and `Autocast` are each a `Precision`, whose `step` returns a `StepResult`.
-`RunDirectory` writes the record of a run, and `read_run` reads one. `compare` puts runs side by side. Each name is
-imported when it is first asked for, so that `import roundoff` takes no time.
+`RunDirectory` writes the record of a run, and `read_run` reads one. `compare_runs` puts runs side by side, and
+`compare` trains them first. Each name is imported when it is first asked for, so that `import roundoff` takes no time.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ from roundoff.lazy import front_door
 if TYPE_CHECKING:
     from roundoff.errors import CheckError as CheckError
     from roundoff.errors import UsageError as UsageError
+    from roundoff.library.comparing import ComparisonReport as ComparisonReport
+    from roundoff.library.comparing import compare as compare
     from roundoff.library.probing import ProbeReport as ProbeReport
     from roundoff.library.probing import probe as probe
     from roundoff.precision import Autocast as Autocast
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
     from roundoff.precision import WrappedOptimizer as WrappedOptimizer
     from roundoff.runs.directory import RunDirectory as RunDirectory
     from roundoff.runs.reading import read_run as read_run
-    from roundoff.verdict.comparison import compare as compare
+    from roundoff.verdict.comparison import compare_runs as compare_runs
 
 __version__ = "0.2.0"
 
 _HOMES = {
     "roundoff.errors": ("CheckError", "UsageError"),
+    "roundoff.library.comparing": ("ComparisonReport", "compare"),
     "roundoff.library.probing": ("ProbeReport", "probe"),
     "roundoff.precision": (
         "Autocast",
@@ -37,6 +40,6 @@ _HOMES = {
     ),
     "roundoff.runs.directory": ("RunDirectory",),
     "roundoff.runs.reading": ("read_run",),
-    "roundoff.verdict.comparison": ("compare",),
+    "roundoff.verdict.comparison": ("compare_runs",),
 }
 __getattr__, __dir__ = front_door(__name__, _HOMES)

@@ -1,7 +1,14 @@
 """The examples do what they say, and the seam serves a model that is no language model."""
 
+import contextlib
 import importlib.util
+import io
+import math
+import re
+from collections.abc import Callable
+from functools import cache
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -11,8 +18,9 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 
-from jobs import bits
 from programs import ROOT, read_run
+from roundoff import Autocast
+from roundoff.modes import named
 
 
 def load(name: str) -> ModuleType:
@@ -22,10 +30,51 @@ def load(name: str) -> ModuleType:
     return module
 
 
-cnn = load("cnn")
+class Ran(NamedTuple):
+    """An example that has run, and what it printed."""
+
+    module: ModuleType
+    printed: str
+
+    def row(self, mode: str) -> tuple[float, float | None, str]:
+        """Return loss, difference and verdict of `mode` in the comparison's table."""
+        pattern = rf"^{mode} +([\d.]+)  (?:([-+][\d.]+) \[.*?\]|-) +(\w+) "
+        loss, difference, verdict = re.search(pattern, self.printed, re.MULTILINE).groups()
+        return float(loss), difference and float(difference), verdict
+
+    def total(self, mode: str) -> dict[str, Any]:
+        """Return the probe's figures of all parameters in `mode`."""
+        return self.module.report.result["modes"][mode]["total"]
 
 
-def plain_loop() -> tuple[torch.nn.Module, list[float]]:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
+    @cache
+    def run(name: str) -> Ran:
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp(name)))
+            return Ran(load(name), printed.getvalue())
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["cnn", "gpt", "tabular"])
+def test_an_example_is_probed_and_compared(name, ran) -> None:
+    example = ran(name)
+    folder = example.module.folder
+    pages = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    expected = {"probe.json", "probe.html", "probe.png"}
+    if name == "cnn":
+        expected = {f"probe/{page}" for page in expected}
+        expected |= {f"comparison/{page}" for page in ("summary.json", "report.html", "curves.png")}
+    assert pages == expected
+    assert str(folder) in example.printed
+    assert str(example.module.report) in example.printed
+    assert [example.row(mode)[2] == "reference" for mode in example.module.MODES][:2] == [True, False]
+
+
+def plain_loop(cnn: ModuleType) -> list[float]:
     torch.manual_seed(0)
     model = cnn.CNN()
     optimizer = torch.optim.SGD(model.parameters(), lr=cnn.LR, momentum=cnn.MOMENTUM)
@@ -37,33 +86,49 @@ def plain_loop() -> tuple[torch.nn.Module, list[float]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), cnn.MAX_NORM)
         optimizer.step()
         losses.append(loss.item())
-    return model, losses
+    return losses
 
 
-@pytest.mark.parametrize("mode", ["fp32", "amp-fp32"])
-def test_a_cnn_in_fp32_equals_plain_pytorch_in_every_bit(mode):
-    (plain, expected), (model, losses) = plain_loop(), cnn.train(mode)
-    assert losses == expected
-    assert bits(list(model.parameters())) == bits(list(plain.parameters()))
+def amp_fp32(model: torch.nn.Module, optimizer: Any) -> Autocast:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    return Autocast(optimizer(list(model.parameters())), scaler, "cpu", torch.float32, 1.0)
 
 
-@pytest.mark.parametrize("mode", cnn.MODES)
-def test_a_cnn_learns_in_every_mode(mode, capsys):
+def test_a_cnn_learns_in_every_mode_and_in_fp32_as_by_plain_pytorch(ran) -> None:
     """Half weights have 11 bits, bfloat16 products 8: the start shows how many were kept."""
-    (_, expected), (model, losses) = plain_loop(), cnn.train(mode)
-    error = {"fp32": 0.0, "amp-fp32": 0.0, "amp-bf16": 2.0**-7}.get(mode, 2.0**-10)
-    assert losses[0] == pytest.approx(expected[0], rel=error)
-    assert (losses[0] == expected[0]) == (error == 0)
-    assert losses[0] > 1.2
-    assert sum(losses[-10:]) / 10 < 0.05
-    half = mode.startswith(("manual", "fp16"))
-    assert {p.dtype for p in model.parameters()} == {torch.float16 if half else torch.float32}
+    cnn = ran("cnn").module
+    expected = plain_loop(cnn)
+    assert cnn.train(amp_fp32, 0) == expected
+    losses = {name: cnn.train(build, 0) for name, build in named(cnn.MODES).items()}
+    assert losses["fp32"] == expected
+    assert losses["masters-fp16"] == losses["fp16-optimizer"]
+    for name, found in losses.items():
+        error = {"fp32": 0.0, "amp-bf16": 2.0**-7}.get(name, 2.0**-10)
+        assert found[0] == pytest.approx(expected[0], rel=error)
+        assert (found[0] == expected[0]) == (error == 0)
+        assert found[0] > 1.2
+        assert sum(found[-10:]) / 10 < 0.05
+        assert ran("cnn").total(name)["error_to_noise"] < 0.1
+    assert ran("cnn").total("masters-fp16") == ran("cnn").total("fp16-optimizer")
 
 
-def test_manual_and_fp16_optimizer_agree_on_a_cnn():
-    (manual, losses), (wrapped, others) = cnn.train("manual"), cnn.train("fp16-optimizer")
-    assert losses == others
-    assert bits(list(manual.parameters())) == bits(list(wrapped.parameters()))
+def test_a_gpt_trains_alike_in_every_mode(ran) -> None:
+    gpt = ran("gpt")
+    for mode in gpt.module.MODES[1:]:
+        loss, difference, _ = gpt.row(mode)
+        assert loss < 3.6 < math.log(gpt.module.VOCABULARY) - 1
+        assert abs(difference) < 0.01
+        assert gpt.total(mode)["error_to_noise"] < 0.01
+        assert gpt.total(mode)["critical_batch"] > (1e4 if mode == "amp-bf16" else 1e5)
+
+
+def test_half_weights_without_masters_train_a_table_worse(ran) -> None:
+    table = ran("tabular")
+    without, masters = table.total("bf16-weights"), table.total("masters-bf16")
+    assert without["stagnated"] > 0.9
+    assert without["error_to_noise"] == pytest.approx(masters["error_to_noise"], rel=0.01)
+    assert table.row("bf16-weights")[2] == "worse"
+    assert table.row("bf16-weights")[1] > 10 * abs(table.row("masters-bf16")[1])
 
 
 def test_two_modes_are_trained_and_plotted(monkeypatch, tmp_path, capsys):

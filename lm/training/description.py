@@ -17,6 +17,8 @@ JOB = (
     *("batch_size", "bptt", "optimizer", "lr", "clip", "epochs", "max_steps", "dry_run"),
 )
 """Options that must be equal where two runs train the same job."""
+LENGTH = ("epochs", "max_steps", "dry_run")
+"""Those of them that say how long training goes, and change no step."""
 
 
 def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
@@ -34,6 +36,8 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
             "equals": list(mode.equals),
         },
         "seed": args.seed,
+        "loss_unit": "nats a word",
+        "length": list(LENGTH),
         "environment": environment([*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]])
         | describe_device(args.device)
         | {"processes": processes.world_size()},

@@ -28,7 +28,7 @@ from lm.training.train_state import TrainState, restore_state
 from roundoff import processes
 from roundoff.errors import UsageError, printable
 from roundoff.precision import Precision
-from roundoff.runs.directory import START, RunDirectory
+from roundoff.runs.directory import START, Names, RunDirectory
 from roundoff.runs.files import check_writable
 from roundoff.runs.reading import perplexity
 from roundoff.terminal import Terminal, say
@@ -61,6 +61,7 @@ def start_run(
         derived={"ppl": perplexity},
         average=distributed.mean,
         interval=None,
+        names=Names("--run-dir ", "--resume ", "--resume "),
     )
     start = None
     if args.resume is not None:

@@ -26,7 +26,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the report there (default: runs/compare-<time>)")
     parser.add_argument("--reference", metavar="MODE", help="that the others are compared with (default: fp32)")
     parser.add_argument(
-        "--margin", type=finite_above_0, default=0.01, metavar="NATS", help="a difference this small is none"
+        "--margin",
+        type=finite_above_0,
+        default=0.01,
+        metavar="M",
+        help="a difference this small is none, in the losses' own unit",
     )
     parser.add_argument(
         "--expect-equal", type=pair, action="append", metavar="A,B", help="exit with 1 if a loss differs in a bit"
@@ -43,7 +47,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `roundoff.compare` that the options say."""
+    """Return the arguments of `roundoff.compare_runs` that the options say."""
     return {
         "reference": args.reference,
         "margin": args.margin,

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from roundoff.errors import printable
 from roundoff.report import curves
 from roundoff.report.curves import Mode
 from roundoff.report.panels import Axis, Band, Curve, Floats, Item, Line, Marks, Panel, Steps, Tick
+from roundoff.report.summary import LONGEST_UNIT
 from roundoff.runs.reading import Run
 from roundoff.verdict.types import Comparison
+
+LONG = 100_000
+"""From so many steps on, a caption says that lines go through some of the points only."""
 
 EXACT = "{y:.5g} (this step exactly {exact:.9g})"  # 9 digits tell every fp32 number from its neighbours
 
@@ -26,6 +31,9 @@ class _Subject:
     reference: Mode | None
     window: int
     detailed: bool
+    unit: str = ""
+    short_unit: str = ""
+    has_perplexity: bool = False
 
     @property
     def seeds(self) -> int:
@@ -40,12 +48,17 @@ def panels(comparison: Comparison, detailed: bool = True) -> list[Panel]:
         comparison: of the runs.
         detailed: with single steps and the ends of the epochs, for which a small picture has no room.
     """
-    drawn = curves.modes(comparison)
+    drawn = [curves.with_arrays(mode) for mode in curves.modes(comparison)]
     if not drawn:
         return []
     reference = next((mode for mode in drawn if mode.label == comparison.reference), None)
-    subject = _Subject(drawn, reference, curves.window(drawn), detailed)
-    return [build(subject) for build in (_loss, _difference, _size, _validation, _loss_scale, _grad_norm)]
+    unit, short = [f", {printable(u, LONGEST_UNIT)}" if u else "" for u in (comparison.unit, comparison.short_unit)]
+    subject = _Subject(drawn, reference, curves.window(drawn), detailed, unit, short, comparison.has_perplexity)
+    found = [build(subject) for build in (_loss, _difference, _size, _validation, _loss_scale)]
+    if not all(np.isnan(curves.column(run, "grad_norm")).all() for mode in drawn for run in mode.runs):
+        found.append(_grad_norm(subject))
+    names = dict.fromkeys(name for mode in drawn for run in mode.runs for name in run.losses)
+    return found + [_further(subject, name, f"further-{i}") for i, name in enumerate(names)]
 
 
 def _over_steps(subject: _Subject) -> tuple[Axis, tuple[Item, ...]]:
@@ -112,7 +125,7 @@ def _loss(subject: _Subject) -> Panel:
         smoothed = curves.smooth(loss, subject.window)
         shown.append((run, smoothed))
         items.append(_curve(mode, first, curves.steps(run), smoothed, EXACT, exact=loss))
-    y = Axis("training loss, nats a word", curves.limits(shown))
+    y = Axis(f"training loss{subject.unit}", curves.limits(shown))
     return Panel("loss", "Training loss", caption, headline, x, y, tuple(items), over_steps=True)
 
 
@@ -141,7 +154,7 @@ def _difference(subject: _Subject) -> Panel:
     if not shown:
         return Panel("difference", title, "No other mode has a step and a seed in common with the reference.")
     limit = curves.reach(shown, band)
-    y = Axis("difference in training loss, nats", (-limit, limit))
+    y = Axis(f"difference in training loss{subject.short_unit}", (-limit, limit))
     return Panel("difference", title, caption, headline, x, y, tuple(items), over_steps=True)
 
 
@@ -171,12 +184,14 @@ def _size(subject: _Subject) -> Panel:
         f"The same without its sign, on a logarithmic axis: where rounding first tells, and how it grows. "
         f"{_smoothing(subject, raw=False)} Where nothing differs there is no line."
     )
-    y = Axis("size of the difference, nats", span, log=True)
+    y = Axis(f"size of the difference{subject.short_unit}", span, log=True)
     return Panel("size", title, caption, title, x, y, tuple(items), over_steps=True)
 
 
 def _validation(subject: _Subject) -> Panel:
-    title = "Validation perplexity"
+    name, title = (
+        ("valid_ppl", "Validation perplexity") if subject.has_perplexity else ("valid_loss", "Validation loss")
+    )
     last = curves.last_epoch(subject.modes)
     if not last:
         return Panel("validation", title, "No run has completed an epoch.")
@@ -184,22 +199,23 @@ def _validation(subject: _Subject) -> Panel:
     for mode, run, first in curves.layers(subject.modes):
         if not run.epochs:
             continue
-        x, perplexity = curves.epochs(run, subject.modes)
-        shown.append((run, perplexity))
+        x, values = curves.epochs(run, subject.modes, name)
+        shown.append((run, values))
         hover = "epoch {exact:g}: {y:.6g}"
-        items.append(_curve(mode, first, x, perplexity, hover, exact=x.round(), markers="all"))
+        items.append(_curve(mode, first, x, values, hover, exact=x.round(), markers="all"))
     caption = "At the end of each epoch; modes may stand side by side so as not to hide each other."
     across = Axis("epoch", (0.6, last + 0.4), whole=True)
-    y = Axis(title.lower(), curves.limits(shown))
+    y = Axis(title.lower() + ("" if subject.has_perplexity else subject.unit), curves.limits(shown))
     return Panel("validation", title, caption + _seeds(subject), title, across, y, tuple(items))
 
 
 def _loss_scale(subject: _Subject) -> Panel:
     title = "Loss scale and skipped steps"
     x, lines = _over_steps(subject)
-    items, shown = list(lines), []
+    items, shown, most_changes = list(lines), [], 0
     for mode, run, first in curves.layers(subject.modes):
         at, scales, skipped = curves.loss_scale(run)
+        most_changes = max(most_changes, len(at))
         shown.append(np.log2(scales[np.isfinite(scales)]))
         items.append(_curve(mode, first, at, scales, "{y:g}", len(at), markers="none", steps=True))
         if len(skipped):
@@ -215,6 +231,8 @@ def _loss_scale(subject: _Subject) -> Panel:
         "The factor that each step's loss was multiplied by, on a logarithmic axis of base 2; crosses: steps skipped "
         "because a gradient was inf or nan." + _seeds(subject)
     )
+    if most_changes >= 2 * curves.POINTS:
+        caption += f" Of a run with more changes and skipped steps, {2 * curves.POINTS} are drawn."
     y = Axis("loss scale", (2.0 ** (low - 1), 2.0 ** (high + 1)), log=True, ticks=ticks)
     return Panel("scale", title, caption, "Loss scale; crosses: skipped steps", x, y, tuple(items), over_steps=True)
 
@@ -240,6 +258,23 @@ def _grad_norm(subject: _Subject) -> Panel:
     return Panel("norm", title, caption, title, x, y, tuple(items), over_steps=True)
 
 
+def _further(subject: _Subject, name: str, place: str) -> Panel:
+    """Return the panel of a further loss that the steps name."""
+    title = f"Loss: {printable(name, 40)}"
+    x, lines = _over_steps(subject)
+    items, shown = list(lines), []
+    for mode, run, first in curves.layers(subject.modes):
+        values = curves.further(run, name)
+        smoothed = curves.smooth(values, subject.window)
+        shown.append((run, smoothed))
+        items.append(_curve(mode, first, curves.steps(run), smoothed, EXACT, exact=values))
+    span = curves.limits(shown)
+    if span is None:
+        return Panel(place, title, "No run has a finite value of it.")
+    caption = f"{_smoothing(subject, raw=False)}{_seeds(subject)}"
+    return Panel(place, title, caption, title, x, Axis(printable(name, 40), span), tuple(items), over_steps=True)
+
+
 def _log_limits(shown: list[tuple[Run, Floats]]) -> tuple[float, float] | None:
     """Return the limits of a logarithmic axis."""
     span = curves.limits([(run, np.log10(values)) for run, values in shown])
@@ -258,7 +293,13 @@ def _smoothing(subject: _Subject, kind: str = "", raw: bool = True) -> str:
         if raw
         else ""
     )
-    return f"Lines: {kind}mean of {subject.window} steps around each.{pale}"
+    thinned = f" Lines have {curves.POINTS} points at even distances." if _is_long(subject) else ""
+    return f"Lines: {kind}mean of {subject.window} steps around each.{thinned}{pale}"
+
+
+def _is_long(subject: _Subject) -> bool:
+    """Return whether a run has so many steps that not all of them are drawn."""
+    return max(len(run.steps["step"]) for mode in subject.modes for run in mode.runs) > LONG
 
 
 def _seeds(subject: _Subject) -> str:

@@ -1,6 +1,7 @@
 """The numbers of the curves: positions, smoothing, bands of the reference's seeds, limits of the axes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,26 @@ def modes(comparison: Comparison) -> list[Mode]:
     return [mode for mode in found if mode.runs]
 
 
+def with_arrays(mode: Mode) -> Mode:
+    """Return `mode` with arrays as columns of its runs, which each panel would make again of lists otherwise."""
+    return replace(mode, runs=[_with_arrays(run) for run in mode.runs])
+
+
+def _with_arrays(run: Run) -> Run:
+    columns: dict[str, Any] = {name: np.asarray(run.steps[name], dtype) for name, dtype in _COLUMNS.items()}
+    return replace(run, steps=columns)
+
+
+_COLUMNS = {
+    "step": np.int64,
+    "epoch": np.int64,
+    "loss": np.float64,
+    "grad_norm": np.float64,
+    "loss_scale": np.float64,
+    "applied": np.bool_,
+}
+
+
 def layers(drawn: list[Mode]) -> list[tuple[Mode, Run, bool]]:
     """Return each run with its mode and whether it is the mode's first; the others come before, and lie below."""
     runs = [(mode, run, i == 0) for mode in drawn for i, run in enumerate(mode.runs)]
@@ -48,6 +69,11 @@ def column(run: Run, name: str) -> Floats:
     return np.asarray(run.steps[name], dtype=np.float64)
 
 
+def further(run: Run, name: str) -> Floats:
+    """Return a further loss of the steps; nan where a step, or the run, has none of that name."""
+    return np.asarray(run.losses.get(name, [np.nan] * len(run.steps["step"])), dtype=np.float64)
+
+
 def positive(values: Floats) -> Floats:
     """Return `values` for a logarithmic axis: nan where a float32 has no logarithm."""
     return np.where(np.isfinite(values) & (values >= 2.0**-149), values, np.nan)
@@ -62,12 +88,29 @@ def window(drawn: list[Mode]) -> int:
 def smooth(values: Floats, window: int) -> Floats:
     """Return the mean of the finite values among the `window` around each; nan where the value itself is not finite."""
     finite = np.isfinite(values)
-    ones, half = np.ones(window), window // 2
-    inside = slice(half, half + len(values))
-    # Not by differences of a running sum: a loss of 1e30 would leave its rounding error in all that follows.
-    sums = np.convolve(np.where(finite, values, 0.0), ones)[inside]
-    counts = np.convolve(finite.astype(np.float64), ones)[inside]
+    sums = _sums(np.where(finite, values, 0.0), window)
+    counts = _sums(finite.astype(np.float64), window)
     return np.where(finite, sums / np.maximum(counts, 1), np.nan)
+
+
+def _sums(values: Floats, window: int) -> Floats:
+    """Return the sum of the `window` values, an odd number, around each; what lies beyond the ends counts as 0.
+
+    It adds sums of 1, 2, 4, 8 and so on values, and never subtracts: differences of a running sum would leave the
+    rounding error of a loss of 1e30 in all that follows it.
+    """
+    count, half = len(values), window // 2
+    power = np.concatenate([np.zeros(half), values, np.zeros(half)])  # sums of `width` values from each place on
+    total, start, width = np.zeros(count), 0, 1
+    while window:
+        if window & 1:
+            total += power[start : start + count]
+            start += width
+        window >>= 1
+        if window:
+            power = power[:-width] + power[width:]
+            width *= 2
+    return total
 
 
 def spread_out(count: int, limit: int = POINTS) -> Steps:
@@ -95,9 +138,10 @@ def difference(run: Run, reference: Mode) -> tuple[Steps, Floats] | None:
     other = next((candidate for candidate in reference.runs if candidate.seed == run.seed), None)
     if other is None:
         return None
-    common, mine, others = np.intersect1d(steps(run), steps(other), return_indices=True)
+    ours, theirs = steps(run), steps(other)
+    mine, others = np.isin(ours, theirs, assume_unique=True), np.isin(theirs, ours, assume_unique=True)
     with np.errstate(invalid="ignore"):  # inf - inf
-        return common, column(run, "loss")[mine] - column(other, "loss")[others]
+        return ours[mine], column(run, "loss")[mine] - column(other, "loss")[others]
 
 
 def band(reference: Mode, window: int) -> Band | None:
@@ -123,8 +167,9 @@ def _smoothed_losses(reference: Mode, window: int) -> tuple[Steps, Floats] | Non
         return None
     common = steps(reference.runs[0])
     for run in reference.runs[1:]:
-        common = np.intersect1d(common, steps(run))
-    losses = np.stack([smooth(column(run, "loss"), window)[np.isin(steps(run), common)] for run in reference.runs])
+        common = common[np.isin(common, steps(run), assume_unique=True)]
+    kept = [np.isin(steps(run), common, assume_unique=True) for run in reference.runs]
+    losses = np.stack([smooth(column(run, "loss"), window)[k] for run, k in zip(reference.runs, kept, strict=True)])
     finite = np.isfinite(losses).all(axis=0)
     return (common[finite], losses[:, finite]) if finite.any() else None
 
@@ -159,13 +204,13 @@ def reach(differences: list[tuple[Run, Floats]], band: Band | None) -> float:
     return 1.1 * float(values.max(initial=0.0)) or 1e-3
 
 
-def epochs(run: Run, drawn: list[Mode]) -> tuple[Floats, Floats]:
-    """Return positions and validation perplexities. Where epochs are few, the modes stand side by side."""
+def epochs(run: Run, drawn: list[Mode], name: str) -> tuple[Floats, Floats]:
+    """Return positions and the figures `name` of the epochs. Where epochs are few, the modes stand side by side."""
     number = np.array([row["epoch"] for row in run.epochs], dtype=np.float64)
     place = next(i for i, mode in enumerate(drawn) if mode.label == run.label)
     aside = 0.05 * (place - (len(drawn) - 1) / 2) if last_epoch(drawn) < 4 else 0.0
-    perplexities = np.array([row["valid_ppl"] for row in run.epochs], dtype=np.float64)
-    return number + aside, np.where(np.abs(perplexities) < 1e300, perplexities, np.nan)  # no axis could hold the rest
+    figures = np.array([row[name] for row in run.epochs], dtype=np.float64)
+    return number + aside, np.where(np.abs(figures) < 1e300, figures, np.nan)  # no axis could hold the rest
 
 
 def last_epoch(drawn: list[Mode]) -> int:

@@ -59,7 +59,7 @@ def place_of(panel: Panel) -> str:
     height = plotly_painter.height(panel)
     size = f' style="height: {height}px"' if height else ""
     drawn = f'<div class="chart" id="{panel.id}"{size}></div>' if panel.items else ""
-    return f'<h3>{panel.title}</h3>\n<p class="caption">{text(panel.caption)}</p>\n{drawn}'
+    return f'<h3>{text(panel.title)}</h3>\n<p class="caption">{text(panel.caption)}</p>\n{drawn}'
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,6 +1,7 @@
 """report.html: a comparison as one page that needs no network."""
 
 from pathlib import Path
+from typing import Any
 
 from roundoff.errors import printable
 from roundoff.report import curves
@@ -8,9 +9,9 @@ from roundoff.report.comparison_panels import panels
 from roundoff.report.elements import bullets, flat, listed, place_of, sample, switches, text, write_page
 from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
-from roundoff.report.summary import COLUMNS, LEGEND, problems, row, unfinished
-from roundoff.runs.reading import Run
-from roundoff.verdict.types import Comparison, ModeSummary
+from roundoff.report.summary import LONGEST_UNIT, columns, legend, problems, row, unfinished
+from roundoff.runs.reading import Run, has_perplexity
+from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
 
 WORDS = {"better", "equivalent", "undecided", "worse"}
 
@@ -65,10 +66,13 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
         return f"{labels}: no run left anything to compare."
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
+    unit = f"losses are in {printable(comparison.unit, LONGEST_UNIT)}; " if comparison.unit else ""
+    margin = f"{comparison.margin:g} {printable(comparison.short_unit, LONGEST_UNIT)}".rstrip()
+    ends = "test losses" if comparison.end == TEST_LOSS else "losses over the last tenth of the steps"
     return (
         f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
-        f"The reference is {comparison.reference}; losses are in nats a word; modes whose mean test losses surely "
-        f"differ by less than {comparison.margin:g} nats are equivalent."
+        f"The reference is {comparison.reference}; {unit}modes whose mean {ends} surely differ by less than {margin} "
+        "are equivalent."
     )
 
 
@@ -83,13 +87,15 @@ def _is_plain(value: object) -> bool:
 
 
 def _results(comparison: Comparison) -> list[str]:
-    heads = "".join(f'<th class="{side}">{text(head.replace(chr(10), " "))}</th>' for head, side in COLUMNS.items())
+    heads = "".join(
+        f'<th class="{side}">{text(head.replace(chr(10), " "))}</th>' for head, side in columns(comparison).items()
+    )
     rows = [_result(place, mode, comparison) for place, mode in enumerate(comparison.modes)]
     body = [
         "<h2>Results</h2>",
         f'<div class="wide"><table class="results"><thead><tr>{heads}</tr></thead>',
         f"<tbody>{''.join(rows)}</tbody></table></div>",
-        f'<p class="caption">{text(" ".join(LEGEND), 2000)}</p>',
+        f'<p class="caption">{text(" ".join(legend(comparison)), 2000)}</p>',
         bullets(mode.verdict.sentence for mode in comparison.modes),
     ]
     return body + listed(
@@ -100,8 +106,8 @@ def _results(comparison: Comparison) -> list[str]:
 def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:
     about = f"{len(mode.runs)} seeds, {mode.status}" if len(mode.runs) > 1 else mode.status
     cells = [f'<td class="mode">{sample(place)}{text(mode.label)}<small>{text(about)}</small></td>']
-    sides = list(COLUMNS.values())
-    for head, side, cell in list(zip(COLUMNS, sides, row(mode, comparison), strict=True))[1:]:
+    heads = columns(comparison)
+    for head, side, cell in list(zip(heads, heads.values(), row(mode, comparison), strict=True))[1:]:
         kind = f" verdict {cell}" if head == "verdict" and cell in WORDS else ""
         cells.append(f'<td class="{side}{kind}">{text(cell).replace(" [", "<small>[")}</td>')
     return f"<tr>{''.join(cells)}</tr>"
@@ -142,7 +148,7 @@ def _runs(comparison: Comparison) -> list[Run]:
 
 def _origins(comparison: Comparison) -> list[str]:
     runs = _runs(comparison)
-    tables = [flat({**run.config, "result": run.result or {}}) for run in runs]
+    tables = [flat({**run.config, "result": _result_of(run)}) for run in runs]
     names = {name for table in tables for name in table}
     differing = {name for name in names if len({table.get(name) for table in tables}) > 1}
     body = [_origin(run, table, differing) for run, table in zip(runs, tables, strict=True)]
@@ -150,6 +156,12 @@ def _origins(comparison: Comparison) -> list[str]:
         return []
     note = "<p>Marked: what is not the same in all of these runs.</p>" if differing else ""
     return ["<h2>How each run was made</h2>", note, *body]
+
+
+def _result_of(run: Run) -> dict[str, Any]:
+    """Return `result.json`, without a perplexity where exp of a loss is none."""
+    left_out = () if has_perplexity(run.loss_unit) else ("test_ppl",)
+    return {name: value for name, value in (run.result or {}).items() if name not in left_out}
 
 
 def _origin(run: Run, table: dict[str, str], differing: set[str]) -> str:

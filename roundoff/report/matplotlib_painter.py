@@ -141,7 +141,7 @@ def _panel(axis: Any, panel: Panel, named: bool, width: float) -> None:
 
 
 def _scale(axis: Any, name: str, described: Axis) -> None:
-    getattr(axis, f"set_{name}label")(described.label, fontsize=10)
+    getattr(axis, f"set_{name}label")(shown(described.label), fontsize=10)
     if described.span is not None:
         getattr(axis, f"set_{name}lim")(described.span)
     side = axis.xaxis if name == "x" else axis.yaxis

@@ -84,7 +84,7 @@ def _layout(panel: Panel) -> Json:
 
 
 def _axis(axis: Axis) -> Json:
-    found = _AXIS | {"title": axis.label}
+    found = _AXIS | {"title": shown(axis.label, 100)}
     span = axis.span
     if axis.log:
         found |= {"type": "log", "exponentformat": "power"}

@@ -12,29 +12,49 @@ from roundoff.errors import printable
 from roundoff.extras import needs
 from roundoff.runs.jsonfile import write_json
 from roundoff.runs.reading import Run
-from roundoff.verdict.types import Comparison, ModeSummary
+from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
 
-COLUMNS = {  # header -> alignment
-    "mode": "left",
-    "test\nppl": "right",
-    "difference [95% interval]\nin nats": "left",
-    "verdict": "left",
-    "differs\nat step": "right",
-    "updates": "right",
-    "skipped": "right",
-    "final\nloss\nscale": "right",
-    "tokens\n/s": "right",
-    "peak\nmemory": "right",
-}
-LEGEND = [
-    "Test ppl is exp of the mean test loss of the seeds that have finished; updates and skipped steps are sums over "
-    "all seeds. An update is a step whose gradients were applied; a skipped step has used up its batch and changed no "
-    "weight.",
-    "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
-    "Steps count batches, skipped ones too.",
-]
+TOKENS = "tokens\n/s"
 LONGEST_NAME = 22
+LONGEST_UNIT = 20
 LONGEST_SENTENCE = 1000
+
+
+def columns(comparison: Comparison) -> dict[str, str]:
+    """Return the heads of the table, each with the alignment of its column."""
+    loss = ("test\nppl" if comparison.has_perplexity else "test\nloss") if comparison.end == TEST_LOSS else "end\nloss"
+    unit = printable(comparison.short_unit, LONGEST_UNIT)
+    found = {
+        "mode": "left",
+        loss: "right",
+        f"difference [95% interval]\nin {unit}" if unit else "difference\n[95% interval]": "left",
+        "verdict": "left",
+        "differs\nat step": "right",
+        "updates": "right",
+        "skipped": "right",
+        "final\nloss\nscale": "right",
+        TOKENS: "right",
+        "peak\nmemory": "right",
+    }
+    if not comparison.has_perplexity and all(mode.tokens_per_second is None for mode in comparison.modes):
+        del found[TOKENS]
+    return found
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """Return the sentences that explain the columns."""
+    if comparison.end != TEST_LOSS:
+        first = "End loss is the mean loss of the last tenth of the steps, over the seeds that have finished"
+    elif comparison.has_perplexity:
+        first = "Test ppl is exp of the mean test loss of the seeds that have finished"
+    else:
+        first = "Test loss is the mean of the seeds that have finished"
+    return [
+        f"{first}; updates and skipped steps are sums over all seeds. An update is a step whose gradients were "
+        "applied; a skipped step has used up its batch and changed no weight.",
+        "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
+        "Steps count batches, skipped ones too.",
+    ]
 
 
 def table(comparison: Comparison) -> str:
@@ -45,7 +65,7 @@ def table(comparison: Comparison) -> str:
     """
     rows = [row(mode, comparison) for mode in comparison.modes]
     sections = {
-        "Columns": LEGEND,
+        "Columns": legend(comparison),
         "Verdicts": [mode.verdict.sentence for mode in comparison.modes],
         "Bit-equality of the training losses": [pair.sentence for pair in comparison.pairs],
         "What this covers": comparison.covers,
@@ -53,7 +73,7 @@ def table(comparison: Comparison) -> str:
         "Noted in the files": list(problems(comparison.modes)),
         "Not the same job": comparison.differences,
     }
-    text = [grid(rows, COLUMNS)]
+    text = [grid(rows, columns(comparison))]
     for title, sentences in sections.items():
         if sentences:
             text.append("\n".join([f"{title}:", *(f"  {printable(s, LONGEST_SENTENCE)}" for s in sentences)]))
@@ -69,19 +89,30 @@ def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str]) -> str:
 
 
 def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
-    """Return the table's row of `mode`, a text for each of `COLUMNS`."""
-    return [
+    """Return the table's row of `mode`, a text for each of `columns`."""
+    cells = [
         printable(mode.label, LONGEST_NAME),
-        "-" if mode.test_ppl is None else f"{mode.test_ppl:.2f}" if mode.test_ppl < 1e6 else f"{mode.test_ppl:.3g}",
+        _end(mode, comparison),
         _difference(mode),
         mode.verdict.word,
         _first_difference(mode, comparison),
         str(mode.updates),
         str(mode.skipped),
         "-" if mode.final_loss_scale is None else f"{mode.final_loss_scale:g}",
-        "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}",
         memory(mode.peak_memory_bytes),
     ]
+    if TOKENS in columns(comparison):
+        cells.insert(-1, "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}")
+    return cells
+
+
+def _end(mode: ModeSummary, comparison: Comparison) -> str:
+    """Return how the mode ends: its test perplexity where there is one, else its loss."""
+    if comparison.has_perplexity and comparison.end == TEST_LOSS:
+        value, digits = mode.test_ppl, ".2f"
+    else:
+        value, digits = mode.end_loss, ".4f"
+    return "-" if value is None else f"{value:{digits}}" if value < 1e6 else f"{value:.3g}"
 
 
 def _difference(mode: ModeSummary) -> str:
@@ -121,7 +152,8 @@ def unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
                 yield f"{mode.label} with seed {run.seed}: {run.status} after step {last} ({run.path})"
         for failure in mode.failures:
             command = f" (command: {shlex.join(failure.command)})" if failure.command else ""
-            said = f"failed with exit code {failure.exit_code}: {failure.message}"
+            how = f"failed with exit code {failure.exit_code}" if failure.command else "failed"
+            said = f"{how}: {failure.message}"
             yield f"{mode.label} with seed {failure.seed}: {said}{command}"
 
 
@@ -139,14 +171,20 @@ def write_summary(path: Path, comparison: Comparison) -> None:
     Its keys are the attributes of `roundoff.verdict.types`, with two exceptions. A run has only its path, seed, status,
     machine, versions and command, the rows of its epochs, test loss, number of steps, and problems. A probe has the
     name of the file with its result. An epoch's row has "train_loss" too, the mean of the finite losses of its steps,
-    skipped ones included; it is null where there is none. So the file can stand for runs that are not kept.
+    skipped ones included; it is null where there is none. So the file can stand for runs that are not kept. `unit`
+    is absent where the loss is in nats a word, and `test_ppl` where exp of a loss is no perplexity. `end` and
+    `end_loss` are there only where the test loss is not what is compared.
 
     Raises:
         OSError: `path` cannot be written.
     """
-    content = vars(comparison) | {
+    left_out = set[str]()
+    if comparison.end == TEST_LOSS:
+        left_out |= {"end", "end_loss"}
+    left_out |= {"unit"} if comparison.has_perplexity else {"test_ppl"}
+    content = _without(left_out, vars(comparison)) | {
         "modes": [
-            vars(mode)
+            _without(left_out, vars(mode))
             | {
                 "runs": [_run(run) for run in mode.runs],
                 "failures": [vars(failure) for failure in mode.failures],
@@ -162,6 +200,15 @@ def write_summary(path: Path, comparison: Comparison) -> None:
     write_json(path, content, indent=2)
 
 
+def _without(names: set[str], fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _epoch(row: dict[str, Any], train_loss: float | None) -> dict[str, Any]:
+    lr = None if math.isnan(row["lr"]) else row["lr"]  # which a loop may leave out
+    return row | {"lr": lr, "train_loss": train_loss}
+
+
 def _run(run: Run) -> dict[str, Any]:
     losses: dict[int, list[float]] = defaultdict(list)
     for epoch, loss in zip(run.steps["epoch"], run.steps["loss"], strict=True):
@@ -174,7 +221,7 @@ def _run(run: Run) -> dict[str, Any]:
         "status": run.status,
         "device_name": run.device,
         "environment": run.config["environment"],
-        "epochs": [row | {"train_loss": means.get(row["epoch"])} for row in run.epochs],
+        "epochs": [_epoch(row, means.get(row["epoch"])) for row in run.epochs],
         "test_loss": None if run.result is None else run.result["test_loss"],
         "steps": len(run.steps["step"]),
         "problems": run.problems,

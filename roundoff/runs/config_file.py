@@ -33,14 +33,19 @@ def versions() -> dict[str, Any]:
     }
 
 
-def describe_run(job: Mapping[str, Any] | None, precision: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+def describe_run(
+    job: Mapping[str, Any] | None, precision: Mapping[str, Any], seed: int | None, more: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return `config.json` of a new run, still without its device.
 
-    What `precision` has as None is left out: the run does not say it.
+    What `precision` or `more` has as None is left out: the run does not say it. A loss scale of "dynamic" becomes null.
     """
     said = {name: value for name, value in precision.items() if value is not None}
+    if said.get("loss_scale") == "dynamic":
+        said["loss_scale"] = None
     environment = versions() | {"command": sys.argv, "processes": processes.world_size()}
-    return {"job": job or {}, "precision": said, "seed": seed or 0, "environment": environment}
+    given = {name: value for name, value in more.items() if value is not None}
+    return {"job": job or {}, "precision": said, "seed": seed or 0, "environment": environment} | given
 
 
 def describe_device(device: torch.device | str) -> dict[str, Any]:
@@ -65,8 +70,8 @@ def guess_device(values: Iterable[object]) -> torch.device | str:
     return found or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_config(path: Path, job: Mapping[str, Any] | None, mode: str, seed: int | None) -> dict[str, Any]:
-    """Return `config.json` of the run in `path`, which goes on.
+def read_config(path: Path, job: Mapping[str, Any] | None, mode: str, seed: int | None, where: str) -> dict[str, Any]:
+    """Return `config.json` of the run in `path`, which goes on; errors begin with `where`.
 
     Raises:
         UsageError: there is none, or the run was started with another job, mode or seed than those given.
@@ -78,9 +83,9 @@ def read_config(path: Path, job: Mapping[str, Any] | None, mode: str, seed: int 
     for name, value in {"job": job, "mode": mode or None, "seed": seed}.items():
         if value is not None and json.loads(to_json(value)) != found[name]:
             raise UsageError(
-                f"--resume {printable(path)}: the run was started with {name} {printable(to_json(found[name]))}, "
+                f"{printable(where)}: the run was started with {name} {printable(to_json(found[name]))}, "
                 f"not {printable(to_json(value))}; give the same, or start a new run"
             )
     if not isinstance(config.get("environment"), dict):
-        raise UsageError(f"--resume {printable(path)}: config.json is of no run; give a run directory")
+        raise UsageError(f"{printable(where)}: config.json is of no run; give a run directory")
     return config

@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from roundoff import processes
-from roundoff.errors import UsageError
+from roundoff.errors import UsageError, printable
 from roundoff.precision import StepResult
 from roundoff.runs.config_file import describe_device, describe_run, guess_device, read_config
 from roundoff.runs.files import LOCK, lock, naming, remove_leftovers, sync, unlock
 from roundoff.runs.jsonfile import scalar, to_json, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
-from roundoff.runs.reading import MAX_LINE_BYTES
+from roundoff.runs.reading import MAX_LINE_BYTES, MOST_LOSSES
 from roundoff.runs.waiting import WaitingSteps
 
 LINES = ("steps.jsonl", "epochs.jsonl")
@@ -37,6 +37,17 @@ START = dict.fromkeys(("steps", "skipped", *LINES), 0)
 """The `RunDirectory.state` of a run that has recorded nothing."""
 
 
+class Names(NamedTuple):
+    """How errors name the arguments of a `RunDirectory`; a program has its options in place of these."""
+
+    path: str = "path="
+    """of a new run; the path follows"""
+    resumed: str = "RunDirectory.resume: path="
+    """of a run that goes on; the path follows"""
+    resume: str = "RunDirectory.resume(path, state)"
+    """what goes on with a run; a program's option ends in a blank, and the path follows"""
+
+
 class RunDirectory:
     """Writes the record of one run, and tells listeners of it.
 
@@ -44,7 +55,10 @@ class RunDirectory:
             for batch in data:
                 ...
                 run.step(loss, result)
-            run.finish(test_loss=test_loss)
+            run.finish(test_loss=test_loss)     # or run.finish() without a test
+
+    A loop that validates calls `run.epoch(valid_loss)` after each epoch. See `resume` for a run that goes on. A block
+    that ends by an exception, or without `finish`, is recorded as an interrupted run with all of its steps.
 
     No other process may write to the directory until `close`. Steps stay on the device until `flush` fetches them all
     with a single wait. In a distributed run, the process of rank 0 writes, and `path` is None in others.
@@ -55,15 +69,20 @@ class RunDirectory:
         mode: name of the precision mode.
         seed: of the run; by default 0.
         dtype: of the mode's products, such as torch.float16.
-        loss_scale: the static loss scale; None leaves it to the steps, which record theirs.
+        loss_scale: the static loss scale, or "dynamic" where a rule moves it; None leaves it to the steps, which record
+            theirs.
         equals: names of the modes whose losses this mode must equal to the bit.
         device: that the run trains on; by default that of the first tensor that `step` is given.
-        config: the whole of `config.json`, in place of all from `job` to `device`.
+        unit: of the losses, such as "nats a word" or "nats a token" (whose exp is a perplexity, which reports then
+            show) or "bits a byte". None: reports say "loss".
+        length: names of fields of the job that say how long training goes, and change no step.
+        config: the whole of `config.json`, in place of all from `job` to `length`.
         name: of a directory without a path; by default the mode.
-        resume: go on with the run that the directory holds. `go_back` must follow.
+        resume: go on with the run that the directory holds. `go_back` must follow; `RunDirectory.resume` does both.
         listeners: hear of all that is recorded, before those of the `listening` blocks around `start`.
         derived: figures that follow from a mean loss, to be recorded beside it, such as {"ppl": perplexity}.
         average: returns the mean over all processes of each of the losses (fp32, shape (steps,)) that it is given.
+        names: how errors name the arguments.
         interval: number of steps after which `step` flushes and ends an interval; None: the caller does both.
 
     Raises:
@@ -79,9 +98,11 @@ class RunDirectory:
         mode: str = "",
         seed: int | None = None,
         dtype: torch.dtype | str | None = None,
-        loss_scale: float | None = None,
+        loss_scale: float | str | None = None,
         equals: Iterable[str] = (),
         device: torch.device | str | None = None,
+        unit: str | None = None,
+        length: Iterable[str] = (),
         config: Mapping[str, Any] | None = None,
         name: str | None = None,
         resume: bool = False,
@@ -89,9 +110,14 @@ class RunDirectory:
         derived: Derived | None = None,
         average: Callable[[Tensor], Tensor] = lambda values: values,
         interval: int | None = 100,
+        names: Names | None = None,
     ) -> None:
+        if isinstance(loss_scale, str) and loss_scale != "dynamic":
+            raise UsageError(f'loss_scale={printable(repr(loss_scale))}: give a number, or "dynamic"')
         precision = {"mode": mode, "dtype": dtype, "loss_scale": loss_scale, "equals": list(equals) or None}
-        self.config = describe_run(job, precision, seed) if config is None else dict(config)
+        more = {"loss_unit": unit, "length": list(length) or None}
+        self.config = describe_run(job, precision, seed, more) if config is None else dict(config)
+        self._names = names or Names()
         self._names_device = config is None and not resume
         if self._names_device and device is not None:
             self._name_device(device)
@@ -108,33 +134,61 @@ class RunDirectory:
         self._epoch, self._epoch_start = 1, time.monotonic()
         self._meter = Meter(self._derived)
         if resume and path is None:
-            raise UsageError("resume=True names no run; give its directory as the path")
+            raise UsageError("resume=True without a path names no run; give its directory as path")
         if processes.rank() > 0:
             return
         place = None if path is None else Path(path)
         if place is None or not resume:
             self._create(place, name or mode or "run")
             return
-        with _clear_errors(f"--resume {place}", "open it", "give a run directory"), self._closing_on_error():
-            self._reopen(place)
+        where = f"{self._names.resumed}{place}"
+        with _clear_errors(where, "open it", "give a run directory"), self._closing_on_error():
+            self._reopen(place, where)
             if config is None:
-                self.config = read_config(place, job, mode, seed)
+                self.config = read_config(place, job, mode, seed, where)
                 self._names_device = "device" not in self.config["environment"]
+
+    @classmethod
+    def resume(cls, path: Path | str, state: Mapping[str, int] | None, **options: Any) -> Self:
+        """Return the run directory of a run that goes on from a checkpoint.
+
+            torch.save({"model": model.state_dict(), "run": run.state()}, "checkpoint.pt")     # during training
+            ...
+            with RunDirectory.resume("runs/bf16-1", torch.load("checkpoint.pt")["run"]) as run:     # some other day
+
+        What was recorded after the checkpoint is forgotten.
+
+        Args:
+            path: of the directory.
+            state: what `state` returned when the checkpoint was written; None where the run begins anew.
+            options: of `RunDirectory`. `job`, `mode` and `seed` may be left out; those given must be those of the run.
+
+        Raises:
+            UsageError: the directory holds no run, is in use, or has recorded less than `state` says.
+        """
+        run = cls(path, resume=True, **options)
+        with run._closing_on_error():
+            try:
+                run.go_back(dict(START if state is None else state))
+            except (ValueError, LookupError, TypeError) as error:
+                where = f"{run._names.resumed}{path}"
+                raise UsageError(f"{printable(where)}: state is not one of this run ({printable(error)})") from None
+        return run
 
     def _create(self, path: Path | None, name: str) -> None:
         """Take the directory of a new run. `config.json` is its first file: from then on the run can be resumed."""
-        where = "runs" if path is None else f"--run-dir {path}"
+        where = "runs" if path is None else f"{self._names.path}{path}"
         with _clear_errors(where, "write there", "give another directory"):
             new = path is None or not path.exists()
-            path = _new_directory(name) if path is None else path
+            path = _new_directory(name, self._names.path) if path is None else path
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path)
             made: list[Path] = []
             try:
                 if any(os.path.lexists(path / file) for file in OF_A_RUN):
-                    raise UsageError(
-                        f"--run-dir {path} holds a run already; give a new one, or --resume {path} to go on with it"
-                    )
+                    resume = self._names.resume
+                    resume += str(path) if resume.endswith(" ") else ""
+                    raise UsageError(f"{where} holds a run already; give a new one, or {resume} to go on with it")
                 self.path = path
                 made = [path / file for file in ("config.json", *LINES)]
                 self.write_config()
@@ -155,11 +209,11 @@ class RunDirectory:
                 (path / LOCK).unlink(missing_ok=True)  # that of Windows, which removes no open file
                 path.rmdir()
 
-    def _reopen(self, path: Path) -> None:
+    def _reopen(self, path: Path, where: str) -> None:
         """Take the directory of a run that goes on."""
         self._lock = lock(path)
         if not (path / "config.json").exists():
-            raise UsageError(f"--resume {path} holds no run (there is no config.json); give a run directory")
+            raise UsageError(f"{where} holds no run (there is no config.json); give a run directory")
         for name in OF_A_RUN:
             remove_leftovers(path, name)
         self.path = path
@@ -259,28 +313,38 @@ class RunDirectory:
         epoch: int | None = None,
         lr: Tensor | float = math.nan,
         tokens: int = 0,
+        losses: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         """Keep the row of one step.
 
         Args:
             loss: fp32, of one element.
             result: of the optimizer's step, in place of the three that follow.
-            grad_norm: of all gradients, before clipping.
+            grad_norm: of all gradients, before clipping; nan where it is not known.
             loss_scale: that the loss was multiplied by.
             applied: whether the weights were updated.
             epoch: by default 1, and one more after each call of `epoch`.
             lr: of this step.
             tokens: that the step trained on, in all processes.
+            losses: further losses by name, such as {"kl": kl}, each of one element; at most 16 names.
+
+        Raises:
+            UsageError: there are more further losses.
         """
+        more = tuple(losses or ())
+        if len(more) > MOST_LOSSES:
+            raise UsageError(f"losses has {len(more)} names; at most {MOST_LOSSES} are recorded")
+        if self._waiting and more != self._waiting.more:
+            self.flush()
         if result is not None:
             grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
-        figures = (loss, grad_norm, loss_scale, applied)
+        figures = (loss, grad_norm, loss_scale, applied, *(losses or {}).values())
         device = guess_device(figures)
         if self._names_device:
             self._name_device(device)
             self.write_config()
         row = {"step": self.steps + 1, "epoch": self._epoch if epoch is None else epoch, "lr": float(lr)}
-        self._waiting.add(row, figures, device)
+        self._waiting.add(row, figures, device, more)
         self.steps += 1
         self._tokens += tokens
         if self._interval and self.steps % self._interval == 0:
@@ -421,7 +485,7 @@ def _clear_errors(where: str, cannot: str, advice: str) -> Iterator[None]:
         raise UsageError(f"{where}: cannot {cannot} ({error.strerror}); {advice}") from None
 
 
-def _new_directory(name: str) -> Path:
+def _new_directory(name: str, option: str) -> Path:
     base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for n in range(1, 1000):
         path = base if n == 1 else base.with_name(f"{base.name}-{n}")
@@ -430,4 +494,4 @@ def _new_directory(name: str) -> Path:
         except FileExistsError:
             continue
         return path
-    raise UsageError(f"{base} and 999 like it exist already; give --run-dir")
+    raise UsageError(f"{base} and 999 like it exist already; give {option.rstrip(' =')}")

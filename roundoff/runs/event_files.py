@@ -77,4 +77,5 @@ def _part(row: dict[str, Any], prefix: str) -> dict[str, Any]:
 def _choices(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
     """Return what TensorBoard can show of job, precision and the top of config.json: plain values."""
     values = {**config["job"], **config["precision"], **config}
+    values.pop("loss_unit", None)  # the losses', and nobody chose it
     return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}

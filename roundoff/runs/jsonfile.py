@@ -15,7 +15,7 @@ MAX_BYTES = 2**20
 
 MAX_DEPTH = 20
 
-RUN_DIRECTORY = "give a directory that a trainer's --run-dir wrote"
+RUN_DIRECTORY = "give a run directory"
 
 
 def require_file(path: Path, wanted: str = RUN_DIRECTORY) -> None:

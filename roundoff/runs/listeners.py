@@ -21,10 +21,11 @@ class Listener(Protocol):
     def interval(self, row: dict[str, Any]) -> None:
         """Hear that an interval has ended: so many steps as were asked for, or fewer at the end of an epoch.
 
-        `row` has `step`, `epoch`, `lr` and `loss_scale` of the last step, `loss` (mean), `grad_norm` (mean of the
-        steps that were applied; nan where none was), `skipped` (how many were not), `ms_per_batch`, and
-        `tokens_per_second` where the loop counts tokens. It has figures that follow from the loss, such as `ppl`,
-        and what the loop adds, such as `batch` (how many of the epoch are done) and `batches` (how many it has).
+        `row` has `step`, `epoch`, `lr` and `loss_scale` of the last step, `loss` (mean), `skipped` (how many steps were
+        not applied), `ms_per_batch`, and `tokens_per_second` where the loop counts tokens. Where the norms are known it
+        has `grad_norm` (mean of the steps that were applied; nan where none was). It has figures that follow from the
+        loss, such as `ppl`, and what the loop adds, such as `batch` (how many of the epoch are done) and `batches` (how
+        many it has).
         """
 
     def epoch(self, row: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ class Meter:
         """Forget all steps, and start the clock."""
         self.steps = self._skipped = self._tokens = 0
         self._loss = self._norm = 0.0
+        self._knows_norm = False
         self._last: dict[str, Any] = {}
         self._start = time.monotonic()
 
@@ -52,6 +53,7 @@ class Meter:
             self._loss += row["loss"]
             self._skipped += not row["applied"]
             self._norm += row["grad_norm"] if row["applied"] else 0.0
+            self._knows_norm |= not math.isnan(row["grad_norm"])
             self._last = row
 
     def end(self) -> dict[str, Any]:
@@ -63,7 +65,8 @@ class Meter:
         applied = self.steps - self._skipped
         row = {name: self._last[name] for name in ("step", "epoch", "lr", "loss_scale")}
         row |= losses(self._loss / self.steps, self._derived)
-        row["grad_norm"] = self._norm / applied if applied else math.nan
+        if self._knows_norm or not applied:
+            row["grad_norm"] = self._norm / applied if applied else math.nan
         row["skipped"] = self._skipped
         if self._tokens:
             row["tokens_per_second"] = self._tokens / seconds if seconds else math.nan

@@ -11,10 +11,16 @@ from roundoff.errors import UsageError, printable
 from roundoff.runs.jsonfile import to_json
 from roundoff.runs.reading import Run, machine, perplexity
 from roundoff.verdict.statistics import judge
-from roundoff.verdict.types import BitEquality, Comparison, Failure, ModeSummary, Verdict
-
-LENGTH = ("epochs", "max_steps", "dry_run")
-"""Fields of a job that say how long training goes. They change no step."""
+from roundoff.verdict.types import (
+    LAST_TENTH,
+    TEST_LOSS,
+    BitEquality,
+    Comparison,
+    Failure,
+    ModeSummary,
+    Verdict,
+    short_unit,
+)
 
 WIDE = ("float32", "float64")
 """Dtypes in which a power of two as loss scale changes no bit. Half dtypes overflow and underflow."""
@@ -25,7 +31,7 @@ MOST_DIFFERENCES = 20
 MISSING = object()
 
 
-def compare(
+def compare_runs(
     runs: Sequence[Run],
     failures: Sequence[Failure] = (),
     *,
@@ -36,13 +42,15 @@ def compare(
 ) -> Comparison:
     """Compare the modes of `runs`, each with every seed it has.
 
-    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128".
+    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". The verdicts
+    compare the test losses of the runs that have finished. Where none of them has one, they compare the mean loss of
+    the last tenth of the steps of each, skipped steps left out.
 
     Args:
         runs: runs of any modes, none twice. Their order is the order of the modes.
         failures: runs that left nothing.
         reference: label of the mode to compare with; by default "fp32" if it has a run, else the first that has one.
-        margin: margin of equivalence in nats, above 0.
+        margin: margin of equivalence in the losses' own unit, above 0.
         expect_equal: pairs of labels whose bit-equality is asked for. They come first in `Comparison.pairs`, as
             given; the pairs that must agree by design follow.
         anyway: accept runs of different jobs, and list the differences.
@@ -66,14 +74,17 @@ def compare(
     labels.sort(key=lambda label: label != reference)
     modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
     failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
-    differences = job_differences(runs) + seed_differences(modes, failed)
+    differences = unit_differences(runs) + job_differences(runs) + seed_differences(modes, failed)
     if differences and not anyway:
         raise UsageError(
             f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or add --anyway"
         )
-    rows = [_summarize(label, modes[label], failed[label], reference, modes[reference], margin) for label in labels]
+    unit = runs[0].loss_unit if len({run.loss_unit for run in runs}) == 1 else None
+    end = LAST_TENTH if _only_losses_of_steps(runs) else TEST_LOSS
+    found = Comparison(reference, margin, [], [], [], differences, unit=unit, end=end)
+    rows = [_summarize(label, modes[label], failed[label], modes[reference], found) for label in labels]
     pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
-    return Comparison(reference, margin, rows, pairs, _covers(runs, rows), differences)
+    return replace(found, modes=rows, pairs=pairs, covers=_covers(runs, rows, end))
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
@@ -157,6 +168,11 @@ def _canonical(value: Any) -> str:
     return "missing" if value is MISSING else json.dumps(plain(value), sort_keys=True, default=str)
 
 
+def unit_differences(runs: Sequence[Run]) -> list[str]:
+    """Return a line if the losses of the runs are in different units."""
+    return list(_field_differences([(run, run.loss_unit or MISSING) for run in runs], "loss_unit"))
+
+
 def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:
     """Return a line if the modes did not run with the same seeds; a run that failed has run."""
     groups: dict[tuple[int, ...], list[str]] = {}
@@ -174,21 +190,40 @@ def _names(runs: list[Run]) -> str:
     return ", ".join(printable(run.path) for run in runs[:3]) + more
 
 
-def finished(runs: Iterable[Run]) -> dict[int, float]:
-    """Return seed -> test loss of the finished runs; an interrupted run has trained for another length."""
-    results = {run.seed: run.result for run in runs if run.result and run.status == "finished"}
-    return {seed: result["test_loss"] for seed, result in results.items() if result["test_loss"] is not None}
+def finished(runs: Iterable[Run], end: str = TEST_LOSS) -> dict[int, float]:
+    """Return seed -> loss at the end of the finished runs; an interrupted run has trained for another length."""
+    ended = [run for run in runs if run.status == "finished"]
+    losses = {run.seed: run.test_loss if end == TEST_LOSS else last_tenth(run) for run in ended}
+    return {seed: loss for seed, loss in losses.items() if loss is not None}
+
+
+def _only_losses_of_steps(runs: Sequence[Run]) -> bool:
+    """Return whether runs have finished, and none of them with a test loss."""
+    ended = [run for run in runs if run.status == "finished"]
+    return bool(ended) and all(run.test_loss is None for run in ended)
+
+
+def last_tenth(run: Run) -> float:
+    """Return the mean loss of the last tenth of the steps, at least one; nan where all of these were skipped."""
+    first = len(run.steps["loss"]) - max(1, len(run.steps["loss"]) // 10)
+    pairs = zip(run.steps["loss"][first:], run.steps["applied"][first:], strict=True)
+    losses = [loss for loss, applied in pairs if applied]
+    return sum(loss / len(losses) for loss in losses) if losses else math.nan
 
 
 def _summarize(
-    label: str, runs: list[Run], failures: list[Failure], reference: str, reference_runs: list[Run], margin: float
+    label: str, runs: list[Run], failures: list[Failure], reference_runs: list[Run], found: Comparison
 ) -> ModeSummary:
-    losses = finished(runs)
-    test_loss = sum(loss / len(losses) for loss in losses.values()) if losses else None
-    if label == reference:
-        verdict = Verdict("reference", _reference_sentence(label, test_loss, len(losses)), len(losses))
+    """Return the row of a mode; `found` has all of the comparison but its rows."""
+    losses = finished(runs, found.end)
+    end_loss = sum(loss / len(losses) for loss in losses.values()) if losses else None
+    test_loss = end_loss if found.end == TEST_LOSS else None
+    unit = short_unit(found.unit)
+    if label == found.reference:
+        sentence = _reference_sentence(label, end_loss, len(losses), unit, found.end)
+        verdict = Verdict("reference", sentence, len(losses))
     else:
-        verdict = judge(label, losses, finished(reference_runs), margin)
+        verdict = judge(label, losses, finished(reference_runs, found.end), found.margin, unit, found.end)
     partner = {run.seed: run for run in reference_runs}
     firsts = [first_difference(partner[run.seed], run) for run in runs if run.seed in partner]
     results = [run.result for run in runs if run.result]
@@ -201,7 +236,7 @@ def _summarize(
         failures=failures,
         status=", ".join(dict.fromkeys([run.status for run in runs] + ["failed"] * len(failures))),
         test_loss=test_loss,
-        test_ppl=None if test_loss is None else perplexity(test_loss),
+        test_ppl=perplexity(test_loss) if found.has_perplexity and test_loss is not None else None,
         verdict=verdict,
         first_difference=min((first for first in firsts if first is not None), default=None),
         steps=steps,
@@ -210,19 +245,28 @@ def _summarize(
         final_loss_scale=runs[0].steps["loss_scale"][-1] if runs else None,
         tokens_per_second=sum(speeds) / len(speeds) if speeds else None,
         peak_memory_bytes=max((r["peak_memory_bytes"] for r in results if r["peak_memory_bytes"]), default=None),
+        end_loss=end_loss,
     )
 
 
-def _reference_sentence(label: str, test_loss: float | None, count: int) -> str:
-    if test_loss is None:
-        return f"{label} is the reference, of which no finished run has a test loss."
-    return f"{label} is the reference: test loss {test_loss:.4f} nats, mean of {count} seed{'s' if count > 1 else ''}."
+def _reference_sentence(label: str, loss: float | None, count: int, unit: str, figure: str) -> str:
+    if loss is None:
+        return f"{label} is the reference, of which no finished run has a {figure}."
+    size = f"{loss:.4f} {unit}".rstrip()
+    return f"{label} is the reference: {figure} {size}, mean of {count} seed{'s' if count > 1 else ''}."
 
 
 def first_difference(first: Run, second: Run) -> int | None:
     """Return the first step that both runs have with losses that differ in a bit; nan equals nan."""
+    return next((step for step, mine, other in _side_by_side(first, second) if not _same(mine, other)), None)
+
+
+def _side_by_side(first: Run, second: Run) -> Iterable[tuple[int, float, float]]:
+    """Return each step that both runs have, with the losses of both, in ascending order."""
+    if first.steps["step"] == second.steps["step"]:  # most runs; without a dict of a million steps
+        return zip(first.steps["step"], first.steps["loss"], second.steps["loss"], strict=True)
     a, b = losses_by_step(first), losses_by_step(second)
-    return next((step for step, loss in a.items() if step in b and not _same(loss, b[step])), None)
+    return ((step, loss, b[step]) for step, loss in a.items() if step in b)
 
 
 def losses_by_step(run: Run) -> dict[int, float]:
@@ -267,7 +311,7 @@ def _must_agree(first: list[Run], second: list[Run]) -> bool:
 def _deciding(run: Run) -> str:
     """Return what decides the bits of a step besides the precision, as one text."""
     environment = run.config["environment"]
-    job = {name: value for name, value in run.job.items() if name not in LENGTH}
+    job = {name: value for name, value in run.job.items() if name not in run.length}
     more = {"tf32": environment.get("tf32", False), "processes": environment.get("processes", 1)}
     return _canonical([job, machine(run.config), more])
 
@@ -282,12 +326,13 @@ def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> B
     steps = 0
     different, unequal = [], []
     for seed in sorted(a.keys() & b.keys()):
-        mine, other = losses_by_step(a[seed]), losses_by_step(b[seed])
-        steps += len(mine.keys() & other.keys())
-        step = first_difference(a[seed], b[seed])
-        if step is not None:
-            different.append((step, seed, mine[step], other[step]))
-        if mine.keys() != other.keys():
+        both = list(_side_by_side(a[seed], b[seed]))
+        steps += len(both)
+        found = next((row for row in both if not _same(row[1], row[2])), None)
+        if found is not None:
+            different.append((found[0], seed, *found[1:]))
+        mine, other = a[seed].steps["step"], b[seed].steps["step"]
+        if mine != other:
             unequal.append(f"with seed {seed} {first} has {len(mine)} steps and {second} {len(other)}")
     alone = sorted(a.keys() ^ b.keys())
     unequal += [f"seed {seed} has a run of {first if seed in a else second} only" for seed in alone]
@@ -305,7 +350,7 @@ def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> B
     return BitEquality(first, second, expected, steps, equal, f"{first} and {second}: {sentence}.")
 
 
-def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
+def _covers(runs: Sequence[Run], rows: list[ModeSummary], end: str) -> list[str]:
     lines = [
         "An interval covers the variation between seeds, which is that of the initial weights and the dropout masks, "
         "in this job as it was run.",
@@ -314,6 +359,11 @@ def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
         "A pair of runs with one seed starts alike and sees the same batches, but training soon amplifies a "
         "difference in one bit: a step at which losses differ is no sign of a worse mode.",
     ]
+    if end == LAST_TENTH:
+        lines.append(
+            "No run has a test loss. What is compared is the mean training loss over the last tenth of the steps of a "
+            "run, skipped steps left out. It does not show how a model does on data that it was not trained on."
+        )
     judged = sum(row.verdict.p_equivalence is not None for row in rows)
     if judged > 1:
         lines.append(f"Each of the {judged} verdicts has its own 5% risk of error; together the risk is larger.")

@@ -1,4 +1,4 @@
-"""Judges a mode by its test losses, paired by seed: one seed gives every mode the same start, batches and masks.
+"""Judges a mode by its losses at the end, paired by seed: one seed gives every mode the same start, batches and masks.
 
 With n differences d_i (mode minus reference) of mean m and standard deviation s, m / (s / sqrt(n)) follows Student's
 t with n - 1 degrees of freedom where the true difference is 0 and the d_i are normal. Equivalence is shown by two
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from roundoff.extras import needs
-from roundoff.verdict.types import Verdict
+from roundoff.verdict.types import TEST_LOSS, Verdict
 
 ALPHA = 0.05
 POWER = 0.8
@@ -33,8 +33,15 @@ class Paired(NamedTuple):
         return self.deviation / math.sqrt(self.n)
 
 
-def judge(label: str, mode_losses: dict[int, float], reference_losses: dict[int, float], margin: float) -> Verdict:
-    """Compare a mode's test losses with the reference's, seed by seed, in nats.
+def judge(
+    label: str,
+    mode_losses: dict[int, float],
+    reference_losses: dict[int, float],
+    margin: float,
+    unit: str = "",
+    figure: str = TEST_LOSS,
+) -> Verdict:
+    """Compare a mode's losses with the reference's, seed by seed.
 
     From three pairs on: "equivalent" where both one-sided tests against `margin` reject at 5%; else "better" or
     "worse" where the 95% interval excludes 0 (a lower loss is better); else "undecided". A difference that is both
@@ -42,52 +49,55 @@ def judge(label: str, mode_losses: dict[int, float], reference_losses: dict[int,
 
     Args:
         label: the mode's.
-        mode_losses, reference_losses: seed -> test loss of the runs that have finished. A pair whose difference
+        mode_losses, reference_losses: seed -> loss at the end of the runs that have finished. A pair whose difference
             is not finite does not count, and the sentence says so.
-        margin: above 0, nats.
+        margin: above 0, in the losses' unit.
+        unit: of a difference, such as "nats"; "" for none.
+        figure: what the losses are.
     """
     seeds = sorted(mode_losses.keys() & reference_losses.keys())
     differences = {seed: mode_losses[seed] - reference_losses[seed] for seed in seeds}
     counted = [d for d in differences.values() if math.isfinite(d)]
     left_out = [seed for seed, d in differences.items() if not math.isfinite(d)]
     alone = sorted(mode_losses.keys() ^ reference_losses.keys())
-    remark = _remark(left_out, "has a test loss that is not finite", "have a test loss that is not finite")
-    in_one = "a test loss in one of the two modes only"
+    remark = _remark(left_out, f"has a {figure} that is not finite", f"have a {figure} that is not finite")
+    in_one = f"a {figure} in one of the two modes only"
     remark += _remark(alone, f"has {in_one}", f"have {in_one}")
     if not counted:
-        return Verdict("not finished", f"{label}: no seed has finished with a finite test loss in both modes.{remark}")
+        return Verdict("not finished", f"{label}: no seed has finished with a finite {figure} in both modes.{remark}")
+    said_unit = f" {unit}" if unit else ""
     paired = summarize(counted)
     if paired.n >= ENOUGH_PAIRS:
-        return _decide(label, paired, margin, remark)
+        return _decide(label, paired, margin, remark, said_unit, figure)
     bounds = interval(paired) if paired.n > 1 else None
     sentence = (
-        f"{label}: test loss minus the reference's is {_seen(paired, bounds)}; described, not judged: "
+        f"{label}: {figure} minus the reference's is {_seen(paired, bounds, said_unit)}; described, not judged: "
         f"a verdict takes {ENOUGH_PAIRS} seeds or more.{remark}"
     )
     return Verdict("described", sentence, paired.n, paired.mean, bounds)
 
 
-def _decide(label: str, paired: Paired, margin: float, remark: str) -> Verdict:
+def _decide(label: str, paired: Paired, margin: float, remark: str, unit: str, figure: str) -> Verdict:
     low, high = interval(paired)
     p = p_equivalence(paired, margin)
     sign = "worse" if low > 0 else "better" if high < 0 else None
     needed = None
     if p < ALPHA:
-        word, said, more = "equivalent", f"is equivalent to the reference within {margin:g} nats", ""
+        word, said, more = "equivalent", f"is equivalent to the reference within {margin:g}{unit}", ""
         if sign:
             more = f" That it is {sign}, by less than the margin, is as certain (95%)."
     elif sign:
         word, more = sign, ""
-        said = f"is {word} than the reference: its test loss is {'higher' if low > 0 else 'lower'}"
+        said = f"is {word} than the reference: its {figure} is {'higher' if low > 0 else 'lower'}"
     else:
         word, said = (
             "undecided",
-            f"is shown neither to differ from the reference nor to equal it within {margin:g} nats",
+            f"is shown neither to differ from the reference nor to equal it within {margin:g}{unit}",
         )
         needed, decision = seeds_needed(paired, margin)
         count = f"about {needed}" if needed else f"more than {MAX_SEEDS}"
         more = f" If mean and noise stay as seen, it takes {count} seeds to show {decision} (80% power)."
-    seen = f"test loss minus the reference's is {_seen(paired, (low, high))}, p = {p:.2g} for equivalence"
+    seen = f"{figure} minus the reference's is {_seen(paired, (low, high), unit)}, p = {p:.2g} for equivalence"
     return Verdict(word, f"{label} {said}; {seen}.{more}{remark}", paired.n, paired.mean, (low, high), p, needed)
 
 
@@ -174,10 +184,11 @@ def _scipy() -> Any:
     return stats
 
 
-def _seen(paired: Paired, bounds: tuple[float, float] | None) -> str:
+def _seen(paired: Paired, bounds: tuple[float, float] | None, unit: str) -> str:
     if bounds is None:
-        return f"{paired.mean:+.4g} nats with one seed"
-    return f"{paired.mean:+.4g} nats on average of {paired.n} seeds, 95% interval {bounds[0]:+.4g} to {bounds[1]:+.4g}"
+        return f"{paired.mean:+.4g}{unit} with one seed"
+    of = f"{paired.mean:+.4g}{unit} on average of {paired.n} seeds"
+    return f"{of}, 95% interval {bounds[0]:+.4g} to {bounds[1]:+.4g}"
 
 
 def _remark(seeds: list[int], one: str, several: str) -> str:

@@ -1,10 +1,14 @@
-"""The values that a comparison consists of. Losses are in nats."""
+"""The values that a comparison consists of. Losses are in the unit that the runs say, such as "nats a word"."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from roundoff.runs.reading import Run
+from roundoff.runs.reading import Run, has_perplexity
+
+TEST_LOSS = "test loss"
+LAST_TENTH = "loss of the last tenth"
+"""What is compared where no finished run has a test loss: the mean loss of a run's last tenth of steps."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,14 @@ class ModeSummary:
     Attributes:
         label, runs, failures: the mode and what it left, runs sorted by seed.
         status: that of its runs, "finished" or for example "finished, diverged".
-        test_loss, test_ppl: None where no run has them; test_ppl is exp(test_loss).
+        test_loss, test_ppl: None where no run has them; test_ppl is exp(test_loss) where losses are in nats a word.
         verdict: against the reference.
         first_difference: first step whose loss differs in a bit from the reference's with the same seed, the least
             over seeds; None: no difference in the steps that both have (or it is the reference).
         steps, updates, skipped: batches seen, of these applied, of these skipped, summed over the runs.
         final_loss_scale: of the last step of the first seed.
         tokens_per_second, peak_memory_bytes: mean and maximum; None where no run has them.
+        end_loss: mean of what is compared (`Comparison.end`) over the seeds that have finished; None without any.
     """
 
     label: str
@@ -72,6 +77,7 @@ class ModeSummary:
     final_loss_scale: float | None
     tokens_per_second: float | None
     peak_memory_bytes: int | None
+    end_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,14 @@ class Comparison:
 
     Attributes:
         reference: label of the mode that the others are compared with.
-        margin: of equivalence, nats.
+        margin: of equivalence, in the unit of the losses.
         modes: in the order they were asked for; the reference first.
         pairs: bit-equality of the pairs that must agree or were named with --expect-equal.
         covers: sentences on what the intervals cover and what not.
         differences: what the runs do not have in common though they should (only with --anyway), a line each.
         probes: of the reference's initial and final weights, where they were asked for.
+        unit: of the losses, such as "nats a word"; None where the runs say none.
+        end: what the verdicts compare: "test loss", or "loss of the last tenth" of the steps.
     """
 
     reference: str
@@ -132,3 +140,20 @@ class Comparison:
     covers: list[str]
     differences: list[str]
     probes: list[Probe] = field(default_factory=list)
+    unit: str | None = None
+    end: str = TEST_LOSS
+
+    @property
+    def short_unit(self) -> str:
+        """Return the unit of a difference, such as "nats"; "" without a unit."""
+        return short_unit(self.unit)
+
+    @property
+    def has_perplexity(self) -> bool:
+        """Return whether exp of a loss is a perplexity."""
+        return has_perplexity(self.unit)
+
+
+def short_unit(unit: str | None) -> str:
+    """Return `unit` without what it is counted by: "nats" of "nats a word"; "" of None."""
+    return (unit or "").partition(" a ")[0]

@@ -44,7 +44,9 @@ def make_comparison(
         for i, label in enumerate(labels)
     ]
     pairs = [BitEquality(labels[0], label, True, 4, True, f"{labels[0]} = {label}: bit-equal") for label in labels[1:]]
-    return Comparison(labels[0], 0.01, modes, pairs, ["Covers seeds.", "Not other data."], list(differences))
+    return Comparison(
+        labels[0], 0.01, modes, pairs, ["Covers seeds.", "Not other data."], list(differences), unit="nats a word"
+    )
 
 
 def _summary(place: int, label: str, runs: list[Run], failures: list[Failure]) -> ModeSummary:

@@ -16,7 +16,7 @@ from roundoff.gradients.result import read_probe
 from roundoff.report.html import write_html
 from roundoff.report.summary import write_summary
 from roundoff.runs.reading import read_run
-from roundoff.verdict.comparison import compare
+from roundoff.verdict.comparison import compare_runs
 from roundoff.verdict.types import Comparison, Failure
 from samples import sample
 from synthetic import make_run
@@ -56,7 +56,7 @@ class Probes:
         self.runs = [read_run(path) for path in runs]
 
     def compare(self, reference: str = "fp32", failures: tuple[Failure, ...] = ()) -> Comparison:
-        comparison = compare(self.runs, failures, reference=reference)
+        comparison = compare_runs(self.runs, failures, reference=reference)
         template = self.scripts / "template.json"
         template.write_text(json.dumps(sample()))
         (self.scripts / "probe.py").write_text(FAKE.format(template=str(template), fails=self.fails))

@@ -1,15 +1,17 @@
 """`roundoff compare RUN...` and `compare.py RUN...`: one command under two names, from its words to its files."""
 
 import json
+import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from programs import ROOT, Programs
 from roundoff.__main__ import main
-from synthetic import LOSSES, make_run
+from synthetic import LOSSES, change_json, make_run
 
 REPORT = {"summary.json", "report.html", "curves.png"}
 COMMANDS = {"compare": (), "roundoff.__main__": ("compare",)}
@@ -92,6 +94,37 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, mistake: str) -> None
     programs, words = command
     flags, told = MISTAKES[mistake]
     assert told in programs.refuse(*words, *flags)
+
+
+MILLION = """
+import resource, sys
+from roundoff.__main__ import main
+sys.argv = ["roundoff", "compare", *sys.argv[1:]]
+code = main()
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("used", code, used.ru_utime, used.ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
+def test_a_run_of_a_million_steps(tmp_path: Path) -> None:
+    """It is read, compared and drawn in under 15 s of a core and 1 GB, into a page of a bearable size."""
+    run = make_run(tmp_path / "run", "fp32", losses=[6.0])
+    rng, row = random.Random(0), json.loads((run / "steps.jsonl").read_text())
+    with (run / "steps.jsonl").open("w") as file:
+        for step in range(1, 10**6 + 1):
+            noise = {"loss": 6 + rng.gauss(0, 0.1), "grad_norm": rng.gammavariate(2, 1)}
+            file.write(
+                json.dumps(row | noise | {"step": step, "epoch": 1 + step // 10**5, "applied": step % 999 > 0}) + "\n"
+            )
+    change_json(run / "result.json", steps=10**6)
+    command = [sys.executable, "-c", MILLION, str(run), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    code, seconds, megabytes = map(float, done.stdout.splitlines()[-1].split()[1:])
+    assert (code, seconds < 15, megabytes < 1000) == (0, True, True), (seconds, megabytes)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == REPORT
+    assert (tmp_path / "out/report.html").stat().st_size < 8_000_000
 
 
 def test_the_program_itself(programs: Programs, monkeypatch, capsys) -> None:

@@ -20,9 +20,10 @@ from lm.options.modes import MODES
 from programs import ROOT
 from roundoff.errors import UsageError, printable
 from roundoff.report.summary import table
+from roundoff.runs import reading
 from roundoff.runs.jsonfile import read_object
 from roundoff.runs.reading import read_run
-from roundoff.verdict.comparison import compare
+from roundoff.verdict.comparison import compare_runs
 from synthetic import LOSSES, change_json, make_config, make_run
 
 FILES = ("config.json", "result.json", "steps.jsonl", "epochs.jsonl")
@@ -73,7 +74,7 @@ def test_a_run_of_any_loop_is_read(tmp_path: Path) -> None:
     assert (run.label, run.job, run.loss_scale, run.dtype, run.equals) == ("mine", {}, 1.0, None, [])
     assert (run.device, run.config["future"], run.problems) == ("a device without a name", {"a": [1]}, [])
     assert [str(loss) for loss in run.steps["loss"]] == ["6.0", "nan", "inf", "-inf"]
-    assert (run.epochs[0]["valid_ppl"], run.result and run.result["test_loss"]) == (1.0, None)
+    assert ("valid_ppl" in run.epochs[0], run.test_loss, run.loss_unit, run.length) == (False, None, None, [])
     assert "future" not in run.epochs[0] | (run.result or {})
 
 
@@ -217,7 +218,9 @@ VALUES: dict[str, list[tuple[str, Any, str]]] = {
         *[("seed", value, "a whole number") for value in ("1111", True, 2**63, 1e300, -1, None)],
         *[("job", value, "an object") for value in ("text", None, [])],
         *[("precision", value, "an object") for value in (["fp32"], None)],
-        ("environment", [], "an object"), ("precision.mode", None, "a text"), ("precision.mode", ["fp32"], "a text"),
+        ("environment", [], "an object"), ("loss_unit", 3, "a text, or null"),
+        ("length", "epochs", "a list of texts, or null"),
+        ("precision.mode", None, "a text"), ("precision.mode", ["fp32"], "a text"),
         ("precision.loss_scale", "2**7", f"{NUMBER}, or null"), ("precision.dtype", 16, "a text, or null"),
         ("precision.equals", "fp32", "a list of texts, or null"), ("precision.equals", [1], "a list of texts, or null"),
     ],
@@ -232,6 +235,8 @@ VALUES: dict[str, list[tuple[str, Any, str]]] = {
         ("loss", 1e308, "a number that a float32 can hold"), ("loss_scale", 1e300, "a number that a float32 can hold"),
         ("loss_scale", "2**16", NUMBER), ("grad_norm", "\x1b[2J", NUMBER), ("applied", 1, "true or false"),
         *[("step", value, "a whole number") for value in (1.0, 1.5, -1, 2**63, {})],
+        *[("losses", value, "an object") for value in ("kl", [1.0], 1)], ("losses", {"kl": "low"}, NUMBER),
+        ("losses", {"kl": 1e39}, "a number that a float32 can hold"),
     ],
     "epochs.jsonl": [
         ("valid_loss", "\x1b[2J", NUMBER), ("valid_loss", -1e39, "a number that a float32 can hold"),
@@ -289,6 +294,41 @@ def json_changes(draw: st.DrawFn, whole: bytes) -> bytes:
     return "\n".join(map(json.dumps, rows)).encode()
 
 
+def outcome(path: Path) -> Any:
+    """What comes of reading the run: all of it, or the refusal."""
+    try:
+        run = read_run(path)
+    except UsageError as error:
+        return str(error)
+    return str((run.steps, run.epochs, run.losses, run.problems))  # nan equals nan as text
+
+
+@fuzz(200)
+@given(st.data())
+def test_files_read_in_bulk_are_those_read_line_by_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Whatever is in them, and wherever a piece ends."""
+    run = tmp_path_factory.getbasetemp() / "bulk"
+    if not run.exists():
+        make_run(run, losses=[6.0, math.nan, *LOSSES, -0.0, 0.0], grad_norms=[0.0, -0.0] * 6)
+        rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+        rows[3]["losses"], rows[7]["losses"] = {"kl": 1}, {"kl": "inf", "x": 2.5}
+        (run / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = (run / "steps.jsonl").read_bytes()
+    change = data.draw(st.sampled_from([byte_changes, json_changes, st.just]))
+    try:
+        (run / "steps.jsonl").write_bytes(data.draw(change(whole)))
+        seen = []
+        for size in (1, data.draw(st.integers(100, 1000)), 2**18):  # a piece of 1 byte is read line by line
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reading, "CHUNK_BYTES", size)
+                seen.append(outcome(run))
+        assert len(set(seen)) == 1, seen
+    finally:
+        (run / "steps.jsonl").write_bytes(whole)
+
+
 def test_files_changed_at_random_are_compared_or_refused(tmp_path: Path) -> None:
     other, run = read_run(make_run(tmp_path / "other", "amp-fp32")), make_run(tmp_path / "run")
     whole = {name: (run / name).read_bytes() for name in FILES}
@@ -306,7 +346,7 @@ def test_files_changed_at_random_are_compared_or_refused(tmp_path: Path) -> None
             assert len({len(column) for column in read.steps.values()}) == 1
             floats = [v for column in ("loss", "grad_norm", "loss_scale", "lr") for v in read.steps[column]]
             assert {type(v) for v in floats} == {float}
-            assert len(table(compare([other, read], anyway=True))) < 20_000
+            assert len(table(compare_runs([other, read], anyway=True))) < 20_000
         except UsageError as error:
             said = str(error)
         finally:

@@ -34,11 +34,11 @@ def test_a_run_directory_in_use_is_refused_until_it_is_closed(tmp_path, resume):
     path = tmp_path / "run"
     first = RunDirectory(path, mode="fp32")
     before = read_all(path)
-    flag = "--resume" if resume else "--run-dir"
+    where = "RunDirectory.resume: path=" if resume else "path="
     with pytest.raises(UsageError) as refused:
         RunDirectory(path, mode="amp", resume=resume)
     assert str(refused.value) == (
-        f"{flag} {path} is in use by another run; wait for its end, or give another directory"
+        f"{where}{path} is in use by another run; wait for its end, or give another directory"
     )
     assert read_all(path) == before
     first.close()

@@ -423,7 +423,7 @@ def test_another_run_does_not_go_on_in_a_directory(tmp_path, other):
     started = {"job": {"lr": math.inf, "n": 1}, "mode": "fp32", "seed": 3}
     RunDirectory(tmp_path / "run", **started, device="cpu").close()
     given, said = ANOTHER[other]
-    with pytest.raises(UsageError, match=re.escape(f"--resume {tmp_path / 'run'}: the run was started {said}")):
+    with pytest.raises(UsageError, match=re.escape(f"path={tmp_path / 'run'}: the run was started {said}")):
         RunDirectory(tmp_path / "run", resume=True, **started | given)
     for same in (started, {}):
         again = RunDirectory(tmp_path / "run", resume=True, **same)
@@ -432,7 +432,7 @@ def test_another_run_does_not_go_on_in_a_directory(tmp_path, other):
 
 
 def test_a_run_goes_on_only_where_there_is_one(tmp_path):
-    with pytest.raises(UsageError, match="resume=True names no run"):
+    with pytest.raises(UsageError, match="resume=True without a path names no run"):
         RunDirectory(resume=True)
     (tmp_path / "steps.jsonl").touch()
     for config in (None, {}):
@@ -482,7 +482,7 @@ def test_names_run_out_with_a_clear_line(tmp_path, monkeypatch):
     stamped = "x-20300102-030405"
     for name in (stamped, *(f"{stamped}-{n}" for n in range(2, 1000))):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"--run-dir"):
+    with pytest.raises(UsageError, match=r"give path$"):
         RunDirectory(mode="x")
     RunDirectory().close()
     assert (tmp_path / "runs" / "run-20300102-030405" / "config.json").exists()

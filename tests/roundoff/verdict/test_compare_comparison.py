@@ -12,7 +12,7 @@ from programs import ROOT
 from roundoff.errors import UsageError
 from roundoff.report.summary import table
 from roundoff.runs.reading import Run, read_run
-from roundoff.verdict.comparison import compare
+from roundoff.verdict.comparison import compare_runs
 from roundoff.verdict.types import Comparison, Failure
 from synthetic import LOSSES, SEEDS, change_json, make_config, make_run, make_runs
 
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Runs:
 
 def refusal(runs: list[Run], *rest: Any, **options: Any) -> str:
     with pytest.raises(UsageError) as error:
-        compare(runs, *rest, **options)
+        compare_runs(runs, *rest, **options)
     assert str(error.value).isprintable()
     return str(error.value)
 
@@ -58,7 +58,7 @@ def words(comparison: Comparison) -> list[str]:
 
 
 def pairs(runs: list[Run], *rest: Any, **options: Any) -> list[tuple[str, str]]:
-    return [(pair.first, pair.second) for pair in compare(runs, *rest, **options).pairs]
+    return [(pair.first, pair.second) for pair in compare_runs(runs, *rest, **options).pairs]
 
 
 def failure(label: str, seed: int = 1111) -> Failure:
@@ -67,9 +67,9 @@ def failure(label: str, seed: int = 1111) -> Failure:
 
 def test_the_reference_comes_first_and_is_fp32_unless_asked(run) -> None:
     runs = [run(label) for label in ("amp-fp16", "manual", "fp32")]
-    assert labels(compare(runs)) == ["fp32", "amp-fp16", "manual"]
-    assert labels(compare(runs[:2])) == ["amp-fp16", "manual"]
-    seen = compare(runs, reference="manual")
+    assert labels(compare_runs(runs)) == ["fp32", "amp-fp16", "manual"]
+    assert labels(compare_runs(runs[:2])) == ["amp-fp16", "manual"]
+    seen = compare_runs(runs, reference="manual")
     assert (seen.reference, labels(seen)) == ("manual", ["manual", "amp-fp16", "fp32"])
     assert words(seen) == ["reference", "described", "described"]
     assert seen.modes[0].verdict.sentence == "manual is the reference: test loss 5.5000 nats, mean of 1 seed."
@@ -78,12 +78,12 @@ def test_the_reference_comes_first_and_is_fp32_unless_asked(run) -> None:
 def test_failures(run) -> None:
     """A mode that left no run is shown, and is the reference only where it is asked for."""
     runs = [run("manual"), run("amp-fp16")]
-    seen = compare(runs, [failure("fp32")])
+    seen = compare_runs(runs, [failure("fp32")])
     assert labels(seen) == ["manual", "amp-fp16", "fp32"]
     assert (seen.modes[2].status, seen.modes[2].verdict.word, seen.modes[2].steps) == ("failed", "not finished", 0)
-    asked = compare(runs, [failure("fp32")], reference="fp32")
+    asked = compare_runs(runs, [failure("fp32")], reference="fp32")
     assert words(asked) == ["reference", "not finished", "not finished"]
-    alone = compare([], [failure("manual"), failure("fp32")])
+    alone = compare_runs([], [failure("manual"), failure("fp32")])
     assert [(mode.status, mode.final_loss_scale) for mode in alone.modes] == [("failed", None)] * 2
 
 
@@ -136,7 +136,7 @@ JOBS: dict[str, tuple[Any, Any, list[str]]] = {
 def test_another_job_is_refused(run, case: str) -> None:
     ours, theirs, expected = JOBS[case]
     runs = [run(job=ours), run("manual", job=theirs)]
-    seen = compare(runs, anyway=True).differences
+    seen = compare_runs(runs, anyway=True).differences
     assert [line.replace(str(runs[0].path), "A").replace(str(runs[1].path), "B") for line in seen] == expected
     if expected:
         said = f"these runs do not train the same job: {'; '.join(seen)}; leave some out, or add --anyway"
@@ -150,7 +150,7 @@ def test_a_job_is_any_mapping(tmp_path: Path) -> None:
         paths.append(make_run(tmp_path / mode, mode, seed=3, precision={"equals": [other]}))
         config = {"job": {"model": "cnn"}, "precision": {"mode": mode, "equals": [other], "loss_scale": 2}, "seed": 3}
         (paths[-1] / "config.json").write_text(str(config | {"environment": {}}).replace("'", '"'))
-    seen = compare([read_run(str(path)) for path in paths])
+    seen = compare_runs([read_run(str(path)) for path in paths])
     assert (labels(seen), seen.differences) == (["a", "b"], [])
     assert [(pair.first, pair.second, pair.expected) for pair in seen.pairs] == [("a", "b", True)]
 
@@ -158,13 +158,13 @@ def test_a_job_is_any_mapping(tmp_path: Path) -> None:
 def test_long_lists_are_cut(run) -> None:
     runs = [run(seed=seed) for seed in SEEDS] + [run("manual", seed, job={"bptt": 1}) for seed in SEEDS]
     assert " and 2 more" in refusal(runs)
-    many = compare([run(job={str(i): 1 for i in range(5000)}), run("manual")], anyway=True).differences
+    many = compare_runs([run(job={str(i): 1 for i in range(5000)}), run("manual")], anyway=True).differences
     assert (len(many), many[-1]) == (21, "4980 more fields of the job differ")
 
 
 def test_other_options_and_machines_are_not_another_job(run) -> None:
     environment = {"torch": "2.6.0", "threads": 8, "device": "A GPU"}
-    seen = compare([run(), run("manual", environment=environment, options={"log_interval": 5})])
+    seen = compare_runs([run(), run("manual", environment=environment, options={"log_interval": 5})])
     assert seen.differences == []
     assert seen.covers[-1] == "The runs differ in device, torch, cuDNN or threads, which alone can change bits."
 
@@ -172,8 +172,8 @@ def test_other_options_and_machines_are_not_another_job(run) -> None:
 def test_other_seeds_are_refused(run) -> None:
     runs = [run(), run(seed=1112), run("manual")]
     assert "seed is 1111, 1112 in fp32 but 1111 in manual" in refusal(runs)
-    assert compare(runs, [failure("manual", 1112)]).differences == []
-    assert compare(runs, anyway=True).modes[1].verdict.pairs == 1
+    assert compare_runs(runs, [failure("manual", 1112)]).differences == []
+    assert compare_runs(runs, anyway=True).modes[1].verdict.pairs == 1
 
 
 def test_figures_of_a_mode(run) -> None:
@@ -184,7 +184,7 @@ def test_figures_of_a_mode(run) -> None:
         run("amp-fp16", 1111, OTHER, test_loss=5.25, loss_scales=scales, applied=taken, tokens_per_second=500.0),
         run("amp-fp16", 1113, LOSSES[:3], test_loss=9.0, status="interrupted", tokens_per_second=None),
     ]
-    mode = compare(runs).modes[1]
+    mode = compare_runs(runs).modes[1]
     assert [r.seed for r in mode.runs] == [1111, 1112, 1113]
     assert mode.status == "finished, interrupted"
     assert mode.test_loss == 5.375  # an interrupted run's test loss is of another length of training
@@ -197,13 +197,13 @@ def test_figures_of_a_mode(run) -> None:
 
 @pytest.mark.parametrize("status", [None, "interrupted", "diverged"])
 def test_unfinished_runs_have_no_test_loss(run, status: str | None) -> None:
-    mode = compare([run(), run("manual", status=status)]).modes[1]
+    mode = compare_runs([run(), run("manual", status=status)]).modes[1]
     assert mode.status == (status or "unfinished")
     assert (mode.test_loss, mode.test_ppl, mode.verdict.word) == (None, None, "not finished")
 
 
 def test_a_finished_run_may_have_no_test_loss(run) -> None:
-    seen = compare([run(test_loss=None), run("manual")])
+    seen = compare_runs([run(test_loss=None), run("manual")])
     assert seen.modes[0].verdict.sentence == "fp32 is the reference, of which no finished run has a test loss."
     assert "Not counted: seed 1111, which has a test loss in one of the two" in seen.modes[1].verdict.sentence
 
@@ -217,31 +217,31 @@ def test_a_loss_scale_that_no_run_says_is_that_of_its_steps(run, tmp_path: Path)
         change_json(one.path / "config.json", **silent)
     again = [read_run(one.path) for one in (*fixed, moved)]
     assert [one.loss_scale for one in again] == [128.0, 64.0, 2.0**20, None]
-    assert labels(compare(again[:2], anyway=True)) == ["mine-scale-128", "mine-scale-64"]
-    assert labels(compare(again)) == ["mine"]
+    assert labels(compare_runs(again[:2], anyway=True)) == ["mine-scale-128", "mine-scale-64"]
+    assert labels(compare_runs(again)) == ["mine"]
 
 
 def test_verdicts_are_paired_by_seed_and_take_the_margin(tmp_path: Path) -> None:
     paths = make_runs(tmp_path, "fp32", [5.0, 6.0, 7.0]) + make_runs(tmp_path, "manual", [5.02, 6.021, 7.019])
     runs = [read_run(path) for path in paths]
     for options, word in (({}, "worse"), ({"margin": 0.03}, "equivalent"), ({"reference": "manual"}, "better")):
-        assert compare(runs[::-1], **{"reference": "fp32"} | options).modes[1].verdict.word == word
+        assert compare_runs(runs[::-1], **{"reference": "fp32"} | options).modes[1].verdict.word == word
 
 
 def test_what_the_intervals_cover(run) -> None:
-    lines = compare([run(), run("manual")]).covers
+    lines = compare_runs([run(), run("manual")]).covers
     assert len(lines) == 3
     assert "covers the variation between seeds" in lines[0]
     assert "does not cover other data" in lines[1]
     three = [run(label, seed, test_loss=seed / 200) for label in ("a", "b", "c") for seed in SEEDS[:3]]
-    assert "Each of the 2 verdicts has its own 5% risk" in compare(three).covers[3]
+    assert "Each of the 2 verdicts has its own 5% risk" in compare_runs(three).covers[3]
 
 
 def test_first_difference_is_the_least_over_seeds(run) -> None:
     runs = [run(seed=seed) for seed in SEEDS[:2]]
     runs += [run("manual", 1111, OTHER), run("manual", 1112, EARLY)]
     runs += [run("amp-fp16", seed, LOSSES[:6]) for seed in SEEDS[:2]]
-    assert [mode.first_difference for mode in compare(runs).modes] == [None, 3, None]
+    assert [mode.first_difference for mode in compare_runs(runs).modes] == [None, 3, None]
 
 
 FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
@@ -257,7 +257,7 @@ FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
     ],
 )
 def test_modes_that_name_each_other_must_agree(run, modes: list[str], expected: list[tuple[str, str]]) -> None:
-    seen = compare([run(mode) for mode in modes]).pairs
+    seen = compare_runs([run(mode) for mode in modes]).pairs
     assert [(pair.first, pair.second) for pair in seen] == expected
     assert all(pair.expected and pair.equal and pair.steps == 8 for pair in seen)
 
@@ -286,7 +286,7 @@ def test_when_loss_scales_let_modes_agree(run, case: str) -> None:
     modes, ours, theirs, expected = MUST[case]
     runs = [run(mode, loss_scales=[1.0] * 8, precision=p) for mode, p in zip(modes, (ours, theirs), strict=True)]
     assert pairs(runs) == ([modes] if expected else [])
-    (asked,) = compare(runs, expect_equal=[modes]).pairs
+    (asked,) = compare_runs(runs, expect_equal=[modes]).pairs
     assert (asked.expected, asked.equal) == (expected, True)
 
 
@@ -304,13 +304,13 @@ def test_other_machines_and_jobs_need_not_agree(run, other: dict[str, Any]) -> N
 
 def test_a_longer_run_must_agree_as_far_as_the_other_goes(run) -> None:
     longer = {"epochs": 4, "max_steps": 9, "dry_run": True}
-    (pair,) = compare([run(job=longer), run("amp-fp32", 1111, LOSSES[:5])], anyway=True).pairs
+    (pair,) = compare_runs([run(job=longer), run("amp-fp32", 1111, LOSSES[:5])], anyway=True).pairs
     assert (pair.expected, pair.steps) == (True, 5)
 
 
 def test_asked_pairs_come_first_and_once(run) -> None:
     runs = [run(mode) for mode in ("fp32", "amp-fp32", *HALF)]
-    seen = compare(runs, expect_equal=[("manual", "fp32"), ("fp16-optimizer", "manual"), ("fp32", "manual")]).pairs
+    seen = compare_runs(runs, expect_equal=[("manual", "fp32"), ("fp16-optimizer", "manual"), ("fp32", "manual")]).pairs
     assert [(pair.first, pair.second, pair.expected) for pair in seen] == [
         ("fp32", "manual", False),
         ("fp16-optimizer", "manual", True),
@@ -349,21 +349,21 @@ def test_what_is_said_of_a_pair(run, case: str) -> None:
     runs = [run("manual", seed, losses) for seed, losses in zip(SEEDS, ours, strict=False)]
     runs += [run("fp16-optimizer", seed, losses) for seed, losses in zip(SEEDS, theirs, strict=False)]
     failures = [failure("fp16-optimizer", seed) for seed in SEEDS[len(theirs) : len(ours)]]
-    (pair,) = compare(runs, failures, expect_equal=[] if theirs else [HALF]).pairs
+    (pair,) = compare_runs(runs, failures, expect_equal=[] if theirs else [HALF]).pairs
     assert (pair.steps, pair.equal, pair.sentence) == (steps, equal, f"manual and fp16-optimizer: {sentence}")
 
 
 def test_each_loss_scale_is_a_mode_with_its_seeds(run) -> None:
     runs = [("manual", scale, seed) for scale in (1.0, 128.0, 0.1, 2.0**-8, 2.0**17) for seed in (1, 2)]
-    seen = compare(run.scaled(("fp32", 1.0, 1), ("fp32", 1.0, 2), *runs))
+    seen = compare_runs(run.scaled(("fp32", 1.0, 1), ("fp32", 1.0, 2), *runs))
     names = ("fp32", *(f"manual-scale-{scale}" for scale in ("1", "128", "0.1", "2^-8", "2^17")))
     assert {mode.label: [r.seed for r in mode.runs] for mode in seen.modes} == {name: [1, 2] for name in names}
     assert all(mode.verdict.pairs == 2 for mode in seen.modes)
     assert "manual-scale-0.1" in table(seen)
-    both = compare(run.scaled(("amp-fp16", None, 1), ("amp-fp16", 1024.0, 1)), reference="amp-fp16-scale-1024")
+    both = compare_runs(run.scaled(("amp-fp16", None, 1), ("amp-fp16", 1024.0, 1)), reference="amp-fp16-scale-1024")
     assert labels(both) == ["amp-fp16-scale-1024", "amp-fp16-dynamic"]
     one = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 2), ("amp-fp16", None, 1), ("amp-fp16", None, 2))
-    assert labels(compare(one)) == ["manual", "amp-fp16"]
+    assert labels(compare_runs(one)) == ["manual", "amp-fp16"]
     twice = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 1), ("manual", 2.0, 1))
     assert "are both manual-scale-1 with seed 1" in refusal(twice)
 
@@ -371,10 +371,10 @@ def test_each_loss_scale_is_a_mode_with_its_seeds(run) -> None:
 def test_reading_and_comparing_need_no_torch_and_judging_names_its_extra(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['scipy'] = None\n"
-        "from roundoff import compare, read_run\n"
+        "from roundoff import compare_runs, read_run\n"
         "runs = [read_run(path) for path in sys.argv[1:]]\n"
-        "assert compare(runs[::2]).pairs[0].equal and not {'torch', 'numpy'} & set(sys.modules)\n"
-        "try: compare(runs)\n"
+        "assert compare_runs(runs[::2]).pairs[0].equal and not {'torch', 'numpy'} & set(sys.modules)\n"
+        "try: compare_runs(runs)\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
     paths = [make_run(tmp_path / f"{label}-{seed}", label, seed) for label in FP32[:2] for seed in (1, 2)]
@@ -386,5 +386,5 @@ def test_reading_and_comparing_need_no_torch_and_judging_names_its_extra(tmp_pat
 def test_every_field_of_a_job_counts(run) -> None:
     for name, value in make_config()["job"].items():
         other = {"another": 1} if isinstance(value, dict) else 7.5
-        (line,) = compare([run(), run("manual", job={name: other})], anyway=True).differences
+        (line,) = compare_runs([run(), run("manual", job={name: other})], anyway=True).differences
         assert line.startswith(name)

@@ -1,0 +1,233 @@
+"""`compare`: a training function is run in each mode with each seed, recorded, and judged."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import roundoff
+from roundoff.errors import RunError, UsageError
+from roundoff.modes import Build
+from roundoff.runs.reading import read_run
+
+MODES = ("fp32", "amp-bf16")
+STEPS = 20
+
+
+def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.125)
+
+
+def trained(build: Build, seed: int) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A small net on a small regression, whose data and weights come from the seed."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    precision = build(model, sgd)
+    losses = []
+    for _ in range(STEPS):
+        x = torch.randn(16, 4).to(model[0].weight.dtype)
+        model.zero_grad()
+        with precision.forward():
+            loss = (model(x).float() - x.float().sum(1, keepdim=True)).square().mean()
+        precision.backward(loss)
+        precision.step(1.0)
+        losses.append(loss.detach())
+    return model, losses
+
+
+def with_test(build: Build, seed: int) -> tuple[list[torch.Tensor], float]:
+    """Losses, and a loss on data that no seed draws."""
+    model, losses = trained(build, seed)
+    x = torch.linspace(-1, 1, 64).reshape(16, 4)
+    with torch.no_grad():
+        predicted = model(x.to(next(model.parameters()).dtype)).float()
+    return losses, float((predicted - x.sum(1, keepdim=True)).square().mean())
+
+
+def untested(build: Build, seed: int) -> list[torch.Tensor]:
+    return trained(build, seed)[1]
+
+
+def test_the_verdict_is_that_of_the_same_runs_recorded_by_hand(tmp_path: Path) -> None:
+    """Losses, outcomes of the steps, test losses and figures, to the bit."""
+    report = roundoff.compare(with_test, MODES, 3, margin=0.05, folder=tmp_path / "a", job={"width": 8})
+    runs = []
+    for label, build in roundoff.modes.named(MODES).items():
+        for seed in range(3):
+            losses, test_loss = with_test(build, seed)
+            with roundoff.RunDirectory(tmp_path / f"b/{label}-{seed}", job={"width": 8}, mode=label, seed=seed) as run:
+                for loss in losses:
+                    run.step(loss)
+                run.finish(test_loss)
+            runs.append(read_run(run.path or ""))
+    by_hand = roundoff.compare_runs(runs, margin=0.05)
+    for ours, theirs in zip(report.comparison.modes, by_hand.modes, strict=True):
+        assert (ours.label, ours.verdict, ours.test_loss) == (theirs.label, theirs.verdict, theirs.test_loss)
+        assert [run.steps["loss"] for run in ours.runs] == [run.steps["loss"] for run in theirs.runs]
+        assert (ours.verdict.pairs, ours.status, ours.updates) == (3, "finished", 3 * STEPS)
+    table = str(report)
+    assert "amp-bf16" in table
+    assert not re.search(r"\b(ppl|perplexity|nats|words?|tokens)\b", table)
+
+
+def test_each_step_is_recorded_without_a_word_in_the_loop(tmp_path: Path) -> None:
+    """Gradient norm, loss scale, whether it was applied, and the learning rate, as `step` returned them."""
+    seen: list[roundoff.StepResult] = []
+
+    def build(model: nn.Module, optimizer: Any) -> roundoff.Precision:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # it overflows at first
+        precision = roundoff.Autocast(optimizer(list(model.parameters())), scaler, "cpu", torch.float16)
+        step = precision.step
+        precision.step = lambda norm: seen.append(step(norm)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
+        return precision
+
+    report = roundoff.compare(untested, {"mine": build}, [5])
+    (run,) = report.comparison.modes[0].runs
+    assert run.steps["grad_norm"] == pytest.approx([float(r.grad_norm) for r in seen], nan_ok=True)
+    assert run.steps["loss_scale"] == [float(r.loss_scale) for r in seen]
+    assert run.steps["applied"] == [bool(r.applied) for r in seen]
+    assert run.steps["lr"] == [0.125] * STEPS
+    assert {True, False} == set(run.steps["applied"])
+    assert (run.seed, run.device) == (5, roundoff.device.device_name("cpu"))
+
+
+def test_without_a_test_loss_the_last_tenth_is_compared(tmp_path: Path) -> None:
+    """And the table, the page and the summary say so."""
+    report = roundoff.compare(untested, MODES, 3, folder=tmp_path / "runs")
+    for mode in report.comparison.modes:
+        ends = [sum(run.steps["loss"][-2:]) / 2 for run in mode.runs]
+        assert mode.end_loss == pytest.approx(sum(ends) / 3)
+        assert (mode.test_loss, mode.test_ppl, mode.verdict.pairs) == (None, None, 3)
+    assert "loss of the last tenth" in report.comparison.modes[1].verdict.sentence
+    for said in ("End loss is the mean loss of the last tenth", "No run has a test loss. What is compared is the mean"):
+        assert said in str(report)
+    report.save(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.json", "report.html", "curves.png"}
+    page = (tmp_path / "out/report.html").read_text()
+    assert "losses over the last tenth of the steps surely differ by less than 0.01 are" in page
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["end"] == "loss of the last tenth"
+    assert summary["modes"][0]["end_loss"] == report.comparison.modes[0].end_loss
+    assert "test_ppl" not in summary["modes"][0]
+
+
+def test_finished_runs_are_kept_and_others_are_trained(tmp_path: Path) -> None:
+    """Also with more seeds and modes than before; a folder of another job is refused."""
+    trained_now: list[int] = []
+
+    def train(build: Build, seed: int) -> Any:
+        trained_now.append(seed)
+        return with_test(build, seed)
+
+    first = roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 1})
+    assert len(trained_now) == 4
+    again = roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 1})
+    assert len(trained_now) == 4
+    assert again.comparison == first.comparison
+    (tmp_path / "fp32-1" / "result.json").unlink()  # as of a process that was killed
+    (tmp_path / "amp-bf16-0" / "steps.jsonl").write_text("")
+    roundoff.compare(train, [*MODES, "masters-bf16"], 3, folder=tmp_path, job={"lr": 1})
+    assert trained_now[4:] == [0, 0, 1, 1, 2, 2, 2]
+    with pytest.raises(UsageError, match=r"fp32-0 holds a run of another job; give the same again, or another folder"):
+        roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 2})
+    (tmp_path / "fp16-0").mkdir()
+    with pytest.raises(UsageError, match="fp16-0 holds something else than a run"):
+        roundoff.compare(train, ["fp16"], 1, folder=tmp_path)
+
+
+def test_a_seed_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    def train(build: Build, seed: int) -> Any:
+        if seed == 1:
+            raise ValueError("no such\nbatch")
+        return with_test(build, seed)
+
+    report = roundoff.compare(train, MODES, 2, folder=tmp_path)
+    assert [mode.verdict.pairs for mode in report.comparison.modes] == [1, 1]
+    assert r"amp-bf16 with seed 1: failed: ValueError: no such\nbatch" in str(report)
+    with pytest.raises(RunError, match=r"every run failed; the first one, fp32 with seed 1: ValueError: no such"):
+        roundoff.compare(train, MODES, [1])
+
+
+def test_an_interrupt_ends_at_once_and_keeps_what_was_run(tmp_path: Path) -> None:
+    def train(build: Build, seed: int) -> Any:
+        if seed == 1:
+            raise KeyboardInterrupt
+        return with_test(build, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        roundoff.compare(train, MODES, 3, folder=tmp_path)
+    assert [read_run(tmp_path / f"{label}-0").status for label in MODES] == ["finished"] * 2
+    assert {path.name for path in tmp_path.iterdir()} == {f"{label}-0" for label in MODES}
+    roundoff.compare(with_test, MODES, 1, folder=tmp_path)  # nobody holds the folder
+
+
+RETURNS: dict[str, tuple[Callable[[list[Any]], Any], list[float], float | None]] = {
+    "floats": (lambda losses: [float(x) for x in losses], [0.5, 0.25], None),
+    "tensors": (lambda losses: losses, [0.5, 0.25], None),
+    "a tensor": (torch.stack, [0.5, 0.25], None),
+    "a tuple of two": (tuple, [0.5, 0.25], None),
+    "a pair": (lambda losses: (losses, torch.tensor(0.125)), [0.5, 0.25], 0.125),
+    "a pair of a tensor": (lambda losses: (torch.stack(losses), 0.125), [0.5, 0.25], 0.125),
+    "a test loss beyond fp32": (lambda losses: (losses, 1e300), [0.5, 0.25], math.inf),
+    "a pair with None": (lambda losses: (losses, None), [0.5, 0.25], None),
+}
+
+
+@pytest.mark.parametrize("case", RETURNS)
+def test_what_train_may_return(case: str) -> None:
+    make, losses, test_loss = RETURNS[case]
+
+    def train(build: Build, seed: int) -> Any:
+        build(nn.Linear(1, 1), sgd)
+        return make([torch.tensor(x) for x in losses])
+
+    (run,) = roundoff.compare(train, ["fp32"], 1).comparison.modes[0].runs
+    assert (run.steps["loss"], run.test_loss) == (losses, test_loss)
+
+
+def one_more(build: Build, seed: int) -> list[float]:
+    return [*untested(build, seed), 1.0]  # type: ignore[list-item]
+
+
+SHOULD = r"; return the losses of its steps, or a pair \(losses, test_loss\)$"
+MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "nothing": (lambda build, seed: None, {}, "train returned nothing" + SHOULD),
+    "a number": (lambda build, seed: 5.0, {}, r"train returned 5\.0" + SHOULD),
+    "no losses": (lambda build, seed: [], {}, "train returned no losses" + SHOULD),
+    "texts": (lambda build, seed: ["x"], {}, r"train returned losses that are no numbers \(could not" + ".*" + SHOULD),
+    "vectors": (lambda build, seed: [torch.ones(2)], {}, "train returned losses that are no numbers" + ".*" + SHOULD),
+    "another length": (
+        one_more, {}, r"train returned 21 losses, and precision\.step was called 20 times; return one loss for each",
+    ),
+    "an unknown mode": (with_test, {"modes": ["fp32", "amp-fb16"]}, "'amp-fb16' is no stock mode; did you mean amp-"),
+    "no modes": (with_test, {"modes": []}, r"modes is \[\]; give a list"),
+    "no seeds": (with_test, {"seeds": 0}, "seeds=0: give their number, or a list of different whole numbers"),
+    "a seed twice": (with_test, {"seeds": [1, 1]}, r"seeds=\[1, 1\]: give their number"),
+    "a negative seed": (with_test, {"seeds": [-1]}, r"seeds=\[-1\]: give"),
+    "no margin": (with_test, {"margin": 0}, "margin=0: give a number above 0"),
+    "an unknown reference": (with_test, {"reference": "manual"}, "reference='manual' is none of the modes; there"),
+    "a file": (with_test, {"folder": __file__}, "folder=.*: cannot write there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(case: str) -> None:
+    train, options, said = MISTAKES[case]
+    with pytest.raises(UsageError, match=said) as error:
+        roundoff.compare(train, **{"modes": MODES, "seeds": 1} | options)
+    assert str(error.value).isprintable()
+
+
+def test_labels_that_are_no_names_of_folders(tmp_path: Path) -> None:
+    modes = {"../x/$y": "fp32", "..": "fp32"}
+    report = roundoff.compare(with_test, modes, 1, folder=tmp_path / "runs")
+    assert [mode.label for mode in report.comparison.modes] == ["../x/$y", ".."]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert report.comparison.modes[1].first_difference is None  # the same mode and seed

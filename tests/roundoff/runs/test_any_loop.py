@@ -1,0 +1,349 @@
+"""The record of any training loop: a table of loops, each with at most four lines for its record."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pages import Page
+from roundoff import RunDirectory, StepResult, compare_runs, read_run
+from roundoff.errors import UsageError
+from roundoff.report.comparison_panels import panels
+from roundoff.report.html import write_html
+from roundoff.report.png import write_png
+from roundoff.report.summary import table, write_summary
+from roundoff.runs.listeners import listening
+
+STEPS = 6
+JOB = {"model": "linear", "lr": 0.5}
+LOSSES = [2.0**-k for k in range(STEPS)]
+"""Of step 1, 2 and so on: each step halves it."""
+
+
+class Training:
+    """A loop's model: `step` returns a loss, and all of its state is `left`."""
+
+    def __init__(self) -> None:
+        self.left = torch.tensor(2.0)
+
+    def step(self) -> torch.Tensor:
+        self.left = self.left / 2
+        return self.left.clone()
+
+
+class PowerCutError(Exception):
+    """Ends a loop."""
+
+
+def with_the_seam(path: Path, mode: str) -> None:
+    model = Training()
+    with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
+        for _ in range(STEPS):
+            loss = model.step()
+            result = StepResult(torch.tensor(True), loss * 3, torch.tensor(128.0))
+            run.step(loss, result)
+        run.finish(test_loss=0.25)
+
+
+def by_name(path: Path, mode: str) -> None:
+    model = Training()
+    with RunDirectory(path, job=JOB, mode=mode, seed=1, loss_scale="dynamic") as run:
+        for k in range(STEPS):
+            loss = model.step()
+            run.step(loss, grad_norm=float(loss) * 3, loss_scale=2.0**k, applied=k != 1, lr=0.5)
+        run.finish(test_loss=0.25)
+
+
+def of_losses_alone(path: Path, mode: str) -> None:
+    model = Training()
+    with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
+        for _ in range(STEPS):
+            run.step(model.step())
+        run.finish(test_loss=0.25)
+
+
+def of_several_losses(path: Path, mode: str) -> None:
+    model = Training()
+    with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
+        for k in range(STEPS):
+            loss = model.step()
+            run.step(loss, losses={"kl": loss / 4, "<b>$x$": k} if k != 2 else {"kl": loss / 4})
+        run.finish(test_loss=0.25)
+
+
+def of_epochs(path: Path, mode: str) -> None:
+    model = Training()
+    with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
+        for _ in range(2):
+            for _ in range(STEPS // 2):
+                run.step(model.step())
+            run.epoch(model.left * 2)
+        run.finish(test_loss=0.25)
+
+
+def resumed(path: Path, mode: str) -> None:
+    """A power cut after step 5; the checkpoint is of step 3."""
+    model, kept = Training(), dict[str, Any]()
+    try:
+        with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
+            for k in range(STEPS):
+                run.step(model.step())
+                if k == 2:
+                    kept = {"model": model.left, "run": run.state()}
+                if k == 4:
+                    raise PowerCutError
+    except PowerCutError:
+        model.left = kept["model"]
+    with RunDirectory.resume(path, kept["run"]) as run:
+        for _ in range(3, STEPS):
+            run.step(model.step())
+        run.finish(test_loss=0.25)
+
+
+def without_a_test(path: Path, mode: str) -> None:
+    model = Training()
+    with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
+        for _ in range(STEPS):
+            run.step(model.step())
+        run.finish()
+
+
+def that_fails(path: Path, mode: str) -> None:
+    model = Training()
+    try:
+        with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
+            for _ in range(STEPS):
+                run.step(model.step())
+            raise PowerCutError
+    except PowerCutError:
+        pass
+
+
+Loop = Callable[[Path, str], None]
+KNOWN = ["loss", "difference", "size", "validation", "scale"]
+LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
+    "with the seam": (with_the_seam, {"norms": [3 * x for x in LOSSES], "scales": [128.0] * STEPS, "end": "0.2500"}),
+    "by name": (
+        by_name,
+        {
+            "norms": [3 * x for x in LOSSES], "scales": [2.0**k for k in range(STEPS)], "end": "0.2500",
+            "applied": [k != 1 for k in range(STEPS)],
+        },
+    ),
+    "of losses alone": (of_losses_alone, {"end": "0.2500"}),
+    "of several losses": (
+        of_several_losses,
+        {"more": {"kl": [x / 4 for x in LOSSES], "<b>$x$": [0, 1, math.nan, 3, 4, 5]}, "end": "0.2500"},
+    ),
+    "of epochs": (of_epochs, {"valid": [0.5, 0.0625], "end": "0.2500"}),
+    "resumed": (resumed, {"end": "0.2500"}),
+    "without a test": (without_a_test, {"end": "0.0312"}),  # the last tenth is the last step
+    "that fails": (that_fails, {"end": "-", "status": "interrupted"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_is_recorded_read_compared_and_drawn(tmp_path: Path, name: str) -> None:
+    loop, expected = LOOPS[name]
+    for mode in ("a", "b"):
+        loop(tmp_path / mode, mode)
+    run, other = (read_run(tmp_path / mode) for mode in ("a", "b"))
+    norms = expected.get("norms", [math.nan] * STEPS)
+    assert (run.status, run.seed, run.job, run.problems) == (expected.get("status", "finished"), 1, JOB, [])
+    assert run.steps["step"] == list(range(1, STEPS + 1))
+    assert run.steps["loss"] == LOSSES
+    assert run.steps["grad_norm"] == pytest.approx(norms, nan_ok=True)
+    assert run.steps["loss_scale"] == expected.get("scales", [1.0] * STEPS)
+    assert run.steps["applied"] == expected.get("applied", [True] * STEPS)
+    assert [row["valid_loss"] for row in run.epochs] == expected.get("valid", [])
+    assert list(run.losses) == list(expected.get("more", {}))
+    for column, values in expected.get("more", {}).items():
+        assert run.losses[column] == pytest.approx(values, nan_ok=True)
+    comparison = compare_runs([run, other])
+    assert (comparison.differences, comparison.modes[1].first_difference) == ([], None)
+    row = next(line for line in table(comparison).splitlines() if line.startswith("a ")).split()
+    assert row[1] == expected["end"]
+    drawn = {panel.id: panel for panel in panels(comparison)}
+    more = [f"further-{i}" for i in range(len(run.losses))]
+    assert list(drawn) == KNOWN + (["norm"] if not math.isnan(norms[0]) else []) + more
+    assert bool(drawn["validation"].items) == bool(expected.get("valid"))
+    write_summary(tmp_path / "summary.json", comparison)
+    write_html(tmp_path / "report.html", comparison)
+    write_png(tmp_path / "curves.png", comparison)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text.partition("Precision modes compared")[2]
+    summary = (tmp_path / "summary.json").read_text(encoding="utf-8")
+    assert not re.findall(r"\b(nats|perplexity|\w*ppl|a word|words)\b", table(comparison) + page + summary)
+    assert "nan" not in table(comparison).split("\n\n")[0] + summary
+
+
+def test_further_losses_are_panels_of_their_own(tmp_path: Path) -> None:
+    """With a gap where a step has none, and names that are text."""
+    of_several_losses(tmp_path / "a", "a")
+    of_losses_alone(tmp_path / "b", "b")
+    comparison = compare_runs([read_run(tmp_path / name) for name in ("a", "b")])
+    kl, odd = list(panels(comparison))[-2:]
+    assert (kl.title, kl.y.label, odd.title) == ("Loss: kl", "kl", "Loss: <b>$x$")
+    curves = [item for item in kl.items if hasattr(item, "y")]
+    assert curves[0].y.tolist() == [x / 4 for x in LOSSES]
+    assert all(map(math.isnan, curves[1].y))  # the other mode has none
+    write_html(tmp_path / "report.html", comparison)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Loss: &lt;b&gt;$x$</h3>" in page
+    assert '"title":{"text":"\\u003cb' not in page
+
+
+def test_more_losses_than_a_page_could_show_are_refused(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(1.0, losses={str(i): i for i in range(16)})
+        with pytest.raises(UsageError, match="losses has 17 names; at most 16 are recorded"):
+            run.step(1.0, losses={str(i): i for i in range(17)})
+    rows = [json.loads((tmp_path / "run/steps.jsonl").read_text()) | {"step": i + 1} for i in range(2)]
+    rows[1]["losses"] = {"other": 1}
+    (tmp_path / "run/steps.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UsageError, match=r"steps\.jsonl names 17 further losses, where at most 16 belong"):
+        read_run(tmp_path / "run")
+
+
+def test_a_norm_that_nobody_knows_is_told_to_nobody(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+
+    class Hears:
+        interval = heard.append
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: None
+
+    with listening(Hears()):  # type: ignore[arg-type]
+        of_losses_alone(tmp_path / "a", "a")
+        with_the_seam(tmp_path / "b", "b")
+    assert ["grad_norm" in row for row in heard] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("scale", "said", "read"),
+    [(None, {}, 1.0), (128, {"loss_scale": 128}, 128.0), ("dynamic", {"loss_scale": None}, None)],
+)
+def test_what_a_run_says_of_its_loss_scale(tmp_path: Path, scale: Any, said: dict[str, Any], read: Any) -> None:
+    with RunDirectory(tmp_path / "run", mode="m", loss_scale=scale) as run:
+        run.step(1.0)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["precision"] == {"mode": "m"} | said
+    assert read_run(tmp_path / "run").loss_scale == read
+
+
+def test_a_loss_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"loss_scale='static': give a number, or \"dynamic\""):
+        RunDirectory(tmp_path / "run", loss_scale="static")
+
+
+UNITS: dict[str | None, tuple[str, str]] = {
+    "nats a word": ("test\nppl", "training loss, nats a word"),
+    "nats a token": ("test\nppl", "training loss, nats a token"),
+    "bits a byte": ("test\nloss", "training loss, bits a byte"),
+    None: ("test\nloss", "training loss"),
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_reports_say_the_unit_that_the_runs_say(tmp_path: Path, unit: str | None) -> None:
+    """Exp of a loss in nats a word or a token is a perplexity, and of no other."""
+    head, label = UNITS[unit]
+    for mode in ("a", "b"):
+        with RunDirectory(tmp_path / mode, mode=mode, unit=unit) as run:
+            run.step(2.0)
+            run.epoch(1.5)
+            run.finish(1.0)
+    comparison = compare_runs([read_run(tmp_path / mode) for mode in ("a", "b")])
+    perplexity = head.endswith("ppl")
+    assert (comparison.unit, comparison.has_perplexity) == (unit, perplexity)
+    assert comparison.modes[0].test_ppl == (math.e if perplexity else None)
+    drawn = {panel.id: panel for panel in panels(comparison)}
+    assert drawn["loss"].y.label == label
+    assert drawn["validation"].title == ("Validation perplexity" if perplexity else "Validation loss")
+    curve = drawn["validation"].items[0]
+    assert curve.y.tolist() == [pytest.approx(math.exp(1.5) if perplexity else 1.5)]  # type: ignore[union-attr]
+    short = "" if unit is None else f" {unit.split()[0]}"
+    assert f"test loss 1.0000{short}, mean of 1 seed" in table(comparison)
+    write_summary(tmp_path / "summary.json", comparison)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (
+        ("test_ppl" in summary["modes"][0])
+        == ("valid_ppl" in summary["modes"][0]["runs"][0]["epochs"][0])
+        == perplexity
+    )
+    assert summary.get("unit") == (None if perplexity else unit)
+
+
+def test_losses_in_two_units_are_not_compared(tmp_path: Path) -> None:
+    for mode, unit in (("a", "nats a word"), ("b", None)):
+        with RunDirectory(tmp_path / mode, mode=mode, unit=unit) as run:
+            run.step(2.0)
+            run.finish(1.0)
+    runs = [read_run(tmp_path / mode) for mode in ("a", "b")]
+    with pytest.raises(UsageError, match=r'loss_unit is "nats a word" in .*/a, not there in .*/b'):
+        compare_runs(runs)
+    assert compare_runs(runs, anyway=True).unit is None
+
+
+def test_fields_that_say_how_long_training_goes(tmp_path: Path) -> None:
+    """Runs of other lengths must agree as far as both go, where both modes name each other."""
+    for mode, other, steps in (("a", "b", 3), ("b", "a", 2)):
+        job = {"steps": steps, "lr": 1}
+        with RunDirectory(tmp_path / mode, mode=mode, equals=[other], job=job, length=["steps"], device="cpu") as run:
+            for _ in range(steps):
+                run.step(1.0)
+    (pair,) = compare_runs([read_run(tmp_path / mode) for mode in ("a", "b")], anyway=True).pairs
+    assert (pair.expected, pair.steps) == (True, 2)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a run is there": (
+        lambda path: RunDirectory(path), "path={} holds a run already; give a new one, or RunDirectory.resume(path, "
+        "state) to go on with it",
+    ),
+    "no run is there": (
+        lambda path: RunDirectory.resume(path.parent, None),
+        "RunDirectory.resume: path={parent} holds no run (there is no config.json); give a run directory",
+    ),
+    "no directory is there": (
+        lambda path: RunDirectory.resume(path.parent / "none", None),
+        "RunDirectory.resume: path={parent}/none: cannot open it (No such file or directory); give a run directory",
+    ),
+    "a file is there": (
+        lambda path: RunDirectory(path / "config.json"), "path={}/config.json: cannot write there (File exists); give "
+        "another directory",
+    ),
+    "another job": (
+        lambda path: RunDirectory.resume(path, None, job={}),
+        'RunDirectory.resume: path={}: the run was started with job {{"model": "linear", "lr": 0.5}}, not {{}}; '
+        "give the same, or start a new run",
+    ),
+    "the state of a longer run": (
+        lambda path: RunDirectory.resume(path, {"steps": 9, "skipped": 0, "steps.jsonl": 9999, "epochs.jsonl": 0}),
+        "RunDirectory.resume: path={}: state is not one of this run (steps.jsonl has {size} bytes, not 9999)",
+    ),
+    "something else than a state": (
+        lambda path: RunDirectory.resume(path, {"step": 3}),
+        "RunDirectory.resume: path={}: state is not one of this run ('steps.jsonl')",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_errors_name_the_arguments_of_python(tmp_path: Path, case: str) -> None:
+    """And the directory is as it was, and free."""
+    path = tmp_path / "run"
+    of_losses_alone(path, "a")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    do, said = REFUSED[case]
+    with pytest.raises(UsageError) as error:
+        do(path)
+    size = (path / "steps.jsonl").stat().st_size
+    assert str(error.value) == said.format(path, parent=tmp_path, size=size)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    RunDirectory.resume(path, None).close()
