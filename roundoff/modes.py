@@ -110,8 +110,8 @@ def stock(name: str) -> Build:
     found = STOCK.get(SHORT.get(name, name))
     if found is None:
         near = difflib.get_close_matches(str(name), [*STOCK, *SHORT], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"mode {name!r} is no stock mode{hint}; there are {', '.join(STOCK)}, or give a build")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"mode {name!r} is no stock mode; {hint}there are {', '.join(STOCK)}, or give a build")
     return found
 
 

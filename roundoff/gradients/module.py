@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from roundoff.device import get_random_states, set_random_states
 from roundoff.errors import UsageError, printable
@@ -22,6 +23,8 @@ Loss = Callable[..., Any]
 """`loss(model, batch)` returns a scalar, or named outputs of which "loss" is the scalar."""
 
 LOSS = "loss"
+FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError, AttributeError)
+"""What a model or a loss may raise where a dtype does not suit it, or the batch."""
 
 MOST_HALVINGS = 100
 """Of a dynamic loss scale: from 2**16 to 2**-84."""
@@ -62,11 +65,16 @@ class Task:
 
 def check_task(task: Task) -> None:
     """Raise UsageError unless there is something to probe."""
+    lazy = [name for name, p in task.model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise UsageError(f"parameter {printable(lazy[0])} has no shape yet; let the model see one batch first")
     if not task.parameters():
         raise UsageError("the model has no parameter that requires grad; there is no gradient to probe")
     for name, p in task.parameters().items():
-        if not p.is_floating_point():
-            raise UsageError(f"parameter {printable(name)} is {p.dtype}; a probe takes floating point parameters")
+        if p.dtype is not torch.float32:
+            raise UsageError(
+                f"parameter {printable(name)} is {p.dtype}; a probe starts from fp32 weights: give model.float()"
+            )
     modules = dict(task.model.named_modules())
     for name in task.watched:
         if name not in modules or not name:
@@ -84,10 +92,21 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, shared)
     except RuntimeError as error:
+        where = _with_a_history(model)
         raise UsageError(
-            f"the model cannot be copied ({_first_line(error)}), which a probe does for each mode; "
-            "remove tensors that have a history from its attributes"
+            f"the model cannot be copied, which a probe does for each mode: {where or _first_line(error)}"
         ) from None
+
+
+def _with_a_history(model: nn.Module) -> str:
+    """Say which attribute of which submodule is a tensor that was computed; "" if none is."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                place = f"{name}.{attribute}".lstrip(".")
+                instead = "delete it, or use torch.nn.utils.parametrizations where it is a weight"
+                return f"{printable(place)} is computed by a forward pass; {instead}"
+    return ""
 
 
 class ModuleReference:
@@ -101,11 +120,10 @@ class ModuleReference:
 
     def __init__(self, task: Task, dtype: torch.dtype = torch.float64, state: Any = None) -> None:
         self._task, self._dtype = task, dtype
-        self._model = copied(task.model)
-        self._model.double() if dtype is torch.float64 else self._model.float()
-        self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        self._start = copied(task.model)
+        self._start.double() if dtype is torch.float64 else self._start.float()
+        self._model, self._watch = self._start, _Watch(self._start, ())
         self._state = (cast(state, dtype),) if task.stateful else ()
-        self._watch = _Watch(self._model, task.watched)
         self.weights = {name: _flat(p.detach().float().cpu()) for name, p in task.parameters().items()}
         self.reached: set[str] = set()  # parameters with a gradient in some batch
         self.outputs: dict[str, Tensor] = {}
@@ -135,9 +153,9 @@ class ModuleReference:
         Raises:
             UsageError: the loss is no finite scalar, no gradient comes of it, or torch cannot do this in the dtype.
         """
-        self._model.zero_grad()
-        self._watch.clear()
-        with self._cannot_run(), Wide(self._dtype):
+        self._model = copied(self._start)  # with the buffers and all else that a forward pass may change
+        self._watch = _Watch(self._model, self._task.watched)
+        with self._cannot_run(batch), Wide(self._dtype):
             returned = self._task.loss(self._model, cast(batch.content, self._dtype), *batch.state)
             if self._task.stateful:
                 returned, state = _pair(returned)
@@ -152,9 +170,6 @@ class ModuleReference:
         for name, gradient in self._watch.gradients().items():
             if not bool(gradient.isfinite().all()):
                 raise UsageError(f"the gradient of the output of {printable(name)} is not finite in the reference")
-        with torch.no_grad():
-            for name, buffer in self._model.named_buffers():
-                buffer.copy_(self._buffers[name])
 
     def _drop_rounding(self) -> None:
         """Set to 0 what is rounding alone, such as the gradient of a bias that a BatchNorm takes out again.
@@ -162,6 +177,9 @@ class ModuleReference:
         Raises:
             UsageError: a gradient is not finite.
         """
+        for _, p in self._named():
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                p.grad = p.grad.to_dense()
         found = {name: p.grad for name, p in self._named() if p.grad is not None}
         largest = {name: float(torch.linalg.vector_norm(gradient, math.inf)) for name, gradient in found.items()}
         for name, gradient in found.items():
@@ -185,16 +203,22 @@ class ModuleReference:
         return ((name, p) for name, p in self._model.named_parameters() if name in self.weights)
 
     @contextmanager
-    def _cannot_run(self) -> Iterator[None]:
+    def _cannot_run(self, batch: Batch) -> Iterator[None]:
+        """Say in one line why the loss fails: in this dtype alone, or for the model and the batch as they are, too."""
         try:
             yield
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError | UsageError):
+        except FAILURES as error:
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            dtype = _short(self._dtype)
-            hint = "; give reference=torch.float32" if self._dtype is torch.float64 else ""
+            dtype, reason = _short(self._dtype), _first_line(error)
+            try:
+                self._task.loss(copied(self._task.model), *cast((batch.content, *batch.state), torch.float32))
+            except FAILURES as plain:
+                raise UsageError(f"loss(model, batch) fails for the model as it is: {_first_line(plain)}") from plain
+            kernels = "; where a kernel is missing, give reference=torch.float32"
             raise UsageError(
-                f"the loss cannot be computed in {dtype}, the reference ({_first_line(error)}){hint}"
+                f"the loss cannot be computed in {dtype}, the reference ({reason}); let it use the model that it is "
+                f"given, and cast tensors of its own with .to(){kernels if self._dtype is torch.float64 else ''}"
             ) from error
 
 
@@ -261,12 +285,10 @@ class ModuleMode:
                     returned = self._task.loss(model, *cast((batch.content, *batch.state), self._weights))
                     value, outputs = read_outputs(_pair(returned)[0] if self._task.stateful else returned)
                 precision.backward(value)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError | UsageError):
+        except FAILURES as error:
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise UsageError(
-                f"mode {printable(self.name)} cannot run here ({_first_line(error)}); leave it out"
-            ) from error
+            raise UsageError(f"mode {printable(self.name)} cannot run here ({_first_line(error)})") from error
         found = {name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad and p.numel()}
         boundaries = {f"{name} (output)": gradient for name, gradient in watch.gradients().items()}
         return ScaledGradients(found, boundaries, outputs)
@@ -293,11 +315,6 @@ class _Watch:
 
     def _put(self, name: str, place: int, gradient: Tensor) -> None:
         self._found[name][place] = gradient.detach()
-
-    def clear(self) -> None:
-        """Forget all, before another forward pass."""
-        for kept in self._found.values():
-            kept.clear()
 
     def gradients(self) -> dict[str, Tensor]:
         """Return name -> gradient, of all calls of the submodule."""

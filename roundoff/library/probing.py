@@ -4,18 +4,19 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from roundoff.device import peak_memory_bytes
+from roundoff.device import peak_memory_bytes, random_state_kept
 from roundoff.errors import CheckError, UsageError, printable
 from roundoff.extras import require_report
 from roundoff.gradients import advice
 from roundoff.gradients.measure import Measurement, Plan
-from roundoff.gradients.module import Loss, ModuleMode, ModuleReference, Task, check_task
+from roundoff.gradients.module import Batch, Loss, ModuleMode, ModuleReference, Task, check_task
 from roundoff.gradients.result import FORMAT, write_probe
 from roundoff.modes import Build, named
 from roundoff.runs.config_file import describe_device, versions
@@ -31,6 +32,9 @@ COVERS = [
     "Noise, bias and their standard errors come from inner products of sketches, true to about 1%, and from as many "
     "batches as are named here; other batches may differ.",
 ]
+SUSPICIOUS = 1e-3
+"""An error to noise of fp32 that rounding does not explain; 1e-6 is usual."""
+
 PROBED = ("fp32", "amp-fp16", "amp-bf16")
 
 
@@ -161,7 +165,7 @@ def probe(
         job: what is probed, for the records; any mapping.
 
     Raises:
-        UsageError: the model or the loss cannot be probed, a mode is unknown or cannot run here, or there are fewer
+        UsageError: the model or the loss cannot be probed, a mode is unknown, none can run here, or there are fewer
             than 3 batches.
     """
     start = time.monotonic()
@@ -172,16 +176,21 @@ def probe(
         raise UsageError(f"reference={reference}: allowed are torch.float64 and torch.float32")
     contents = list(batches)
     device = str(next(model.parameters()).device)
+    plan = Plan([], len(contents), seed, lr=lr, clip=clip, device=device)
     say(_announcement(task, builds, len(contents), reference))
-    made = [ModuleMode(name, build, task) for name, build in builds.items()]
-    plan = Plan(made, len(contents), seed, lr=lr, clip=clip, device=device)
     truth = ModuleReference(task, reference, state)
+    first = next(truth.batches(contents))
+    with random_state_kept(device):
+        truth.run(first, lambda name, part: None)  # what is wrong with the loss is no mode's fault
+        made, problems = _runnable(builds, task, first)
+    truth = ModuleReference(task, reference, state)
+    plan = replace(plan, modes=made)
     measured = Measurement(truth, plan)
     measured.run(truth.batches(progress_bar(contents, "probe")))
     parameters = sum(p.numel() for p in model.parameters())
     unused = [name for name in task.parameters() if name not in truth.reached]
     environment = versions() | describe_device(device) | {"command": sys.argv}
-    result = {
+    result: dict[str, Any] = {
         "format": FORMAT,
         "environment": environment,
         "about": f"{type(model).__name__} of {parameters:,} parameters; {len(contents)} batches.",
@@ -192,8 +201,40 @@ def probe(
         "clip": clip if math.isfinite(clip) else None,
         "flush_limit": flush_limit,
     } | measured.figures(unused)
-    result |= advice.conclude(result) | {"covers": [*_covers(task, unused, reference), *COVERS]}
+    result |= advice.conclude(result) | {"covers": [*problems, *_covers(task, unused, reference), *COVERS]}
+    result["advice"] = [*_caution(result), *result["advice"]]
     return ProbeReport(result | {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory_bytes(device)})
+
+
+def _runnable(builds: Mapping[str, Build], task: Task, batch: Batch) -> tuple[list[ModuleMode], list[str]]:
+    """Return the modes that can run `batch` here, and a sentence for each that cannot.
+
+    Raises:
+        UsageError: none can.
+    """
+    made, problems = [], []
+    for name, build in builds.items():
+        try:
+            mode = ModuleMode(name, build, task)
+            mode.gradients(batch)
+            made.append(mode)
+        except UsageError as error:
+            problems.append(str(error))
+            say(f"| probe: {error}; it is left out")
+    if not made:
+        raise UsageError(problems[0])
+    return made, [f"{problem}; it is left out." for problem in problems]
+
+
+def _caution(result: dict[str, Any]) -> list[str]:
+    """Say where fp32 is so far from float64 that something else must differ than the precision."""
+    error = result["modes"].get("fp32", {"total": {"error_to_noise": None}})["total"]["error_to_noise"]
+    if error is None or error < SUSPICIOUS:
+        return []
+    return [
+        f"Beware: fp32 itself is {error:.2g} of the noise away from the reference. Something in the model or the loss "
+        "differs from pass to pass: random numbers that are not torch's, or an autocast of its own."
+    ]
 
 
 def _announcement(task: Task, builds: Mapping[str, Build], batches: int, reference: torch.dtype) -> str:
@@ -202,9 +243,11 @@ def _announcement(task: Task, builds: Mapping[str, Build], batches: int, referen
     sketches = sum(min(p.numel() * batches, 1 << 17) for p in task.parameters().values()) * (1 + 2 * len(builds))
     bytes_needed = numbers * (2 * reference.itemsize + 4 + 4 + 1) + 4 * sketches
     short = str(reference).removeprefix("torch.")
+    modes = f"{len(builds)} mode{'s' if len(builds) > 1 else ''}"
+    mib = max(1, math.ceil(bytes_needed / 2**20))
     return (
-        f"| probe: {numbers:,} parameters, {batches} batches, {len(builds)} modes; takes about "
-        f"{bytes_needed / 2**20:,.0f} MiB beside activations: {short} weights and gradients, one mode's, sketches"
+        f"| probe: {numbers:,} parameters, {batches} batches, {modes}; takes up to {mib:,} MiB beside activations: "
+        f"{short} weights and gradients, one mode's, sketches"
     )
 
 

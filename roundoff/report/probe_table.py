@@ -22,6 +22,13 @@ FORWARD = {
     "mean\ndifference": "right",
     "largest\ndifference": "right",
 }
+OUTPUTS = {
+    "mode": "left",
+    "gradient of": "left",
+    "flushed": "right",
+    "subnormal": "right",
+    "overflowed": "right",
+}
 FORWARD_LEGEND = (
     "Critical batch: so many of these batches in one have as little noise as the mode has bias; - where the bias "
     "cannot be told from 0. Difference: of an output of the forward pass from the reference's, in the output's unit."
@@ -66,12 +73,25 @@ def table(result: Result, explained: bool = True) -> str:
     if explained:
         sections["What the figures do not cover"] = result["covers"]
     text = [f"{about(result)}\n{noise(result)}", grid(rows, COLUMNS)]
-    if outputs := forward(result):
-        text.append(grid(outputs, FORWARD))
+    if rows := forward(result):
+        text.append(grid(rows, FORWARD))
+    if not result["scales"]["measured"] and (rows := outputs(result)):
+        text.append(grid(rows, OUTPUTS))
     for title, lines in sections.items():
         if lines:
             text.append("\n".join([f"{title}:", *(f"  {printable(line, LONGEST_SENTENCE)}" for line in lines)]))
     return "\n\n".join(text)
+
+
+def outputs(result: Result) -> list[list[str]]:
+    """Return a row for each mode and output of a submodule: the shares of its gradient, see `OUTPUTS`."""
+    names = [tensor["name"] for tensor in result["tensors"] if tensor["kind"] == "boundary"]
+    return [
+        [view.short(printable(mode), LONGEST_NAME), view.short(printable(name))]
+        + [percent(found["tensors"][name][share]) for share in ("flushed", "subnormal", "overflowed")]
+        for mode, found in result["modes"].items()
+        for name in names
+    ]
 
 
 def forward(result: Result) -> list[list[str]]:

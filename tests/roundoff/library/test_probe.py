@@ -316,7 +316,7 @@ def test_the_model_is_as_it_was(name, interrupted) -> None:
     except KeyboardInterrupt:
         assert interrupted
     backed_off = 3 if name == "GPT" else 0
-    assert calls == (9 if interrupted else N * (1 + len(WAYS)) + backed_off)
+    assert calls == (9 if interrupted else (N + 1) * (1 + len(WAYS)) + backed_off)  # one batch more, to try all once
     assert state_of(case.model) == before
 
 
@@ -348,7 +348,7 @@ def test_a_state_is_the_references_in_every_mode() -> None:
     exact, state = copy.deepcopy(cell).double(), torch.zeros(2, 4, dtype=torch.float64)
     for i, batch in enumerate(batches):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            assert torch.equal(seen[dtype][i], state.to(dtype))
+            assert torch.equal(seen[dtype][1 + i], state.to(dtype))  # after the batch with which all are tried
         state = exact(batch.double(), state).detach()
     largest = {mode: found["forward"]["state"]["largest"] for mode, found in report.result["modes"].items()}
     assert 0 < largest["fp32"] < 1e-6 < largest["masters-bf16"] < 0.1
@@ -439,8 +439,9 @@ def test_a_module_without_float64_kernels() -> None:
     loss = lambda m, b: m(b).square().mean()  # noqa: E731
     said = refused(model, loss, batches)
     assert said == (
-        'the loss cannot be computed in float64, the reference ("linear" not implemented for Double); '
-        "give reference=torch.float32"
+        'the loss cannot be computed in float64, the reference ("linear" not implemented for Double); let it use the '
+        "model that it is given, and cast tensors of its own with .to(); where a kernel is missing, give "
+        "reference=torch.float32"
     )
     report = probe(model, loss, batches, reference=torch.float32)
     assert "same model, loss and batch in float32" in str(report)
@@ -468,13 +469,27 @@ def test_mistakes() -> None:
         ("a NoneType as the loss", model, lambda m, b: {"logits": m(b)}, batches),
         ("does not depend on the model's parameters", model, lambda m, b: b.sum(), batches),
         ("no parameter that requires grad", frozen, loss, batches),
-        ("is torch.complex64; a probe takes floating", complexes, loss, batches),
-        ("mode 'amp-pf16' is no stock mode; did you mean amp-fp16?", model, loss, batches, ["amp-pf16"]),
+        ("is torch.complex64; a probe starts from fp32", complexes, loss, batches),
+        (
+            "is torch.float64; a probe starts from fp32 weights: give model.float()",
+            nn.Linear(3, 2).double(),
+            loss,
+            batches,
+        ),
+        ("parameter weight has no shape yet; let the model see", nn.LazyLinear(2), loss, batches),
+        ("mode 'amp-pf16' is no stock mode; did you mean amp-fp16? there are", model, loss, batches, ["amp-pf16"]),
+        ("fails for the model as it is: too many indices", model, lambda m, b: m(b)[0, 0, 0], batches),
+        (
+            "let it use the model that it is given, and cast",
+            model,
+            lambda m, b: loss(model, b) + 0 * m(b).sum(),
+            batches,
+        ),
         ("modes is 'fp32'; give a list", model, loss, batches, "fp32"),
         ("modes names fp32 twice", model, loss, batches, ["fp32", "fp32"]),
         ("mode half_only cannot be built (no such thing)", model, loss, batches, [half_only]),
         ("in float64; give batches of finite loss", model, loss, infinite),
-        ("cannot be copied", historic, loss, batches),
+        ("cannot be copied, which a probe does for each mode: last is computed by a forward", historic, loss, batches),
     ):
         assert said in refused(*given), said
     assert "has no such submodule; it has out" in refused(
@@ -484,15 +499,68 @@ def test_mistakes() -> None:
     assert "allowed are torch.float64 and torch.float32" in refused(model, loss, batches, reference=torch.float16)
 
 
-def test_a_mode_that_cannot_run_here_is_named() -> None:
-    class OnlyFloat(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            if self.weight.dtype is torch.bfloat16:
-                raise RuntimeError('"addmm" not implemented for BFloat16')
+class OnlyFloat(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.dtype is torch.bfloat16:
+            raise RuntimeError('"addmm" not implemented for BFloat16')
+        return super().forward(input)
+
+
+def test_a_mode_that_cannot_run_here_is_left_out_and_named(capsys) -> None:
+    given = OnlyFloat(3, 2), lambda m, b: m(b).square().mean(), [torch.randn(4, 3)] * 3
+    why = 'mode bf16-weights cannot run here ("addmm" not implemented for BFloat16)'
+    assert refused(*given, ["bf16-weights"]) == why
+    capsys.readouterr()
+    report = probe(*given, ["bf16-weights", "fp32"])
+    assert list(report.result["modes"]) == ["fp32"]
+    assert f"| probe: {why}; it is left out\n" in capsys.readouterr().out
+    assert f"{why}; it is left out." in str(report)
+
+
+class Noisy(nn.Linear):
+    """Draws random numbers that nobody can put back."""
+
+    random = torch.Generator().manual_seed(0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + torch.randn(input.shape, generator=self.random).to(input))
+
+
+class Counting(nn.Linear):
+    """Changes an attribute in each forward pass."""
+
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input * self.calls)
+
+
+class OwnAutocast(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
             return super().forward(input)
 
-    said = refused(OnlyFloat(3, 2), lambda m, b: m(b).square().mean(), [torch.randn(4, 3)] * 3, ["bf16-weights"])
-    assert said == 'mode bf16-weights cannot run here ("addmm" not implemented for BFloat16); leave it out'
+
+@pytest.mark.parametrize(("kind", "suspicious"), [(Noisy, True), (OwnAutocast, True), (Counting, False)])
+def test_an_error_that_no_precision_makes_is_told(kind, suspicious) -> None:
+    """An attribute makes none: each pass has a copy of the model."""
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 3) for _ in range(4)]
+    result = probe(kind(3, 2), lambda m, b: m(b).float().square().mean(), batches, ["fp32"]).result
+    assert (result["modes"]["fp32"]["total"]["error_to_noise"] > 1e-3) is suspicious
+    assert result["advice"][0].startswith("Beware: fp32 itself is ") is suspicious
+
+
+def test_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randint(9, (8, 2)) for _ in range(4)]
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+        found.append(probe(model, lambda m, b: m(b).square().mean(), batches, ["fp32", "masters-bf16"]).result["modes"])
+    assert found[0] == found[1]
 
 
 def test_saved_files_are_those_of_the_report(reports, tmp_path) -> None:
