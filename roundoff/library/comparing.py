@@ -17,7 +17,7 @@ from roundoff.errors import RunError, UsageError, printable
 from roundoff.extras import require_report
 from roundoff.modes import Build, named
 from roundoff.precision import Precision, StepResult
-from roundoff.runs.directory import RunDirectory
+from roundoff.runs.directory import FILES, RunDirectory
 from roundoff.runs.files import lock, unlock
 from roundoff.runs.jsonfile import as_read_back, read_object
 from roundoff.runs.reading import LARGEST_FLOAT32, Run, read_run
@@ -54,11 +54,11 @@ class ComparisonReport:
         Raises:
             OSError: a file cannot be written.
         """
-        from roundoff.report.compare_command import FILES
+        from roundoff.report.compare_command import FILES as WRITERS
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, write in FILES.items():
+        for name, write in WRITERS.items():
             write(folder / name, self.comparison)
 
 
@@ -83,7 +83,7 @@ def compare(
             for images, labels in batches(seed):
                 model.zero_grad()
                 with precision.forward():
-                    loss = F.cross_entropy(model(images.to(model.weight.dtype)).float(), labels)
+                    loss = F.cross_entropy(model(images.to(next(model.parameters()).dtype)).float(), labels)
                 precision.backward(loss)
                 precision.step(max_norm=1.0)
                 losses.append(loss.detach())
@@ -180,10 +180,11 @@ class _Training:
             return None
         try:
             config = read_object(self.path / "config.json")
-            found = {"mode": config["precision"]["mode"], "job": config["job"], "unit": config.get("loss_unit")}
+            found = {"mode": config["precision"]["mode"], "seed": config["seed"], "job": config["job"]}
+            found["unit"] = config.get("loss_unit")
         except (UsageError, OSError, LookupError, TypeError):
             raise UsageError(f"{printable(self.path)} holds something else than a run; give another folder") from None
-        said = as_read_back({"mode": self.label, "job": self.job, "unit": self.unit})
+        said = as_read_back({"mode": self.label, "seed": self.seed, "job": self.job, "unit": self.unit})
         if changed := [name for name, value in said.items() if value != found[name]]:
             raise UsageError(
                 f"{printable(self.path)} holds a run of another {' and '.join(changed)}; give the same again, or "
@@ -191,9 +192,14 @@ class _Training:
             )
         with suppress(UsageError):  # of a run that was killed while it was written
             run = read_run(self.path)
-            if run.status == "finished" and run.seed == self.seed:
+            if run.status == "finished":
                 self._say(run, "kept")
                 return run
+        if more := {path.name for path in self.path.iterdir() if not path.name.startswith(".")} - set(FILES):
+            raise UsageError(
+                f"{printable(self.path)} holds {printable(min(more))} beside a run that has not finished; give another "
+                "folder"
+            )
         shutil.rmtree(self.path)
         return None
 

@@ -13,9 +13,8 @@ from roundoff.errors import printable
 from roundoff.report import curves
 from roundoff.report.curves import Mode
 from roundoff.report.panels import Axis, Band, Curve, Floats, Item, Line, Marks, Panel, Steps, Tick
-from roundoff.report.summary import LONGEST_UNIT
 from roundoff.runs.reading import Run
-from roundoff.verdict.types import Comparison
+from roundoff.verdict.types import LONGEST_UNIT, Comparison
 
 LONG = 100_000
 """From so many steps on, a caption says that lines go through some of the points only."""

@@ -9,9 +9,9 @@ from roundoff.report.comparison_panels import panels
 from roundoff.report.elements import bullets, flat, listed, place_of, sample, switches, text, write_page
 from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
-from roundoff.report.summary import LONGEST_UNIT, columns, legend, problems, row, unfinished
+from roundoff.report.summary import columns, legend, problems, row, unfinished
 from roundoff.runs.reading import Run, has_perplexity
-from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
+from roundoff.verdict.types import LONGEST_UNIT, TEST_LOSS, Comparison, ModeSummary
 
 WORDS = {"better", "equivalent", "undecided", "worse"}
 
@@ -67,7 +67,7 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
     unit = f"losses are in {printable(comparison.unit, LONGEST_UNIT)}; " if comparison.unit else ""
-    margin = f"{comparison.margin:g} {printable(comparison.short_unit, LONGEST_UNIT)}".rstrip()
+    margin = f"{comparison.margin:g} {comparison.short_unit}".rstrip()
     ends = "test losses" if comparison.end == TEST_LOSS else "losses over the last tenth of the steps"
     return (
         f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "

@@ -14,16 +14,15 @@ from roundoff.runs.jsonfile import write_json
 from roundoff.runs.reading import Run
 from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
 
-TOKENS = "tokens\n/s"
+TOKENS, MEMORY = "tokens\n/s", "peak\nmemory"
 LONGEST_NAME = 22
-LONGEST_UNIT = 20
 LONGEST_SENTENCE = 1000
 
 
 def columns(comparison: Comparison) -> dict[str, str]:
     """Return the heads of the table, each with the alignment of its column."""
     loss = ("test\nppl" if comparison.has_perplexity else "test\nloss") if comparison.end == TEST_LOSS else "end\nloss"
-    unit = printable(comparison.short_unit, LONGEST_UNIT)
+    unit = comparison.short_unit
     found = {
         "mode": "left",
         loss: "right",
@@ -34,10 +33,13 @@ def columns(comparison: Comparison) -> dict[str, str]:
         "skipped": "right",
         "final\nloss\nscale": "right",
         TOKENS: "right",
-        "peak\nmemory": "right",
+        MEMORY: "right",
     }
-    if not comparison.has_perplexity and all(mode.tokens_per_second is None for mode in comparison.modes):
-        del found[TOKENS]
+    if not comparison.has_perplexity:  # a loop of one's own need not measure them
+        if all(mode.tokens_per_second is None for mode in comparison.modes):
+            del found[TOKENS]
+        if all(mode.peak_memory_bytes is None for mode in comparison.modes):
+            del found[MEMORY]
     return found
 
 
@@ -99,11 +101,12 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
         str(mode.updates),
         str(mode.skipped),
         "-" if mode.final_loss_scale is None else f"{mode.final_loss_scale:g}",
-        memory(mode.peak_memory_bytes),
     ]
-    if TOKENS in columns(comparison):
-        cells.insert(-1, "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}")
-    return cells
+    measured = {
+        TOKENS: "-" if mode.tokens_per_second is None else f"{mode.tokens_per_second:.0f}",
+        MEMORY: memory(mode.peak_memory_bytes),
+    }
+    return cells + [cell for name, cell in measured.items() if name in columns(comparison)]
 
 
 def _end(mode: ModeSummary, comparison: Comparison) -> str:

@@ -42,7 +42,7 @@ class Names(NamedTuple):
 
     path: str = "path="
     """of a new run; the path follows"""
-    resumed: str = "RunDirectory.resume: path="
+    resumed: str = "resume=True, path="
     """of a run that goes on; the path follows"""
     resume: str = "RunDirectory.resume(path, state)"
     """what goes on with a run; a program's option ends in a blank, and the path follows"""
@@ -166,6 +166,7 @@ class RunDirectory:
         Raises:
             UsageError: the directory holds no run, is in use, or has recorded less than `state` says.
         """
+        options.setdefault("names", Names(resumed="RunDirectory.resume: path="))
         run = cls(path, resume=True, **options)
         with run._closing_on_error():
             try:

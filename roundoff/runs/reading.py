@@ -187,7 +187,9 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _losses(value: Any) -> dict[str, float] | None:
-    return None if value is None else {name: _loss(loss) for name, loss in _object(value).items()}
+    if value is not None and len(_object(value)) > MOST_LOSSES:
+        raise _MismatchError(f"an object of at most {MOST_LOSSES} losses")
+    return None if value is None else {name: _loss(loss) for name, loss in value.items()}
 
 
 def _status(value: Any) -> str:

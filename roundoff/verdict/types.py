@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from roundoff.errors import printable
 from roundoff.runs.reading import Run, has_perplexity
 
+LONGEST_UNIT = 20
+"""Letters; units come from run directories."""
 TEST_LOSS = "test loss"
 LAST_TENTH = "loss of the last tenth"
 """What is compared where no finished run has a test loss: the mean loss of a run's last tenth of steps."""
@@ -155,5 +158,5 @@ class Comparison:
 
 
 def short_unit(unit: str | None) -> str:
-    """Return `unit` without what it is counted by: "nats" of "nats a word"; "" of None."""
-    return (unit or "").partition(" a ")[0]
+    """Return `unit` without what it is counted by: "nats" of "nats a word"; "" of None. It is one short line."""
+    return printable((unit or "").partition(" a ")[0], LONGEST_UNIT)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import roundoff
+from programs import ROOT
 from roundoff.errors import RunError, UsageError
 from roundoff.modes import Build
 from roundoff.runs.reading import read_run
@@ -136,6 +137,11 @@ def test_finished_runs_are_kept_and_others_are_trained(tmp_path: Path) -> None:
     assert trained_now[4:] == [0, 0, 1, 1, 2, 2, 2]
     with pytest.raises(UsageError, match=r"fp32-0 holds a run of another job; give the same again, or another folder"):
         roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 2})
+    (tmp_path / "fp32-1" / "result.json").unlink()
+    (tmp_path / "fp32-1" / "checkpoint.pt").touch()
+    with pytest.raises(UsageError, match=r"fp32-1 holds checkpoint\.pt beside a run that has not finished"):
+        roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 1})
+    assert (tmp_path / "fp32-1" / "checkpoint.pt").exists()
     (tmp_path / "fp16-0").mkdir()
     with pytest.raises(UsageError, match="fp16-0 holds something else than a run"):
         roundoff.compare(train, ["fp16"], 1, folder=tmp_path)
@@ -231,3 +237,23 @@ def test_labels_that_are_no_names_of_folders(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert len(list((tmp_path / "runs").iterdir())) == 2
     assert report.comparison.modes[1].first_difference is None  # the same mode and seed
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of its programs, with a model and data."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Record and compare your own training")[2]
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]
+    names: dict[str, Any] = {
+        "make_model": lambda: nn.Linear(4, 3),
+        "batches": lambda seed: [(torch.randn(8, 4), torch.arange(8) % 3)] * 5,
+        "test": lambda model: 1.0,
+        "model": None,
+        "loss": torch.tensor(1.0),
+        "result": roundoff.StepResult(torch.tensor(True), torch.tensor(1.0), torch.tensor(1.0)),
+    }
+    for program in programs:
+        exec(program, names)  # noqa: S102
+    assert [mode.verdict.pairs for mode in names["report"].comparison.modes] == [5, 5, 5]
+    assert (tmp_path / "runs/report/report.html").exists()
+    assert read_run(tmp_path / "runs/bf16-1").status == "finished"

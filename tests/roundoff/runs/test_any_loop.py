@@ -279,6 +279,24 @@ def test_reports_say_the_unit_that_the_runs_say(tmp_path: Path, unit: str | None
     assert summary.get("unit") == (None if perplexity else unit)
 
 
+def test_a_unit_made_to_do_harm_is_text(tmp_path: Path) -> None:
+    unit = "</script><b>$x\x1b[2J" + "y" * 5000
+    for mode in ("a", "b"):
+        with RunDirectory(tmp_path / mode, mode=mode, unit=unit) as run:
+            run.step(2.0)
+            run.epoch(1.5)
+            run.finish(1.0)
+    comparison = compare_runs([read_run(tmp_path / mode) for mode in ("a", "b")])
+    assert table(comparison).replace("\n", "").isprintable()
+    assert len(table(comparison)) < 3000
+    write_png(tmp_path / "curves.png", comparison)
+    write_html(tmp_path / "report.html", comparison)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page.runs_only_its_scripts()
+    assert not [tag for tag, _ in page.tags if tag == "b"]
+    assert page.charts["loss"]["layout"]["yaxis"]["title"]["text"].startswith("training loss, &lt;/script&gt;&lt;b&gt;")
+
+
 def test_losses_in_two_units_are_not_compared(tmp_path: Path) -> None:
     for mode, unit in (("a", "nats a word"), ("b", None)):
         with RunDirectory(tmp_path / mode, mode=mode, unit=unit) as run:

@@ -85,6 +85,8 @@ def test_a_trainer_run_is_read(tmp_path: Path, corpus: Path, monkeypatch: pytest
     assert run.steps["loss"] == [float(row["loss"]) for row in rows]
     assert run.steps["applied"] == [row["applied"] for row in rows]
     assert len(rows) == 6
+    assert (run.config["loss_unit"], run.loss_unit) == ("nats a word", "nats a word")
+    assert run.length == ["epochs", "max_steps", "dry_run"]
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "diverged"])
@@ -236,6 +238,7 @@ VALUES: dict[str, list[tuple[str, Any, str]]] = {
         ("loss_scale", "2**16", NUMBER), ("grad_norm", "\x1b[2J", NUMBER), ("applied", 1, "true or false"),
         *[("step", value, "a whole number") for value in (1.0, 1.5, -1, 2**63, {})],
         *[("losses", value, "an object") for value in ("kl", [1.0], 1)], ("losses", {"kl": "low"}, NUMBER),
+        ("losses", {str(i): i for i in range(17)}, "an object of at most 16 losses"),
         ("losses", {"kl": 1e39}, "a number that a float32 can hold"),
     ],
     "epochs.jsonl": [

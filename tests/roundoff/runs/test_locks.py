@@ -34,7 +34,7 @@ def test_a_run_directory_in_use_is_refused_until_it_is_closed(tmp_path, resume):
     path = tmp_path / "run"
     first = RunDirectory(path, mode="fp32")
     before = read_all(path)
-    where = "RunDirectory.resume: path=" if resume else "path="
+    where = "resume=True, path=" if resume else "path="
     with pytest.raises(UsageError) as refused:
         RunDirectory(path, mode="amp", resume=resume)
     assert str(refused.value) == (
