@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import roundoff
@@ -240,20 +241,26 @@ def test_labels_that_are_no_names_of_folders(tmp_path: Path) -> None:
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both of its programs, with a model and data."""
+    """All three programs, with a model and data."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Record and compare your own training")[2]
-    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Bring your own model")[2]
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:3]
+    compared: list[Any] = []
     names: dict[str, Any] = {
-        "make_model": lambda: nn.Linear(4, 3),
-        "batches": lambda seed: [(torch.randn(8, 4), torch.arange(8) % 3)] * 5,
-        "test": lambda model: 1.0,
-        "model": None,
-        "loss": torch.tensor(1.0),
-        "result": roundoff.StepResult(torch.tensor(True), torch.tensor(1.0), torch.tensor(1.0)),
+        "F": F,
+        "model": nn.Linear(4, 3),
+        "batches": [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(4)],
+        "data": range(5),
+        "value": torch.tensor(1.0),
+        "norm": 2.0,
+        "scale": 128.0,
+        "test_loss": 1.5,
+        "train": with_test,
+        "print": compared.append,
     }
     for program in programs:
         exec(program, names)  # noqa: S102
-    assert [mode.verdict.pairs for mode in names["report"].comparison.modes] == [5, 5, 5]
-    assert (tmp_path / "runs/report/report.html").exists()
-    assert read_run(tmp_path / "runs/bf16-1").status == "finished"
+    assert {path.name for path in (tmp_path / "probe").iterdir()} == {"probe.json", "probe.html", "probe.png"}
+    recorded = read_run(tmp_path / "runs/bf16-1")
+    assert (recorded.status, recorded.steps["loss_scale"]) == ("finished", [128.0] * 5)
+    assert [mode.verdict.pairs for mode in compared[-1].comparison.modes] == [3, 3]
