@@ -53,6 +53,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "margin": args.margin,
         "expect_equal": args.expect_equal or [],
         "anyway": args.anyway,
+        "flags": True,
     }
 
 

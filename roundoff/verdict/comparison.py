@@ -39,6 +39,7 @@ def compare_runs(
     margin: float = 0.01,
     expect_equal: Sequence[tuple[str, str]] = (),
     anyway: bool = False,
+    flags: bool = False,
 ) -> Comparison:
     """Compare the modes of `runs`, each with every seed it has.
 
@@ -54,6 +55,7 @@ def compare_runs(
         expect_equal: pairs of labels whose bit-equality is asked for. They come first in `Comparison.pairs`, as
             given; the pairs that must agree by design follow.
         anyway: accept runs of different jobs, and list the differences.
+        flags: errors name the options of a command line, such as --anyway, in place of the arguments.
 
     Raises:
         UsageError: a label is unknown, a mode has two runs of one seed, or the runs do not train the same job.
@@ -66,19 +68,19 @@ def compare_runs(
     if reference is None:
         trained = [run.label for run in runs] or labels
         reference = "fp32" if "fp32" in trained else trained[0]
-    _refuse_unknown(labels, "--reference", [reference])
+    _refuse_unknown(labels, "--reference" if flags else "reference", [reference])
+    equal = "--expect-equal" if flags else "expect_equal"
     for pair in expect_equal:
-        _refuse_unknown(labels, "--expect-equal", pair)
+        _refuse_unknown(labels, equal, pair)
         if pair[0] == pair[1]:
-            raise UsageError(f"--expect-equal {printable(','.join(pair))}: a mode equals itself; give two modes")
+            raise UsageError(f"{equal} {printable(','.join(pair))}: a mode equals itself; give two modes")
     labels.sort(key=lambda label: label != reference)
     modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
     failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
     differences = unit_differences(runs) + job_differences(runs) + seed_differences(modes, failed)
     if differences and not anyway:
-        raise UsageError(
-            f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or add --anyway"
-        )
+        way = "add --anyway" if flags else "give anyway=True"
+        raise UsageError(f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or {way}")
     unit = runs[0].loss_unit if len({run.loss_unit for run in runs}) == 1 else None
     end = LAST_TENTH if _only_losses_of_steps(runs) else TEST_LOSS
     found = Comparison(reference, margin, [], [], [], differences, unit=unit, end=end)
@@ -120,11 +122,11 @@ def _refuse_duplicates(runs: Sequence[Run]) -> None:
             )
 
 
-def _refuse_unknown(labels: list[str], flag: str, given: Iterable[str]) -> None:
+def _refuse_unknown(labels: list[str], name: str, given: Iterable[str]) -> None:
     for label in given:
         if label not in labels:
             known = printable(", ".join(labels))
-            raise UsageError(f"{flag}: no run of the mode {printable(label)!r}; there are {known}")
+            raise UsageError(f"{name}: no run of the mode {printable(label)!r}; there are {known}")
 
 
 def job_differences(runs: Sequence[Run]) -> list[str]:

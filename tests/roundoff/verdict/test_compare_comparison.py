@@ -93,8 +93,8 @@ def test_what_is_refused(run) -> None:
     twice = f"{runs[0].path} and {runs[2].path} are both fp32 with seed 1111; leave one of them out"
     assert refusal(runs) == refusal(runs, anyway=True) == twice
     known = "there are fp32, manual"
-    assert refusal(runs[:2], reference="x\n") == f"--reference: no run of the mode 'x\\\\n'; {known}"
-    assert refusal(runs[:2], expect_equal=[("fp32", "y")]) == f"--expect-equal: no run of the mode 'y'; {known}"
+    assert refusal(runs[:2], reference="x\n") == f"reference: no run of the mode 'x\\\\n'; {known}"
+    assert refusal(runs[:2], expect_equal=[("fp32", "y")]) == f"expect_equal: no run of the mode 'y'; {known}"
     assert "a mode equals itself" in refusal(runs[:2], expect_equal=[("fp32", "fp32")])
 
 
@@ -139,7 +139,7 @@ def test_another_job_is_refused(run, case: str) -> None:
     seen = compare_runs(runs, anyway=True).differences
     assert [line.replace(str(runs[0].path), "A").replace(str(runs[1].path), "B") for line in seen] == expected
     if expected:
-        said = f"these runs do not train the same job: {'; '.join(seen)}; leave some out, or add --anyway"
+        said = f"these runs do not train the same job: {'; '.join(seen)}; leave some out, or give anyway=True"
         assert refusal(runs) == said
 
 
