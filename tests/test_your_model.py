@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import mostly_slow
 from programs import ROOT
 from roundoff import read_run
 
@@ -149,7 +150,7 @@ def test_a_trainer_has_the_record_of_its_log(tmp_path) -> None:
     assert found.steps["epoch"] == [1] * 8 + [2] * 8
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", mostly_slow(FRAMEWORKS, "Accelerate"))
 def test_a_step_that_is_skipped_is_recorded_with_its_scale(name, tmp_path) -> None:
     """The third step overflows."""
     run(name, tmp_path, *FRAMEWORKS[name], before=OVERFLOW)
