@@ -34,16 +34,27 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
             "loss_scale": args.loss_scale,
             "dtypes": dtypes,
             "equals": list(mode.equals),
+            **_settings(args),
         },
         "seed": args.seed,
         "loss_unit": "nats a word",
         "length": list(LENGTH),
         "environment": environment([*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]])
         | describe_device(args.device)
-        | {"processes": processes.world_size()},
+        | {"processes": processes.world_size(), "deterministic": args.deterministic},
         "options": as_values(args) | ({"device": args.device.partition(":")[0]} if several else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def _settings(args: Options) -> dict[str, Any]:
+    """Return what else decides a mode's numbers: how its loss scale moves, and whose fp16_utils runs."""
+    found: dict[str, Any] = {}
+    if args.loss_scale is None:
+        found |= {"init_scale": args.init_scale, "scale_window": args.scale_window}
+    if args.script == "main_fp16_optimizer":
+        found["fp16_utils"] = args.fp16_utils
+    return found
 
 
 def corpus_facts(corpus: Corpus) -> dict[str, Any]:

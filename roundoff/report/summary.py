@@ -149,11 +149,14 @@ def memory(count: float | None) -> str:
 def unfinished(modes: Iterable[ModeSummary]) -> Iterable[str]:
     """Yield a line for each run that has not finished, with its path, or with its command where it left nothing."""
     for mode in modes:
+        messages = {failure.seed: f": {failure.message}" for failure in mode.failures}
         for run in mode.runs:
             if run.status != "finished":
-                last = run.steps["step"][-1]
-                yield f"{mode.label} with seed {run.seed}: {run.status} after step {last} ({run.path})"
+                last, said = run.steps["step"][-1], messages.pop(run.seed, "")
+                yield f"{mode.label} with seed {run.seed}: {run.status} after step {last} ({run.path}){said}"
         for failure in mode.failures:
+            if failure.seed not in messages:
+                continue
             command = f" (command: {shlex.join(failure.command)})" if failure.command else ""
             how = f"failed with exit code {failure.exit_code}" if failure.command else "failed"
             said = f"{how}: {failure.message}"

@@ -28,6 +28,12 @@ WIDE = ("float32", "float64")
 MOST_DIFFERENCES = 20
 
 
+PAIRED = ("processes", "tf32", "deterministic")
+"""Fields of a run's environment that must be equal where its steps are to be paired with another's."""
+
+NO_SETTING = ("mode", "dtypes", "equals", "loss_scale")
+"""Fields of a run's precision that no user sets, or that tell modes apart already."""
+
 MISSING = object()
 
 
@@ -77,7 +83,8 @@ def compare_runs(
     labels.sort(key=lambda label: label != reference)
     modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
     failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
-    differences = unit_differences(runs) + job_differences(runs) + seed_differences(modes, failed)
+    differences = unit_differences(runs) + job_differences(runs) + setting_differences(modes)
+    differences += seed_differences(modes, failed)
     if differences and not anyway:
         way = "add --anyway" if flags else "give anyway=True"
         raise UsageError(f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or {way}")
@@ -175,6 +182,24 @@ def unit_differences(runs: Sequence[Run]) -> list[str]:
     return list(_field_differences([(run, run.loss_unit or MISSING) for run in runs], "loss_unit"))
 
 
+def setting_differences(modes: dict[str, list[Run]]) -> list[str]:
+    """Return a line for each setting beside the job that differs between runs to be paired, or within one mode.
+
+    The number of processes decides what dropout each draws. Runs that do not say a setting are not asked.
+    """
+    lines: list[str] = []
+    every = [run for runs in modes.values() for run in runs]
+    for name in PAIRED:
+        said = [(run, run.config["environment"][name]) for run in every if name in run.config["environment"]]
+        lines += _field_differences(said, name)
+    for label, runs in modes.items():
+        for name in dict.fromkeys(name for run in runs for name in run.config["precision"]):
+            if name not in NO_SETTING:
+                settings = [(run, run.config["precision"][name]) for run in runs if name in run.config["precision"]]
+                lines += _field_differences(settings, f"{printable(label)}: {name}")
+    return lines
+
+
 def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:
     """Return a line if the modes did not run with the same seeds; a run that failed has run."""
     groups: dict[tuple[int, ...], list[str]] = {}
@@ -218,14 +243,17 @@ def _summarize(
 ) -> ModeSummary:
     """Return the row of a mode; `found` has all of the comparison but its rows."""
     losses = finished(runs, found.end)
-    end_loss = sum(loss / len(losses) for loss in losses.values()) if losses else None
+    diverged = [run.seed for run in runs if run.status == "diverged"]
+    whole = losses and not diverged  # else the mean of the others would hide that
+    end_loss = sum(loss / len(losses) for loss in losses.values()) if whole else None
     test_loss = end_loss if found.end == TEST_LOSS else None
     unit = short_unit(found.unit)
     if label == found.reference:
         sentence = _reference_sentence(label, end_loss, len(losses), unit, found.end)
         verdict = Verdict("reference", sentence, len(losses))
     else:
-        verdict = judge(label, losses, finished(reference_runs, found.end), found.margin, unit, found.end)
+        verdict = judge(label, losses, finished(reference_runs, found.end), found.margin, unit, found.end, diverged)
+    lost = {failure.seed for failure in failures} - {run.seed for run in runs}
     partner = {run.seed: run for run in reference_runs}
     firsts = [first_difference(partner[run.seed], run) for run in runs if run.seed in partner]
     results = [run.result for run in runs if run.result]
@@ -236,7 +264,7 @@ def _summarize(
         label=label,
         runs=runs,
         failures=failures,
-        status=", ".join(dict.fromkeys([run.status for run in runs] + ["failed"] * len(failures))),
+        status=", ".join(dict.fromkeys([run.status for run in runs] + ["failed" for _ in lost])),
         test_loss=test_loss,
         test_ppl=perplexity(test_loss) if found.has_perplexity and test_loss is not None else None,
         verdict=verdict,

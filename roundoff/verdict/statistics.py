@@ -7,7 +7,8 @@ must be rejected at 5%, which is the same as a 90% interval within the margin.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from roundoff.extras import needs
@@ -40,12 +41,17 @@ def judge(
     margin: float,
     unit: str = "",
     figure: str = TEST_LOSS,
+    diverged: Collection[int] = (),
 ) -> Verdict:
     """Compare a mode's losses with the reference's, seed by seed.
 
+    A mode that diverged with a seed with which the reference ended well is "diverged": what its other seeds show is
+    described, and not judged, since they are those that went well. So is one whose loss is not finite there.
+
     From three pairs on: "equivalent" where both one-sided tests against `margin` reject at 5%; else "better" or
     "worse" where the 95% interval excludes 0 (a lower loss is better); else "undecided". A difference that is both
-    certain and smaller than the margin is "equivalent", and the sentence says that it is certain.
+    certain and smaller than the margin is "equivalent", and the sentence says that it is certain. Where the mode lacks
+    a seed that the reference has, "equivalent" and "better" become "incomplete".
 
     Args:
         label: the mode's.
@@ -54,6 +60,7 @@ def judge(
         margin: above 0, in the losses' unit.
         unit: of a difference, such as "nats"; "" for none.
         figure: what the losses are.
+        diverged: seeds with which the mode diverged.
     """
     seeds = sorted(mode_losses.keys() & reference_losses.keys())
     differences = {seed: mode_losses[seed] - reference_losses[seed] for seed in seeds}
@@ -62,19 +69,42 @@ def judge(
     alone = sorted(mode_losses.keys() ^ reference_losses.keys())
     remark = _remark(left_out, f"has a {figure} that is not finite", f"have a {figure} that is not finite")
     in_one = f"a {figure} in one of the two modes only"
-    remark += _remark(alone, f"has {in_one}", f"have {in_one}")
+    remark += _remark([seed for seed in alone if seed not in diverged], f"has {in_one}", f"have {in_one}")
+    said_unit = f" {unit}" if unit else ""
+    bad = {seed for seed in diverged if math.isfinite(reference_losses.get(seed, 0.0))}
+    bad |= {seed for seed in seeds if not math.isfinite(mode_losses[seed]) and math.isfinite(reference_losses[seed])}
+    if bad:
+        return _diverged(label, sorted(bad), counted, said_unit, figure)
     if not counted:
         return Verdict("not finished", f"{label}: no seed has finished with a finite {figure} in both modes.{remark}")
-    said_unit = f" {unit}" if unit else ""
     paired = summarize(counted)
     if paired.n >= ENOUGH_PAIRS:
-        return _decide(label, paired, margin, remark, said_unit, figure)
+        found = _decide(label, paired, margin, remark, said_unit, figure)
+        missing = reference_losses.keys() - mode_losses.keys() - set(diverged)
+        if missing and found.word in ("equivalent", "better"):
+            more = " Nothing is said of the mode, since seeds are missing that may have gone worse."
+            return replace(
+                found, word="incomplete", sentence=f"{label} lacks seeds of the reference. {found.sentence}{more}"
+            )
+        return found
     bounds = interval(paired) if paired.n > 1 else None
     sentence = (
         f"{label}: {figure} minus the reference's is {_seen(paired, bounds, said_unit)}; described, not judged: "
         f"a verdict takes {ENOUGH_PAIRS} seeds or more.{remark}"
     )
     return Verdict("described", sentence, paired.n, paired.mean, bounds)
+
+
+def _diverged(label: str, seeds: list[int], counted: list[float], unit: str, figure: str) -> Verdict:
+    several = len(seeds) > 1
+    names = ", ".join(map(str, seeds[:5])) + (f" and {len(seeds) - 5} more" if len(seeds) > 5 else "")
+    sentence = f"{label} diverged with seed{'s' if several else ''} {names}, and the reference did not."
+    if not counted:
+        return Verdict("diverged", sentence)
+    paired = summarize(counted)
+    bounds = interval(paired) if paired.n > 1 else None
+    seen = f"With the others its {figure} minus the reference's is {_seen(paired, bounds, unit)}."
+    return Verdict("diverged", f"{sentence} {seen}", paired.n, paired.mean, bounds)
 
 
 def _decide(label: str, paired: Paired, margin: float, remark: str, unit: str, figure: str) -> Verdict:

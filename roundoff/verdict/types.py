@@ -31,7 +31,8 @@ class Verdict:
 
     Attributes:
         word: "reference", "described" (fewer than three pairs), "equivalent", "better", "worse", "undecided",
-            or "not finished" (no pair at all).
+            "diverged" (with a seed with which the reference ended well), "incomplete" (seeds are missing), or "not
+            finished" (no pair at all).
         sentence: the same with its figures, for a person.
         pairs: seeds that both have finished.
         difference: mean of mode minus reference; None without a pair.
@@ -56,7 +57,8 @@ class ModeSummary:
     Attributes:
         label, runs, failures: the mode and what it left, runs sorted by seed.
         status: that of its runs, "finished" or for example "finished, diverged".
-        test_loss, test_ppl: None where no run has them; test_ppl is exp(test_loss) where losses are in nats a word.
+        test_loss, test_ppl: None where no run has them, or one has diverged, which the mean of the others would hide;
+            test_ppl is exp(test_loss) where losses are in nats a word.
         verdict: against the reference.
         first_difference: first step whose loss differs in a bit from the reference's with the same seed, the least
             over seeds; None: no difference in the steps that both have (or it is the reference).

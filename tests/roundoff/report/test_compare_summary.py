@@ -42,7 +42,7 @@ def test_rows(comparison: Comparison) -> None:
     assert cells(text, "amp-fp16")[1:6] == ["299.87", "+0.2033", "[+0.1890,", "+0.2177]", "worse"]
     assert cells(text, "amp-fp16")[6:] == ["none", "21", "3", "65536", "1000", "1.5", "GiB"]
     assert cells(text, "amp-fp32")[1:6] == ["232.76", "+0.0000", "[+0.0000,", "+0.0000]", "described"]
-    assert cells(text, "amp-bf16")[1:] == ["-", "-", "not", "finished", "none", "24", "0", "1", "-", "381", "MiB"]
+    assert cells(text, "amp-bf16")[1:] == ["-", "-", "diverged", "none", "24", "0", "1", "-", "381", "MiB"]
     assert max(len(line) for line in text.split("\n\n")[0].splitlines()) <= 140
     assert len(columns(comparison)) == 10
 

@@ -10,7 +10,7 @@ import pytest
 
 from programs import ROOT
 from roundoff.errors import UsageError
-from roundoff.report.summary import table
+from roundoff.report.summary import table, unfinished
 from roundoff.runs.reading import Run, read_run
 from roundoff.verdict.comparison import compare_runs
 from roundoff.verdict.types import Comparison, Failure
@@ -199,7 +199,43 @@ def test_figures_of_a_mode(run) -> None:
 def test_unfinished_runs_have_no_test_loss(run, status: str | None) -> None:
     mode = compare_runs([run(), run("manual", status=status)]).modes[1]
     assert mode.status == (status or "unfinished")
-    assert (mode.test_loss, mode.test_ppl, mode.verdict.word) == (None, None, "not finished")
+    word = "diverged" if status == "diverged" else "not finished"
+    assert (mode.test_loss, mode.test_ppl, mode.verdict.word) == (None, None, word)
+
+
+def test_a_seed_that_diverged_is_counted_once_and_no_mean_hides_it(run) -> None:
+    runs = [run(label, seed, test_loss=5.5) for label in ("fp32", "manual") for seed in (1, 2, 3)]
+    runs += [run("fp32", 4), run("manual", 4, status="diverged", test_loss=None)]
+    failed = Failure("manual", 4, ["main.py"], 1, "diverged at step 7")
+    seen = compare_runs(runs, [failed])
+    manual = seen.modes[1]
+    assert (manual.verdict.word, manual.test_loss, manual.status) == ("diverged", None, "finished, diverged")
+    assert manual.verdict.sentence.startswith("manual diverged with seed 4, and the reference did not.")
+    (line,) = unfinished(seen.modes)
+    assert line == f"manual with seed 4: diverged after step 8 ({runs[-1].path}): diverged at step 7"
+
+
+SETTINGS = {
+    "init_scale": ("precision", [1024.0, 65536.0], "manual: init_scale is 1024.0 in"),
+    "scale_window": ("precision", [2000, 1000], "manual: scale_window is 2000 in"),
+    "fp16_utils": ("precision", ["own", "apex"], 'manual: fp16_utils is "own" in'),
+    "processes": ("environment", [1, 2], "processes is 1 in"),
+    "tf32": ("environment", [False, True], "tf32 is false in"),
+    "deterministic": ("environment", [False, True], "deterministic is false in"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_runs_of_other_settings_are_not_pooled(run, name: str) -> None:
+    """Nor are those told apart that do not say the setting, as older ones."""
+    part, values, said = SETTINGS[name]
+    config = make_config("manual", 1)[part]
+    runs = [run("fp32", seed) for seed in (1, 2)]
+    others = [run("manual", seed, **{part: config | {name: value}}) for seed, value in zip((1, 2), values, strict=True)]
+    assert said in refusal(runs + others)
+    assert compare_runs(runs + others, anyway=True).differences
+    same = [run("manual", seed, **{part: config | {name: values[0]}}) for seed in (1, 2)]
+    assert words(compare_runs(runs + same)) == ["reference", "described"]
 
 
 def test_a_finished_run_may_have_no_test_loss(run) -> None:

@@ -17,7 +17,7 @@ from roundoff.verdict import statistics
 from roundoff.verdict.statistics import Paired, judge
 from roundoff.verdict.types import Verdict
 
-WORDS = ("described", "equivalent", "better", "worse", "undecided", "not finished")
+WORDS = ("described", "equivalent", "better", "worse", "undecided", "diverged", "incomplete", "not finished")
 MIRRORED = {"better": "worse", "worse": "better"}
 
 
@@ -82,12 +82,12 @@ SAID = [
     ([0.5], "described", ["+0.5 nats with one seed; described, not judged: a verdict takes 3 seeds or more."]),
     (
         [0.001, -0.001, 0.0005, math.nan],
-        "equivalent",
-        ["Not counted: seed 3, which has a test loss that is not finite"],
+        "diverged",
+        ["manual diverged with seed 3, and the reference did not. With the others its test loss minus the", OF_THREE],
     ),
-    ([0.001, -0.001, math.inf, -math.inf], "described", ["Not counted: seeds 2, 3, which have a test loss that is"]),
-    ([math.nan, math.inf, -math.inf], "not finished", ["no seed has finished with a finite test loss in both modes."]),
-    ([], "not finished", ["no seed has finished"]),
+    ([0.001, -0.001, math.inf, -math.inf], "diverged", ["manual diverged with seeds 2, 3, and the reference did not."]),
+    ([math.nan, math.inf, -math.inf], "diverged", ["manual diverged with seeds 0, 1, 2, and the reference did not."]),
+    ([], "not finished", ["no seed has finished with a finite test loss in both modes."]),
 ]
 
 
@@ -100,7 +100,31 @@ def test_each_verdict_says_its_figures(d: list[float], word: str, said: list[str
     assert (seen.seeds_needed is not None) == ("it takes about" in seen.sentence)
     counted = sum(map(math.isfinite, d))
     assert (seen.pairs, seen.difference is None, seen.interval is None) == (counted, counted < 1, counted < 2)
-    assert (seen.p_equivalence is None) == (counted < 3)
+    assert (seen.p_equivalence is None) == (counted < 3 or word == "diverged")
+
+
+def test_seeds_that_went_well_do_not_speak_for_those_that_did_not() -> None:
+    """Three of ten seeds that end alike are no equivalence, whatever became of the others."""
+    mode, reference = {1: 5.0, 2: 5.001, 3: 4.999}, {s: 5 + 0.0001 * s for s in range(1, 11)}
+    seen = judge("m", mode, reference, 0.01, diverged=range(4, 9))
+    assert (seen.word, seen.pairs, seen.p_equivalence) == ("diverged", 3, None)
+    assert seen.sentence.startswith("m diverged with seeds 4, 5, 6, 7, 8, and the reference did not. With the others")
+    seen = judge("m", mode, reference, 0.01)
+    assert (seen.word, seen.pairs) == ("incomplete", 3)
+    assert seen.sentence.startswith("m lacks seeds of the reference. m is equivalent to the reference within 0.01; ")
+    assert "Not counted: seeds 4, 5, 6, 7, 8 and 2 more, which have a test loss in one of the two" in seen.sentence
+    better = {seed: loss - 0.1 for seed, loss in mode.items()}
+    assert judge("m", better, reference, 0.01).word == "incomplete"
+    worse = {seed: loss + 0.1 for seed, loss in mode.items()}
+    assert judge("m", worse, reference, 0.01).word == "worse"
+
+
+def test_where_the_reference_diverged_too_nobody_is_blamed() -> None:
+    reference = {1: 5.0, 2: 5.1, 3: 5.2, 4: math.nan}
+    seen = judge("m", {1: 5.0, 2: 5.1, 3: 5.2}, reference, 0.01, diverged=[4])
+    assert seen.word == "equivalent"
+    assert judge("m", {1: 5.0, 2: 5.1, 3: 5.2, 4: math.inf}, reference, 0.01).word == "equivalent"
+    assert judge("m", {1: 5.0, 2: 5.1, 3: 5.2, 4: 5.3}, reference, 0.01).word == "equivalent"
 
 
 @pytest.mark.parametrize("count", [3, 10])
