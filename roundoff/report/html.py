@@ -13,7 +13,7 @@ from roundoff.report.summary import columns, legend, problems, row, unfinished
 from roundoff.runs.reading import Run, has_perplexity
 from roundoff.verdict.types import LONGEST_UNIT, TEST_LOSS, Comparison, ModeSummary
 
-WORDS = {"better", "equivalent", "undecided", "worse"}
+WORDS = {"better", "diverged", "equivalent", "incomplete", "undecided", "worse"}
 
 
 def write_html(path: Path, comparison: Comparison) -> None:
