@@ -91,14 +91,20 @@ def named(modes: Sequence[str | Build] | Mapping[str, str | Build]) -> dict[str,
         raise UsageError(f"modes is {modes!r}; give a list of {', '.join(STOCK)}, or a dict of name -> build")
     if isinstance(modes, Mapping):
         return {name: build if callable(build) else stock(build) for name, build in modes.items()}
-    repeated = sorted({str(mode) for mode in modes if list(modes).count(mode) > 1})
+    names = [_name(mode) for mode in modes]
+    repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UsageError(f"modes names {', '.join(repeated)} twice; give each once")
-    return {_name(mode): mode if callable(mode) else stock(mode) for mode in modes}
+        raise UsageError(f"modes names {', '.join(repeated)} twice; give each once, or a dict of name -> build")
+    return {name: mode if callable(mode) else stock(mode) for name, mode in zip(names, modes, strict=True)}
 
 
 def _name(mode: Any) -> str:
-    return str(getattr(mode, "__name__", mode)) if callable(mode) else mode
+    if not callable(mode):
+        return str(mode)
+    name = str(getattr(mode, "__name__", "<lambda>"))
+    if name == "<lambda>":
+        raise UsageError("modes has a build without a name; give a dict of name -> build")
+    return name
 
 
 def stock(name: str) -> Build:

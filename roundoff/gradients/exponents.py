@@ -13,6 +13,7 @@ from roundoff.gradients.tally import pieces
 
 KS = range(-8, 25)
 _BIAS, _BINADES, _FINE = 127, 256, 1 << 11
+_FEW = 1 << 19
 _AT_ONCE = 1 << 21  # several times the size of the fine histogram
 
 
@@ -31,6 +32,14 @@ class Exponents:
         """Count `values` (rounded to fp32); zeros are not counted."""
         for part in pieces(values.detach(), _AT_ONCE):
             bits = part.float().view(torch.int32) & 0x7FFFFFFF
+            if len(part) < _FEW:  # four classes a binade at once, where the fine histogram would be mostly empty
+                fraction = bits & 0x7FFFFF
+                near = fraction >> 12
+                kinds = (bits >> 23) * 4 + (fraction != 0).int() + (near >= _FINE - 2).int() + (near == _FINE - 1).int()
+                added = torch.bincount(kinds, minlength=4 * _BINADES).view(_BINADES, 4)
+                added[0, 0] = 0  # zeros
+                self.counts += added
+                continue
             fine = torch.bincount(bits >> 12, minlength=_BINADES * _FINE).view(_BINADES, _FINE)
             powers = torch.bincount(bits[bits & 0x7FFFFF == 0] >> 23, minlength=_BINADES)
             added = torch.stack((powers, fine.sum(1), fine[:, -2], fine[:, -1]), 1)

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from roundoff.device import get_random_states, set_random_states
 from roundoff.errors import UsageError, printable
-from roundoff.gradients.casts import SameDraws, Wide, cast
+from roundoff.gradients.casts import SameDraws, Wide, cast, each_tensor
 from roundoff.gradients.measure import ParameterGradients, ScaledGradients
 from roundoff.gradients.tally import drop_negligible
 from roundoff.modes import Build, floating
@@ -23,7 +23,7 @@ Loss = Callable[..., Any]
 """`loss(model, batch)` returns a scalar, or named outputs of which "loss" is the scalar."""
 
 LOSS = "loss"
-FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError, AttributeError)
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What a model or a loss may raise where a dtype does not suit it, or the batch."""
 
 MOST_HALVINGS = 100
@@ -75,23 +75,29 @@ def check_task(task: Task) -> None:
             raise UsageError(
                 f"parameter {printable(name)} is {p.dtype}; a probe starts from fp32 weights: give model.float()"
             )
-    modules = dict(task.model.named_modules())
     for name in task.watched:
-        if name not in modules or not name:
-            some = ", ".join([name for name in modules if name][:8])
+        try:
+            found = bool(name) and isinstance(task.model.get_submodule(name), nn.Module)
+        except AttributeError:
+            found = False
+        if not found:
+            some = ", ".join([name for name, _ in task.model.named_modules() if name][:8])
             raise UsageError(f"watch={printable(name)!r}: the model has no such submodule; it has {printable(some)}")
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with gradients and buffers of its own, but the same weights until they are cast.
+def copied(model: nn.Module, *, sharing: bool = False) -> nn.Module:
+    """Return a copy of `model` without gradients; `sharing`: with the same weights, as long as nobody writes to them.
 
     Raises:
         UsageError: it cannot be copied.
     """
-    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach() if sharing else p.detach().clone(), p.requires_grad)
+        vars(memo[id(p)]).update(vars(p))  # by which a build may tell parameters apart
     try:
-        return copy.deepcopy(model, shared)
-    except RuntimeError as error:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
         where = _with_a_history(model)
         raise UsageError(
             f"the model cannot be copied, which a probe does for each mode: {where or _first_line(error)}"
@@ -153,19 +159,24 @@ class ModuleReference:
         Raises:
             UsageError: the loss is no finite scalar, no gradient comes of it, or torch cannot do this in the dtype.
         """
-        self._model = copied(self._start)  # with the buffers and all else that a forward pass may change
+        self._model = copied(self._start, sharing=True)  # with buffers of its own, and all else that may change
+        versions = [p._version for p in self._start.parameters()]
         self._watch = _Watch(self._model, self._task.watched)
-        with self._cannot_run(batch), Wide(self._dtype):
+        with self._cannot_run(batch), torch.enable_grad(), Wide(self._dtype):
             returned = self._task.loss(self._model, cast(batch.content, self._dtype), *batch.state)
             if self._task.stateful:
                 returned, state = _pair(returned)
-                self._state = (_detached(state),)
+                self._state = (each_tensor(state, Tensor.detach),)
             value, self.outputs = read_outputs(returned)
             if not bool(value.isfinite()):
                 raise UsageError(f"the loss is {value.item()} in {_short(self._dtype)}; give batches of finite loss")
             if not value.requires_grad:
                 raise UsageError("the loss does not depend on the model's parameters; there is no gradient to probe")
             value.backward()  # type: ignore[no-untyped-call]
+        if versions != [p._version for p in self._start.parameters()]:  # a forward pass has written to the weights
+            with torch.no_grad():
+                for p, given in zip(self._start.parameters(), self._task.model.parameters(), strict=True):
+                    p.copy_(given)
         self._drop_rounding()
         for name, gradient in self._watch.gradients().items():
             if not bool(gradient.isfinite().all()):
@@ -243,8 +254,10 @@ class ModuleMode:
         model = copied(task.model)
         try:
             precision = build(model)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except FAILURES as error:
             raise UsageError(f"mode {printable(name)} cannot be built ({_first_line(error)})") from error
+        if not hasattr(precision, "backward"):
+            raise UsageError(f"mode {printable(name)}: its build returned {precision!r}; it must return a Precision")
         self._weights = floating(model.parameters())
         with precision.forward():
             self.dtype = _compute_dtype(model, self._weights)
@@ -280,7 +293,7 @@ class ModuleMode:
         self.scale = _loss_scale(precision, model)
         watch = _Watch(model, self._task.watched)
         try:
-            with SameDraws():
+            with torch.enable_grad(), SameDraws():
                 with precision.forward():
                     returned = self._task.loss(model, *cast((batch.content, *batch.state), self._weights))
                     value, outputs = read_outputs(_pair(returned)[0] if self._task.stateful else returned)
@@ -299,16 +312,20 @@ class _Watch:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self._found: dict[str, list[Tensor]] = {name: [] for name in names}
-        modules = dict(model.named_modules())
         for name in names:
-            modules[name].register_forward_hook(self._hook(name))
+            model.get_submodule(name).register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple | list) else output
+            if not isinstance(first, Tensor):
+                kind = type(first).__name__
+                raise UsageError(
+                    f"the output of {printable(name)} is a {kind}; watch a submodule that returns a tensor"
+                )
             place = len(self._found[name])
             self._found[name].append(torch.zeros_like(first).detach())
-            if isinstance(first, Tensor) and first.requires_grad:
+            if first.requires_grad:
                 first.register_hook(lambda gradient: self._put(name, place, gradient))  # type: ignore[no-untyped-call]
 
         return keep
@@ -322,17 +339,25 @@ class _Watch:
 
 
 def read_outputs(returned: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss, shape (), and all named outputs on the CPU, of what the user's loss has returned.
+    """Return the loss, shape (), and all named outputs (float64 vectors on the CPU) of what the user's loss returned.
 
     Raises:
         UsageError: that is no scalar tensor, and no mapping with a scalar tensor "loss".
     """
     outputs = dict(returned) if isinstance(returned, Mapping) else {LOSS: returned}
-    value = outputs.get(LOSS)
+    if LOSS not in outputs:
+        raise UsageError(f"loss(model, batch) gave a dict without {LOSS!r}; that entry is what is differentiated")
+    value = outputs[LOSS]
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UsageError(f"loss(model, batch) gave {what} as the loss; it must be one floating point number")
-    kept = {name: x.detach().double().flatten().cpu() for name, x in outputs.items() if isinstance(x, Tensor)}
+        raise UsageError(
+            f"loss(model, batch) gave {what} as the loss; it must be a floating point tensor of one element"
+        )
+    kept = {
+        name: x.detach().double().flatten().cpu()
+        for name, x in outputs.items()
+        if isinstance(x, Tensor) and not x.is_complex() and x.numel()
+    }
     return value.reshape(()), kept
 
 
@@ -340,14 +365,6 @@ def _pair(returned: Any) -> tuple[Any, Any]:
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise UsageError("with state=, loss(model, batch, state) must return a pair: the loss, and the state after it")
     return returned
-
-
-def _detached(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.detach()
-    if isinstance(state, tuple | list):
-        return type(state)(_detached(part) for part in state)
-    return state
 
 
 def _loss_scale(precision: Precision, model: nn.Module) -> float:

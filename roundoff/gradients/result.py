@@ -24,6 +24,7 @@ scales          k: exponents of the loss scales 2**k; predicted: tensor -> a sha
                 gradients alone; measured: some of these scales as run, each with mode, k and tensors (name -> shares)
 window          low and high: exponents of the static scales that serve; null where none does
 scale           the exponent to take, or null
+left_out        name -> reason, of modes that were asked for and could not run
 advice, covers  sentences: what to do; what the figures are and what they do not cover
 """
 
@@ -146,6 +147,7 @@ _RESULT: dict[str, Check] = {
     "scales": _scales,
     "window": _or_null(_fields(low=_is_exponent, high=_is_exponent)),
     "scale": _or_null(_is_exponent),
+    "left_out": _map(_is_text),
     "advice": _list(_is_text),
     "covers": _list(_is_text),
 }

@@ -18,6 +18,9 @@ from torch import Tensor
 SKETCHES = 1 << 17
 """Numbers in all sketches of a tensor together, but at least 256 a batch."""
 
+ROUNDING = 1e-12
+"""The share of |mean|**2 up to which a variance is rounding: sketches are kept in fp32."""
+
 LEAST_BATCHES = 3
 """The fewest batches: with one left out, a deviation takes two."""
 
@@ -106,8 +109,9 @@ class Moments:
         return cls(products.sum() - 2 * products.sum(1) + squares, products.trace() - squares, len(products) - 1)
 
     def variance(self) -> Tensor:
-        """Return the sum of the elements' sample variances."""
-        return ((self.sum_of_squares - self.square_of_sum / self.n) / (self.n - 1)).clamp(min=0.0)
+        """Return the sum of the elements' sample variances; 0 where rounding alone makes one."""
+        found = ((self.sum_of_squares - self.square_of_sum / self.n) / (self.n - 1)).clamp(min=0.0)
+        return torch.where(found < ROUNDING * self.mean_square(), 0.0, found)
 
     def mean_square(self) -> Tensor:
         """Return |mean|**2 of these vectors."""
@@ -174,7 +178,7 @@ def critical_batch(bias: Estimate, reference: Tensor) -> float | None:
     if bias.value is None or bias.error is None or (bias.value + bias.error) ** 2 >= 1.5 * bias.value**2:
         return None
     found = float(Moments.of(reference).variance() / Moments.of(reference).mean_square()) / bias.value**2
-    return found if math.isfinite(found) else None
+    return found if 0 < found < math.inf else None
 
 
 def _finite(value: float, error: float) -> Estimate:

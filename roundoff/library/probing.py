@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from roundoff.device import peak_memory_bytes, random_state_kept
+from roundoff.device import get_random_states, peak_memory_bytes, random_state_kept, set_random_states
 from roundoff.errors import CheckError, UsageError, printable
 from roundoff.extras import require_report
 from roundoff.gradients import advice
-from roundoff.gradients.measure import Measurement, Plan
-from roundoff.gradients.module import Batch, Loss, ModuleMode, ModuleReference, Task, check_task
+from roundoff.gradients.measure import Measurement, Plan, ScaledGradients
+from roundoff.gradients.module import Loss, ModuleMode, ModuleReference, Task, check_task
 from roundoff.gradients.result import FORMAT, write_probe
-from roundoff.modes import Build, named
+from roundoff.modes import Build, named, stock
 from roundoff.runs.config_file import describe_device, versions
+from roundoff.runs.jsonfile import to_json
 from roundoff.terminal import progress_bar, say
 
 COVERS = [
@@ -33,7 +35,7 @@ COVERS = [
     "batches as are named here; other batches may differ.",
 ]
 SUSPICIOUS = 1e-3
-"""An error to noise of fp32 that rounding does not explain; 1e-6 is usual."""
+"""An error of fp32's gradient, as a share of its length, that rounding does not explain; 1e-6 is usual."""
 
 PROBED = ("fp32", "amp-fp16", "amp-bf16")
 
@@ -82,10 +84,17 @@ class ProbeReport:
             forward: bound of the largest difference of any output, in the output's own unit.
 
         Raises:
-            CheckError: a figure is above its bound, or has none since something overflowed. It names the mode, the
-                tensor and the figure that exceeds its bound most.
+            CheckError: a figure is above its bound, or there is none: a mode could not run, something overflowed, or
+                all batches have the same gradient. It names the mode, the tensor and the figure that exceeds its bound
+                most.
+            UsageError: a bound is no number from 0 on.
         """
         bounds = {"error_to_noise": error_to_noise, "bias": bias}
+        for name, bound in (bounds | {"forward": forward}).items():
+            if bound is not None and (not isinstance(bound, int | float) or not 0 <= bound < math.inf):
+                raise UsageError(f"{name} is {bound!r}; give a number from 0 on as its bound")
+        for reason in self.result["left_out"].values():
+            raise CheckError(f"{reason}, so nothing holds it to a bound; leave it out of the modes")
         found = [x for name, bound in bounds.items() if bound is not None for x in self._excesses(name, bound)]
         if forward is not None:
             found += self._forward_excesses(forward)
@@ -104,7 +113,14 @@ class ProbeReport:
                 if values["overflowed"]:
                     share = values["overflowed"]
                     found.append((math.inf, f"{where}: {share:.2g} of the gradient overflowed, and has no {words}"))
-                elif values[figure] is not None and values[figure] > bound:
+                elif values[figure] is None:
+                    why = (
+                        "its gradient is the same in all batches"
+                        if figure == "error_to_noise"
+                        else "it has no gradient"
+                    )
+                    found.append((math.inf, f"{where}: there is no {words}, since {why}"))
+                elif values[figure] > bound:
                     said = f"{where}: {words} is {values[figure]:.3g}, above its bound {bound:g}"
                     found.append((values[figure] / bound if bound else math.inf, said))
         return found
@@ -153,7 +169,8 @@ def probe(
             entries are compared as outputs of the forward pass. With `state` it is `loss(model, batch, state)`, and
             returns a pair: that, and the state for the next batch.
         batches: at least 3, on the model's device; use `itertools.islice(loader, 32)` for some of many. Their floating
-            tensors are cast to the dtype that the weights have in each mode, within tuples, lists and dicts.
+            tensors are copied and cast to the dtype that the weights have in each mode, targets too, within tuples,
+            lists, mappings and dataclasses.
         modes: names of stock modes (`roundoff.modes`), or a dict of name -> `Build`.
         state: of the loss before the first batch, such as a recurrent layer's; floating tensors in tuples.
         watch: names of submodules of whose outputs the gradients are counted, too.
@@ -169,72 +186,121 @@ def probe(
             than 3 batches.
     """
     start = time.monotonic()
+    _check(watch, reference, seed, lr, clip, flush_limit, job)
     task = Task(model, loss, tuple(watch), stateful=state is not None)
     check_task(task)
     builds = named(modes)
-    if reference not in (torch.float64, torch.float32):
-        raise UsageError(f"reference={reference}: allowed are torch.float64 and torch.float32")
-    contents = list(batches)
     device = str(next(model.parameters()).device)
-    plan = Plan([], len(contents), seed, lr=lr, clip=clip, device=device)
-    say(_announcement(task, builds, len(contents), reference))
-    truth = ModuleReference(task, reference, state)
-    first = next(truth.batches(contents))
-    with random_state_kept(device):
-        truth.run(first, lambda name, part: None)  # what is wrong with the loss is no mode's fault
-        made, problems = _runnable(builds, task, first)
-    truth = ModuleReference(task, reference, state)
-    plan = replace(plan, modes=made)
-    measured = Measurement(truth, plan)
-    measured.run(truth.batches(progress_bar(contents, "probe")))
-    parameters = sum(p.numel() for p in model.parameters())
+    with random_state_kept(device), _gradients_kept(model):
+        contents = list(batches)
+        plan = Plan([], len(contents), seed, lr=lr, clip=clip, device=device)
+        say(_announcement(task, builds, len(contents), reference))
+        made, left_out, caution = _try_once(builds, task, ModuleReference(task, reference, state), contents, device)
+        truth = ModuleReference(task, reference, state)
+        measured = Measurement(truth, replace(plan, modes=made))
+        measured.run(truth.batches(progress_bar(contents, "probe")))
     unused = [name for name in task.parameters() if name not in truth.reached]
-    environment = versions() | describe_device(device) | {"command": sys.argv}
-    result: dict[str, Any] = {
-        "format": FORMAT,
-        "environment": environment,
-        "about": f"{type(model).__name__} of {parameters:,} parameters; {len(contents)} batches.",
-        "job": {"model": type(model).__name__, "parameters": parameters, **(job or {})},
+    result = _describe(model, len(contents), device, job) | {
         "seed": seed,
-        "batches": len(contents),
         "lr": lr,
         "clip": clip if math.isfinite(clip) else None,
         "flush_limit": flush_limit,
-    } | measured.figures(unused)
-    result |= advice.conclude(result) | {"covers": [*problems, *_covers(task, unused, reference), *COVERS]}
-    result["advice"] = [*_caution(result), *result["advice"]]
+        "left_out": left_out,
+    }
+    result |= measured.figures(unused)
+    result |= advice.conclude(result) | {"covers": [*_covers(task, unused, left_out, reference), *COVERS]}
+    result["advice"] = [*caution, *result["advice"]]
     return ProbeReport(result | {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory_bytes(device)})
 
 
-def _runnable(builds: Mapping[str, Build], task: Task, batch: Batch) -> tuple[list[ModuleMode], list[str]]:
-    """Return the modes that can run `batch` here, and a sentence for each that cannot.
+def _check(
+    watch: Any, reference: Any, seed: Any, lr: Any, clip: Any, flush_limit: Any, job: Mapping[str, Any] | None
+) -> None:
+    """Raise UsageError for what would fail in the end, after minutes, if nobody looked."""
+    if isinstance(watch, str):
+        raise UsageError(f"watch is {watch!r}; give a list of names of submodules")
+    if reference not in (torch.float64, torch.float32):
+        raise UsageError(f"reference={reference}: allowed are torch.float64 and torch.float32")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UsageError(f"seed is {seed!r}; give a whole number from 0 on")
+    for name, value in {"lr": lr or 0.0, "clip": clip, "flush_limit": flush_limit}.items():
+        if not isinstance(value, int | float) or not value >= 0:
+            raise UsageError(f"{name} is {value!r}; give a number from 0 on")
+    try:
+        to_json(dict(job or {}))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"job cannot be written as JSON ({error}); give texts, numbers, lists and dicts") from None
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Put the model's gradients back after the block: a loss may use the model itself, and not the copy."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+def _try_once(
+    builds: Mapping[str, Build], task: Task, truth: ModuleReference, contents: Sequence[Any], device: str
+) -> tuple[list[ModuleMode], dict[str, str], list[str]]:
+    """Run the first batch in the reference, in fp32 and in each mode.
+
+    Returns:
+        The modes that can run here, name -> reason for each that cannot, and a sentence if fp32 is suspicious.
 
     Raises:
-        UsageError: none can.
+        UsageError: the loss cannot be computed or does not use the model, or no mode can run.
     """
-    made, problems = [], []
+    first = next(truth.batches(contents))
+    before = get_random_states(device)
+    truth.run(first, lambda name, part: None)  # what is wrong with the loss is no mode's fault
+    if not truth.reached:
+        raise UsageError("no gradient reaches the model that the loss is given; let loss(model, batch) use that one")
+    set_random_states(before, device)
+    caution = _caution(truth, ModuleMode("fp32", stock("fp32"), task).gradients(first))
+    made, left_out = [], {}
     for name, build in builds.items():
         try:
             mode = ModuleMode(name, build, task)
-            mode.gradients(batch)
+            mode.gradients(first)
             made.append(mode)
         except UsageError as error:
-            problems.append(str(error))
+            left_out[name] = str(error)
             say(f"| probe: {error}; it is left out")
     if not made:
-        raise UsageError(problems[0])
-    return made, [f"{problem}; it is left out." for problem in problems]
+        raise UsageError(next(iter(left_out.values())))
+    return made, left_out, caution
 
 
-def _caution(result: dict[str, Any]) -> list[str]:
-    """Say where fp32 is so far from float64 that something else must differ than the precision."""
-    error = result["modes"].get("fp32", {"total": {"error_to_noise": None}})["total"]["error_to_noise"]
-    if error is None or error < SUSPICIOUS:
+def _caution(truth: ModuleReference, found: ScaledGradients) -> list[str]:
+    """Say where fp32 is so far from the reference that something else must differ than the precision."""
+    pairs = [(exact, found.parameters[name]) for name, (exact, _) in truth.gradients().items()]
+    error = math.hypot(*(float((gradient.double() - exact).norm()) for exact, gradient in pairs))
+    size = math.hypot(*(float(exact.norm()) for exact, _ in pairs))
+    if error < SUSPICIOUS * size:
         return []
     return [
-        f"Beware: fp32 itself is {error:.2g} of the noise away from the reference. Something in the model or the loss "
-        "differs from pass to pass: random numbers that are not torch's, or an autocast of its own."
+        f"Beware: the gradient of fp32 itself is {error / size:.2g} of its length away from the reference. Something "
+        "in the model or the loss differs from pass to pass: random numbers that are not torch's, or that torch draws "
+        "otherwise in each dtype, or an autocast of its own."
     ]
+
+
+def _describe(model: nn.Module, batches: int, device: str, job: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the fields of the result that say what was probed, and on what."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "format": FORMAT,
+        "environment": versions() | describe_device(device) | {"command": sys.argv},
+        "about": f"{type(model).__name__} of {parameters:,} parameters; {batches} batches.",
+        "job": {"model": type(model).__name__, "parameters": parameters, **(job or {})},
+        "batches": batches,
+    }
 
 
 def _announcement(task: Task, builds: Mapping[str, Build], batches: int, reference: torch.dtype) -> str:
@@ -251,9 +317,10 @@ def _announcement(task: Task, builds: Mapping[str, Build], batches: int, referen
     )
 
 
-def _covers(task: Task, unused: Sequence[str], reference: torch.dtype) -> list[str]:
+def _covers(task: Task, unused: Sequence[str], left_out: Mapping[str, str], reference: torch.dtype) -> list[str]:
     short = str(reference).removeprefix("torch.")
-    said = [f"The true gradient is that of the same model, loss and batch in {short}, at the fp32 weights."]
+    said = [f"{reason}; it is left out." for reason in left_out.values()]
+    said += [f"The true gradient is that of the same model, loss and batch in {short}, at the fp32 weights."]
     if reference is torch.float32:
         said.append("A reference in float32 has errors of its own: the error of mode fp32 is not seen.")
     if not task.model.training:

@@ -45,7 +45,8 @@ thead th { vertical-align: bottom; border-bottom: 2px solid var(--ink); line-hei
 .results .worst td { border-bottom-width: 2px; color: var(--soft); } .results .first td { border-bottom: 0; }
 .results small { display: block; font-weight: 400; color: var(--soft); }
 .verdict { font-weight: 600; }
-.better, .equivalent { color: #00664b; } .worse, .diverged { color: #a84400; } .undecided, .incomplete { color: #7a5200; }
+.better, .equivalent { color: #00664b; } .worse, .diverged { color: #a84400; }
+.undecided, .incomplete { color: #7a5200; }
 svg.sample { width: 34px; height: 10px; vertical-align: middle; margin-right: .45rem; flex: none; }
 nav { position: sticky; top: 0; z-index: 10; background: #fff; border-bottom: 1px solid var(--line);
   padding: .5rem 0; display: flex; flex-wrap: wrap; gap: .35rem; align-items: center; }

@@ -147,6 +147,7 @@ def sample() -> dict[str, Any]:
         "total": {"gradient": 0.11, "noise": 0.31, "noise_error": 0.012},
         "modes": modes,
         "scales": {"k": KS, "predicted": predicted, "measured": measured},
+        "left_out": {},
         "window": {"low": 6, "high": 15},
         "scale": 11,
         "advice": [

@@ -82,6 +82,7 @@ def run_probe(
         "lr": args.lr,
         "clip": args.clip if math.isfinite(args.clip) else None,
         "flush_limit": flush_limit,
+        "left_out": {},
     } | measured.figures()
     result |= advice.conclude(result) | {"covers": COVERS}
     return result | {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory_bytes("cpu")}
