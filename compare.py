@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from lm.launch.jobs import Training, check_flags, comparison_folder, run_jobs, slot_environments
-from lm.launch.probe_jobs import run_probes
 from lm.options.modes import DEFAULT_MODES, MODES, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, whole
 from roundoff.errors import RunError, UsageError
@@ -128,6 +127,8 @@ def main() -> int:
         runs, failures = run_modes(args)
     comparison = compare_runs(runs, failures, **settings(args))
     if args.probe:
+        from lm.launch.probe_jobs import run_probes  # here, since torch takes seconds
+
         with continued_by_hand(args.out):
             comparison = replace(comparison, probes=run_probes(args.out, comparison))
     publish(comparison, args)

@@ -12,30 +12,22 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.data.corpora import DEFAULT
-from lm.launch.probing.mode import PROBED, Precisions
-from lm.launch.probing.run import run_probe
-from lm.launch.probing.sources import Source, fresh, from_checkpoint, from_run
-from lm.options.modes import MODES, mode_names
-from main import make_precision as main_precision
-from main_amp import make_precision as amp_precision
-from main_fp16_optimizer import make_precision as fp16_optimizer_precision
+from lm.launch.probing.flags import OF_MODEL, read_flags
+from lm.options.modes import MODES, PROBED, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from roundoff.errors import UsageError
 from roundoff.extras import require_report
-from roundoff.gradients.result import write_probe
 from roundoff.program import exit_code
 from roundoff.runs.files import check_writable
-from roundoff.terminal import say
+
+if TYPE_CHECKING:
+    from lm.launch.probing.mode import Precisions
+    from lm.launch.probing.sources import Source
 
 FILES = ("probe.json", "probe.html", "probe.png")
-PRECISIONS: Precisions = {
-    "main": main_precision,
-    "main_fp16_optimizer": fp16_optimizer_precision,
-    "main_amp": amp_precision,
-}
 USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
 EPILOG = """After -- go flags of the trainers for the model, the batches and the update, such as --nhid 650; see main.py
 --help. Exit code: 0; 1 if it failed; 2 after a mistake in the command; 130 when interrupted, which leaves nothing."""
@@ -87,19 +79,36 @@ def check_out(out: Path) -> None:
     check_writable("--out", there / FILES[0])
 
 
-def find_source(args: argparse.Namespace) -> Source:
+def precisions() -> "Precisions":
+    """Return the `make_precision` of every trainer."""
+    import main as fp32_or_manual  # here, as below: torch takes seconds, which --help and a mistake do not have
+    import main_amp
+    import main_fp16_optimizer
+
+    return {
+        "main": fp32_or_manual.make_precision,
+        "main_fp16_optimizer": main_fp16_optimizer.make_precision,
+        "main_amp": main_amp.make_precision,
+    }
+
+
+def find_source(args: argparse.Namespace) -> "Source":
     """Find what the command line asks to be probed."""
+    from lm.launch.probing.sources import fresh, from_checkpoint, from_run
+
     if args.run is not None:
-        return from_run(args.run, args.data, args.flags, PRECISIONS)
+        return from_run(args.run, args.data, args.flags, precisions())
     data = args.data or DEFAULT
     return fresh(data, args.flags) if args.checkpoint is None else from_checkpoint(args.checkpoint, data, args.flags)
 
 
 def report(out: Path, result: dict[str, Any]) -> None:
     """Print the table and write `FILES` into the folder `out`."""
+    from roundoff.gradients.result import write_probe
     from roundoff.report.probe_html import write_html  # here, since what draws takes 50 MB that measuring needs
     from roundoff.report.probe_png import write_png
     from roundoff.report.probe_table import table
+    from roundoff.terminal import say
 
     say(table(result))
     try:
@@ -116,9 +125,13 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     check_out(args.out)
     require_report()
+    if args.run is None:
+        read_flags(args.flags, OF_MODEL if args.checkpoint else ())  # a mistake in them is told before torch is there
+    from lm.launch.probing.run import run_probe
+
     source = find_source(args)
     command = ["probe.py", *sys.argv[1:]]
-    result = run_probe(source, args.modes, args.batches, args.flush_limit, command, PRECISIONS)
+    result = run_probe(source, args.modes, args.batches, args.flush_limit, command, precisions())
     report(args.out, result)
     return 0
 

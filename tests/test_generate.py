@@ -224,7 +224,7 @@ def test_a_line_has_20_words():
 
 def test_old_files_stay_until_the_text_is_whole(saved, monkeypatch):
     (saved.folder / "generated.txt").write_text("old")
-    monkeypatch.setattr(generate, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("lm.model.generation.generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert saved.run("generate").code == 130
     assert (saved.folder / "generated.txt").read_text() == "old"
 

@@ -45,6 +45,9 @@ MODES: dict[str, Mode] = {
 }
 DEFAULT_MODES = ("fp32", "manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 
+PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
+"""What a probe measures by default: fp16-optimizer at its static scale has the gradient of manual in every bit."""
+
 
 def mode_of(options: Options) -> Mode:
     """Return the mode in which a run with these options trains; one that is not in `MODES` is called by its script."""

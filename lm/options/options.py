@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.corpora import BUILT_IN, DEFAULT
-from lm.model.language_model import KINDS
+from lm.model.kinds import KINDS
 from roundoff.cli import finite_above_0, number, whole
 from roundoff.errors import UsageError, printable
 

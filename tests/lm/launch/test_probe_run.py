@@ -7,9 +7,9 @@ import pytest
 
 from jobs import mostly_slow
 from lm.data.corpus import Corpus
-from lm.launch.probing.mode import PROBED
 from lm.model.language_model import RNNModel
 from lm.model.model_file import load_model, save_model
+from lm.options.modes import PROBED
 from programs import PROBE, SMALL, Programs
 from roundoff.gradients.result import read_probe
 
