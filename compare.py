@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lm.launch.jobs import Training, check_flags, comparison_folder, run_jobs, slot_environments
-from lm.options.modes import DEFAULT_MODES, MODES, mode_names
+from lm.options.modes import DEFAULT_MODES, MODES, mode_name, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, whole
 from roundoff.errors import RunError, UsageError
 from roundoff.extras import require_report
@@ -44,7 +44,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--modes",
         type=mode_names,
         metavar="A,B",
-        help=f"to run, of {', '.join(MODES)} (default: {','.join(DEFAULT_MODES)})",
+        help=f"to run, of {', '.join(MODES)}; fp16 and bf16 mean amp-fp16 and amp-bf16 "
+        f"(default: {','.join(DEFAULT_MODES)})",
     )
     parser.add_argument(
         "--seeds",
@@ -74,6 +75,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     given += ["--"] if args.flags is not None else []
     if args.runs and given:
         parser.error(f"{given[0]} is for modes to run, and RUN is one that has run; give one of them")
+    if not args.runs:
+        args.reference = args.reference and mode_name(args.reference)
+        args.expect_equal = [(mode_name(a), mode_name(b)) for a, b in args.expect_equal or []]
     args.out = args.out or default_out()
     return args
 

@@ -50,7 +50,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", metavar="FOLDER", help=f"as of the trainers (default: {DEFAULT}, or that of the run)")
     parser.add_argument("--batches", type=whole, default=32, metavar="N", help="how many, from the start of the text")
-    parser.add_argument("--modes", type=mode_names, default=list(PROBED), metavar="A,B", help=f"of {', '.join(MODES)}")
+    parser.add_argument(
+        "--modes",
+        type=mode_names,
+        default=list(PROBED),
+        metavar="A,B",
+        help=f"of {', '.join(MODES)}; fp16 and bf16 mean amp-fp16 and amp-bf16",
+    )
     parser.add_argument(
         "--flush-limit",
         type=number(float, 0, 1, above=True),

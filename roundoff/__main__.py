@@ -34,7 +34,7 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     complete(parser)
     args, rest = parser.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-")]:
-        comparison.error(f"unrecognized arguments: {' '.join(unknown)}")
+        comparison.unrecognized(unknown)
     args.runs += map(Path, rest)  # argparse leaves the directories that follow an option
     args.out = args.out or default_out()
     return args

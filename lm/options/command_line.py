@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lm.options.options import SCRIPTS, Option, checked, flag, help_of, option_of, options_of
+from lm.options.options import SCRIPTS, Option, checked, flag, help_of, option_of, options_of, whose
 from roundoff.cli import OneLineParser, Switch, add_version
 from roundoff.errors import UsageError
 
@@ -24,6 +24,7 @@ def make_parser(script: str | None, description: str | None) -> OneLineParser:
         allow_abbrev=False,  # an abbreviation of today is ambiguous with the next new flag
         argument_default=argparse.SUPPRESS,
     )
+    parser.elsewhere = whose
     add_version(parser)
     parser.add_argument(
         "--config",
