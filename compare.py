@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lm.launch.jobs import Training, check_flags, comparison_folder, run_jobs, slot_environments
+from lm.options.command_line import check_after_dashes, part_with_trainers
 from lm.options.modes import DEFAULT_MODES, MODES, mode_name, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, whole
 from roundoff.errors import RunError, UsageError
@@ -68,8 +69,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "probe.py, on the CPU",
     )
     complete(parser)
+    part_with_trainers(parser)
     args = parser.parse_intermixed_args(argv[:end])
     args.flags = argv[end + 1 :] if end < len(argv) else None
+    check_after_dashes(parser, args.flags or [])
     given = [f"--{name}" for name in ("modes", "seeds", "jobs") if getattr(args, name) is not None]
     given += ["--probe"] if args.probe else []
     given += ["--"] if args.flags is not None else []

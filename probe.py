@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm.data.corpora import DEFAULT
 from lm.launch.probing.flags import OF_MODEL, read_flags
+from lm.options.command_line import check_after_dashes, part_with_trainers
 from lm.options.modes import MODES, PROBED, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from roundoff.errors import UsageError
@@ -66,8 +67,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="results go here (default: runs/probe-<time>)")
     complete(parser)
+    part_with_trainers(parser)
     args = parser.parse_args(argv[:end])
     args.flags = argv[end + 1 :]
+    check_after_dashes(parser, args.flags)
     args.out = args.out or Path("runs") / f"probe-{time.strftime('%Y%m%d-%H%M%S')}"
     return args
 
