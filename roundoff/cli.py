@@ -47,8 +47,9 @@ class OneLineParser(argparse.ArgumentParser):
     def _hint(self, flag: str) -> str | None:
         if advice := self.elsewhere(flag):
             return advice
-        near = nearest(flag.replace("_", "-"), [name for name in self._option_string_actions if name[:2] == "--"])
-        return None if near is None else f"did you mean {near}?"
+        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        near = nearest(flag[2:].replace("_", "-"), names)
+        return None if near is None else f"did you mean --{near}?"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -66,7 +67,7 @@ class OneLineParser(argparse.ArgumentParser):
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return that of `known` which `word` is most like, or begins; None if it is like none. Case does not count."""
     lower = {name.lower(): name for name in known}
-    begun = [name for name in lower if name.startswith(word.lower())] if len(word.strip("-")) > 1 else []
+    begun = [name for name in lower if name.startswith(word.lower())] if len(word) > 1 else []
     near = begun if len(begun) == 1 else difflib.get_close_matches(word.lower(), lower, 1)
     return lower[near[0]] if near else None
 
