@@ -17,7 +17,11 @@ FORMAT = "roundoff model 2"
 
 
 def save_model(path: Path, model: RNNModel, vocabulary: list[str]) -> None:
-    """Write weights (in the model's dtype), model options and vocabulary: all that `generate.py` needs."""
+    """Write weights (in the model's dtype), model options and vocabulary: all that `generate.py` needs.
+
+    The folder of `path` is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"options": model.options, "vocabulary": vocabulary, "weights": model.state_dict()}
     save_tensors(path, content, FORMAT)
 

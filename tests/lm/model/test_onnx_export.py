@@ -259,7 +259,7 @@ def test_a_failing_export_costs_nothing_else(programs, monkeypatch, fault) -> No
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("nowhere/x.onnx", "cannot write in nowhere"),
+        ("corpus/train.txt/x.onnx", "cannot write in corpus/train.txt"),
         ("corpus", "is a directory"),
         ("./model.safetensors", "--save are both"),
     ],
