@@ -21,7 +21,11 @@ def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add_version(parser)
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("model.safetensors"), metavar="FILE", help="what --save wrote"
+        "--checkpoint",
+        type=Path,
+        default=Path("model.safetensors"),
+        metavar="FILE",
+        help="what --save wrote, or a run directory, for its best model",
     )
     parser.add_argument(
         "--outf", default="generated.txt", metavar="FILE", help="the text goes here; - for the terminal, word by word"
@@ -80,14 +84,14 @@ def main() -> int:
         check_writable("--outf", Path(args.outf))
     import torch  # here, since it takes seconds, which --help and a mistake do not have
 
+    from lm.launch.best_model import load_best
     from lm.model.generation import generate
-    from lm.model.model_file import load_model
     from roundoff.device import forbid_reduced_precision_reductions, set_tf32
 
     if device.startswith("cuda"):
         set_tf32(False)  # cuDNN's default, which would soon choose other words than a CPU
         forbid_reduced_precision_reductions()
-    model, vocabulary = load_model(args.checkpoint)
+    model, vocabulary = load_best(args.checkpoint)
     torch.manual_seed(args.seed)
     model.eval().to(device)
     words = (vocabulary[i] for i in generate(model, args.words, args.temperature, len(vocabulary)))

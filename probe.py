@@ -41,7 +41,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_version(parser)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="weights that --save wrote (default: fresh ones)"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights that --save wrote, or a run directory, for those of its best model (default: fresh ones)",
     )
     weights.add_argument(
         "--run",
@@ -107,8 +110,9 @@ def find_source(args: argparse.Namespace) -> "Source":
 
     if args.run is not None:
         return from_run(args.run, args.data, args.flags, precisions())
-    data = args.data or DEFAULT
-    return fresh(data, args.flags) if args.checkpoint is None else from_checkpoint(args.checkpoint, data, args.flags)
+    if args.checkpoint is not None:
+        return from_checkpoint(args.checkpoint, args.data, args.flags)
+    return fresh(args.data or DEFAULT, args.flags)
 
 
 def report(out: Path, result: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ import torch
 import generate
 from lm.model.language_model import KINDS
 from lm.model.model_file import load_model, save_model
-from programs import HALF, SCRIPTS, WORDS, Programs, make_model
+from lm.training.checkpoint import FILE, FORMAT
+from programs import HALF, MODEL, SCRIPTS, WORDS, Programs, make_model
+from roundoff.runs.tensor_file import load_tensors, save_tensors
 
 
 def text(programs: Programs, *flags: str) -> str:
@@ -236,3 +238,42 @@ def test_the_model_read_is_the_model_saved(saved):
         model.state_dict().items(), make_model().state_dict().items(), strict=True
     ):
         assert torch.equal(weight, original), name
+
+
+@pytest.mark.parametrize(("script", "flags"), [("main", ["--tied"]), *((s, HALF[s]) for s in SCRIPTS)])
+def test_a_run_directory_stands_for_its_best_model(programs, script, flags):
+    """Also once another run has overwritten the file, or where the directory has moved with the file in it."""
+    programs.train(script, *flags)
+    best = text(programs, "--words", "40")
+    assert text(programs, "--words", "40", "--checkpoint", "run") == best
+    (programs.folder / MODEL).rename(programs.folder / "run" / MODEL)
+    (programs.folder / "run").rename(programs.folder / "moved")
+    (programs.folder / "corpus").rename(programs.folder / "away")
+    assert text(programs, "--words", "40", "--checkpoint", "moved") == best
+    (programs.folder / "away").rename(programs.folder / "corpus")
+    save_model(programs.folder / "moved" / MODEL, make_model(), WORDS)
+    assert text(programs, "--words", "40", "--checkpoint", "moved") == best
+    (programs.folder / "corpus" / "train.txt").write_text("another corpus\n")
+    assert "its words are only in its corpus (--data corpus is another" in programs.refuse(
+        "generate", "--checkpoint", "moved"
+    )
+
+
+def test_a_run_that_was_stopped_before_its_first_validation(programs):
+    """It has saved the model as it was then."""
+    programs.train("main", "--dry-run")
+    content = load_tensors(programs.folder / "run" / FILE, FORMAT)
+    expected = text(programs, "--words", "40")
+    (programs.folder / MODEL).unlink()
+    save_tensors(programs.folder / "run" / FILE, content | {"best_weights": None}, FORMAT)
+    assert text(programs, "--words", "40", "--checkpoint", "run") == expected
+
+
+@pytest.mark.parametrize("weights", [7, {"a": 1}, torch.zeros(3), {"decoder.bias": torch.zeros(3)}])
+def test_a_run_directory_made_to_do_harm(programs, weights):
+    programs.train("main", "--dry-run")
+    content = load_tensors(programs.folder / "run" / FILE, FORMAT)
+    save_tensors(programs.folder / "run" / FILE, content | {"best_weights": weights}, FORMAT)
+    assert "--checkpoint run: checkpoint.safetensors contradicts itself" in programs.refuse(
+        "generate", "--checkpoint", "run"
+    )

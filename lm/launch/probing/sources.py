@@ -6,20 +6,18 @@ from typing import Any
 
 import torch
 
+from lm.data.corpora import DEFAULT
 from lm.data.corpus import Corpus
-from lm.launch.probing.flags import OF_JOB, OF_MODEL, OF_SCALE, job_options, read_flags
+from lm.launch.best_model import checkpoint_of_run, load_best, options_of_run
+from lm.launch.probing.flags import OF_MODEL, job_options, read_flags
 from lm.launch.probing.mode import Precisions
 from lm.model.language_model import RNNModel
-from lm.model.model_file import load_model
-from lm.options.config import merge, stored_options
-from lm.options.options import SCRIPTS, Options, as_values
+from lm.options.config import merge
+from lm.options.options import Options, as_values
 from lm.training.build import make_model
-from lm.training.checkpoint import FILE, FORMAT
 from lm.training.process import set_up
 from lm.training.train_state import restore_state
-from roundoff.errors import BadFileError, UsageError, printable
-from roundoff.runs.jsonfile import read_object
-from roundoff.runs.tensor_file import load_tensors
+from roundoff.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,22 @@ def fresh(data: str, argv: list[str]) -> Source:
     return Source(args, options, data, corpus, make_model(args, corpus.vocab_size), _weights("fresh"))
 
 
-def from_checkpoint(path: Path, data: str, argv: list[str]) -> Source:
-    """Return the weights in a model file.
+def from_checkpoint(path: Path, data: str | None, argv: list[str]) -> Source:
+    """Return the weights in a model file, or those of the best model of a run.
+
+    Args:
+        path: the file, or a run directory.
+        data: the corpus; None for that of the run, or for the default one.
+        argv: flags of the trainers.
 
     Raises:
-        UsageError: the file is none, or was trained on another vocabulary.
+        UsageError: there is no such model, or it was trained on another vocabulary.
     """
     options = read_flags(argv, OF_MODEL)
     set_up(merge("main", options))
-    model, vocabulary = load_model(path)
+    model, vocabulary = load_best(path)
+    if data is None:
+        data = options_of_run("--checkpoint", path).data if path.is_dir() else DEFAULT
     options["model"] = model.options["kind"]  # whose learning rate is the default
     corpus = Corpus(data)
     if corpus.dictionary.idx2word != vocabulary:
@@ -85,11 +90,11 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
     """
     if argv:
         raise UsageError(f"{argv[0]} after -- with --run: the flags are those of the run; leave it out")
-    args = _options_of(run)
+    args = options_of_run("--run", run)
     set_up(args)
     data = args.data if data is None else data
     corpus = Corpus(data)
-    content = _checkpoint(run)
+    content = checkpoint_of_run("--run", run)
     model = make_model(args, corpus.vocab_size)
     half = make_model(args, corpus.vocab_size)
     precision = precisions[args.script](args, half)
@@ -118,41 +123,3 @@ def _copy(masters: list[Any], model: RNNModel) -> None:
         if not bool(master.isfinite().all()):
             raise ValueError("its weights are not finite; take an earlier checkpoint")
         p.data.copy_(master.detach().view_as(p))
-
-
-def _options_of(run: Path) -> Options:
-    """Return the options of a run, as of one on the CPU."""
-    try:
-        if not run.is_dir():
-            what = "this is no directory" if run.exists() else "there is no such directory"
-            raise UsageError(f"{what}; give one that a trainer's --run-dir wrote")
-        options = read_object(run / "config.json").get("options")
-        script = options.get("script") if isinstance(options, dict) else None
-        if script not in SCRIPTS:
-            raise UsageError("config.json names no trainer; give a directory that a trainer's --run-dir wrote")
-        stored = stored_options(run, script)
-    except OSError as error:
-        raise UsageError(f"--run {printable(run)}: cannot read config.json ({error.strerror})") from None
-    except UsageError as error:
-        raise UsageError(f"--run {printable(run)}: {str(error).removeprefix(f'--resume {printable(run)}: ')}") from None
-    return merge(
-        script,
-        {
-            name: stored[name]
-            for name in (*OF_JOB, *OF_SCALE, "fp16", "dtype", "dynamic_loss_scale", "data")
-            if name in stored
-        },
-    )
-
-
-def _checkpoint(run: Path) -> dict[str, Any]:
-    path = run / FILE
-    if not path.exists():
-        raise UsageError(f"--run {printable(run)} has no {FILE}, which is written after the first epoch; wait for it")
-    try:
-        content = load_tensors(path, FORMAT)
-    except (BadFileError, FileNotFoundError) as error:
-        raise UsageError(f"--run {printable(run)}: {FILE} cannot be used ({error}); give another run") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"--run {printable(run)}: {FILE} holds no state of a run; give another run")
-    return content
