@@ -87,6 +87,7 @@ def main() -> int:
     from lm.launch.best_model import load_best
     from lm.model.generation import generate
     from roundoff.device import forbid_reduced_precision_reductions, set_tf32
+    from roundoff.terminal import say
 
     if device.startswith("cuda"):
         set_tf32(False)  # cuDNN's default, which would soon choose other words than a CPU
@@ -100,6 +101,7 @@ def main() -> int:
         return 0
     text = "".join(as_text(with_progress(words, args.words, args.log_interval)))
     write_atomically(Path(args.outf), lambda file: file.write(text.encode()))
+    say(f"| {args.words} words are in {printable(args.outf)}")
     return 0
 
 

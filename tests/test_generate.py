@@ -47,12 +47,16 @@ def test_number_of_words_and_progress_lines(saved, words):
     written = (saved.folder / "out.txt").read_text(encoding="utf-8")
     assert written.endswith("\n")
     assert len(written.split()) == words
-    assert done.out == "".join(f"| Generated {i}/{words} words\n" for i in range(7, words + 1, 7))
+    assert done.out == "".join(f"| Generated {i}/{words} words\n" for i in range(7, words + 1, 7)) + (
+        f"| {words} words are in out.txt\n"
+    )
 
 
 def test_defaults(saved):
     done = saved.run("generate")
-    assert done.out == "".join(f"| Generated {i}/1000 words\n" for i in range(100, 1001, 100))
+    assert done.out == "".join(f"| Generated {i}/1000 words\n" for i in range(100, 1001, 100)) + (
+        "| 1000 words are in generated.txt\n"
+    )
     default = (saved.folder / "generated.txt").read_bytes()
     flags = "--outf generated.txt --words 1000 --seed 1111 --temperature 1.0 --log-interval 100"
     assert saved.run("generate", "--checkpoint", "model.safetensors", *flags.split()).out == done.out
