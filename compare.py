@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lm.launch.jobs import Training, check_flags, comparison_folder, run_jobs, slot_environments
-from lm.launch.probe_jobs import run_probes
-from lm.options.modes import DEFAULT_MODES, MODES, mode_names
+from lm.options.command_line import check_after_dashes, part_with_trainers
+from lm.options.modes import DEFAULT_MODES, MODES, mode_name, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, whole
 from roundoff.errors import RunError, UsageError
 from roundoff.extras import require_report
@@ -45,7 +45,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--modes",
         type=mode_names,
         metavar="A,B",
-        help=f"to run, of {', '.join(MODES)} (default: {','.join(DEFAULT_MODES)})",
+        help=f"to run, of {', '.join(MODES)}; fp16 and bf16 mean amp-fp16 and amp-bf16 "
+        f"(default: {','.join(DEFAULT_MODES)})",
     )
     parser.add_argument(
         "--seeds",
@@ -68,13 +69,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "probe.py, on the CPU",
     )
     complete(parser)
+    part_with_trainers(parser)
     args = parser.parse_intermixed_args(argv[:end])
     args.flags = argv[end + 1 :] if end < len(argv) else None
+    check_after_dashes(parser, args.flags or [])
     given = [f"--{name}" for name in ("modes", "seeds", "jobs") if getattr(args, name) is not None]
     given += ["--probe"] if args.probe else []
     given += ["--"] if args.flags is not None else []
     if args.runs and given:
         parser.error(f"{given[0]} is for modes to run, and RUN is one that has run; give one of them")
+    if not args.runs:
+        args.reference = args.reference and mode_name(args.reference)
+        args.expect_equal = [(mode_name(a), mode_name(b)) for a, b in args.expect_equal or []]
     args.out = args.out or default_out()
     return args
 
@@ -128,6 +134,8 @@ def main() -> int:
         runs, failures = run_modes(args)
     comparison = compare_runs(runs, failures, **settings(args))
     if args.probe:
+        from lm.launch.probe_jobs import run_probes  # here, since torch takes seconds
+
         with continued_by_hand(args.out):
             comparison = replace(comparison, probes=run_probes(args.out, comparison))
     publish(comparison, args)

@@ -7,17 +7,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-
-from lm.model.language_model import RNNModel
-from lm.model.model_file import load_model
-from lm.options.device import add_device_options, device_of
+from lm.options.device_flags import add_device_options, device_of
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
-from roundoff.device import forbid_reduced_precision_reductions, set_tf32
 from roundoff.errors import UsageError, printable
 from roundoff.program import exit_code
 from roundoff.runs.files import check_writable, write_atomically
-from roundoff.terminal import say
 
 WORDS_A_LINE = 20
 
@@ -27,7 +21,11 @@ def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add_version(parser)
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("model.safetensors"), metavar="FILE", help="what --save wrote"
+        "--checkpoint",
+        type=Path,
+        default=Path("model.safetensors"),
+        metavar="FILE",
+        help="what --save wrote, or a run directory, for its best model",
     )
     parser.add_argument(
         "--outf", default="generated.txt", metavar="FILE", help="the text goes here; - for the terminal, word by word"
@@ -44,31 +42,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--log-interval", type=whole, default=100, metavar="N", help="words between two lines")
     complete(parser)
     return parser.parse_args()
-
-
-@torch.no_grad()
-def generate(model: RNNModel, words: int, temperature: float, vocabulary_size: int) -> Iterator[int]:
-    """Draw the ids of `words` words, each from softmax(logits / temperature) after all before it; the first at random.
-
-    Ids from `vocabulary_size` on only pad the decoder to a round size, and are never drawn.
-
-    Raises:
-        UsageError: the model's scores are not finite.
-    """
-    device = model.decoder.weight.device
-    hidden = model.init_hidden(1)
-    context = model.options.get("context", 1)  # recurrent layers remember the words before the last
-    token = torch.randint(vocabulary_size, (1, 1))  # drawn on the CPU, so that every device draws the same
-    tokens = token
-    for i in range(1, words + 1):
-        logits, hidden = model(tokens.to(device), hidden)
-        scores = logits[-1, 0, :vocabulary_size].double().cpu()
-        if not scores.isfinite().all():
-            raise UsageError(f"--checkpoint: the model's scores of word {i} are not finite numbers; train it again")
-        probabilities = torch.softmax(scores / temperature, dim=0)
-        token = torch.multinomial(probabilities, 1).view(1, 1)
-        tokens = torch.cat((tokens, token))[-context:]
-        yield int(token)
 
 
 def as_text(words: Iterable[str]) -> Iterator[str]:
@@ -93,6 +66,8 @@ def show(text: Iterable[str]) -> None:
 
 def with_progress(words: Iterable[str], count: int, log_interval: int) -> Iterator[str]:
     """Yield `words`, of which there are `count`; print a line after each `log_interval` of them."""
+    from roundoff.terminal import say
+
     for i, word in enumerate(words, 1):
         if i % log_interval == 0:
             say(f"| Generated {i}/{count} words")
@@ -107,10 +82,17 @@ def main() -> int:
         if os.path.realpath(args.outf) == os.path.realpath(args.checkpoint):
             raise UsageError(f"--outf and --checkpoint are both {args.outf}; give the text a file of its own")
         check_writable("--outf", Path(args.outf))
+    import torch  # here, since it takes seconds, which --help and a mistake do not have
+
+    from lm.launch.best_model import load_best
+    from lm.model.generation import generate
+    from roundoff.device import forbid_reduced_precision_reductions, set_tf32
+    from roundoff.terminal import say
+
     if device.startswith("cuda"):
         set_tf32(False)  # cuDNN's default, which would soon choose other words than a CPU
         forbid_reduced_precision_reductions()
-    model, vocabulary = load_model(args.checkpoint)
+    model, vocabulary = load_best(args.checkpoint)
     torch.manual_seed(args.seed)
     model.eval().to(device)
     words = (vocabulary[i] for i in generate(model, args.words, args.temperature, len(vocabulary)))
@@ -119,6 +101,7 @@ def main() -> int:
         return 0
     text = "".join(as_text(with_progress(words, args.words, args.log_interval)))
     write_atomically(Path(args.outf), lambda file: file.write(text.encode()))
+    say(f"| {args.words} words are in {printable(args.outf)}")
     return 0
 
 

@@ -3,11 +3,15 @@
 # PYTHON_ARGCOMPLETE_OK
 import sys
 
+from lm.launch.entry import answer_early, run_trainer
+
+if __name__ == "__main__":
+    answer_early(__file__, __doc__)  # --help and mistakes, before the imports below take their seconds
+
 import torch
 
 from apex_compat.fp16_utils import prep_param_lists
 from lm.data.corpus import Corpus
-from lm.launch.entry import run_trainer
 from lm.model.language_model import RNNModel
 from lm.options.options import Options
 from lm.training.build import make_model, make_optimizer

@@ -12,30 +12,23 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.data.corpora import DEFAULT
-from lm.launch.probing.mode import PROBED, Precisions
-from lm.launch.probing.run import run_probe
-from lm.launch.probing.sources import Source, fresh, from_checkpoint, from_run
-from lm.options.modes import MODES, mode_names
-from main import make_precision as main_precision
-from main_amp import make_precision as amp_precision
-from main_fp16_optimizer import make_precision as fp16_optimizer_precision
+from lm.launch.probing.flags import OF_MODEL, read_flags
+from lm.options.command_line import check_after_dashes, part_with_trainers
+from lm.options.modes import MODES, PROBED, mode_names
 from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, number, whole
 from roundoff.errors import UsageError
 from roundoff.extras import require_report
-from roundoff.gradients.result import write_probe
 from roundoff.program import exit_code
 from roundoff.runs.files import check_writable
-from roundoff.terminal import say
+
+if TYPE_CHECKING:
+    from lm.launch.probing.mode import Precisions
+    from lm.launch.probing.sources import Source
 
 FILES = ("probe.json", "probe.html", "probe.png")
-PRECISIONS: Precisions = {
-    "main": main_precision,
-    "main_fp16_optimizer": fp16_optimizer_precision,
-    "main_amp": amp_precision,
-}
 USAGE = "probe.py [options] [-- TRAINER FLAGS...]"
 EPILOG = """After -- go flags of the trainers for the model, the batches and the update, such as --nhid 650; see main.py
 --help. Exit code: 0; 1 if it failed; 2 after a mistake in the command; 130 when interrupted, which leaves nothing."""
@@ -48,7 +41,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_version(parser)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="weights that --save wrote (default: fresh ones)"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights that --save wrote, or a run directory, for those of its best model (default: fresh ones)",
     )
     weights.add_argument(
         "--run",
@@ -58,7 +54,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", metavar="FOLDER", help=f"as of the trainers (default: {DEFAULT}, or that of the run)")
     parser.add_argument("--batches", type=whole, default=32, metavar="N", help="how many, from the start of the text")
-    parser.add_argument("--modes", type=mode_names, default=list(PROBED), metavar="A,B", help=f"of {', '.join(MODES)}")
+    parser.add_argument(
+        "--modes",
+        type=mode_names,
+        default=list(PROBED),
+        metavar="A,B",
+        help=f"of {', '.join(MODES)}; fp16 and bf16 mean amp-fp16 and amp-bf16",
+    )
     parser.add_argument(
         "--flush-limit",
         type=number(float, 0, 1, above=True),
@@ -68,8 +70,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="results go here (default: runs/probe-<time>)")
     complete(parser)
+    part_with_trainers(parser)
     args = parser.parse_args(argv[:end])
     args.flags = argv[end + 1 :]
+    check_after_dashes(parser, args.flags)
     args.out = args.out or Path("runs") / f"probe-{time.strftime('%Y%m%d-%H%M%S')}"
     return args
 
@@ -87,19 +91,37 @@ def check_out(out: Path) -> None:
     check_writable("--out", there / FILES[0])
 
 
-def find_source(args: argparse.Namespace) -> Source:
+def precisions() -> "Precisions":
+    """Return the `make_precision` of every trainer."""
+    import main as fp32_or_manual  # here, as below: torch takes seconds, which --help and a mistake do not have
+    import main_amp
+    import main_fp16_optimizer
+
+    return {
+        "main": fp32_or_manual.make_precision,
+        "main_fp16_optimizer": main_fp16_optimizer.make_precision,
+        "main_amp": main_amp.make_precision,
+    }
+
+
+def find_source(args: argparse.Namespace) -> "Source":
     """Find what the command line asks to be probed."""
+    from lm.launch.probing.sources import fresh, from_checkpoint, from_run
+
     if args.run is not None:
-        return from_run(args.run, args.data, args.flags, PRECISIONS)
-    data = args.data or DEFAULT
-    return fresh(data, args.flags) if args.checkpoint is None else from_checkpoint(args.checkpoint, data, args.flags)
+        return from_run(args.run, args.data, args.flags, precisions())
+    if args.checkpoint is not None:
+        return from_checkpoint(args.checkpoint, args.data, args.flags)
+    return fresh(args.data or DEFAULT, args.flags)
 
 
 def report(out: Path, result: dict[str, Any]) -> None:
     """Print the table and write `FILES` into the folder `out`."""
+    from roundoff.gradients.result import write_probe
     from roundoff.report.probe_html import write_html  # here, since what draws takes 50 MB that measuring needs
     from roundoff.report.probe_png import write_png
     from roundoff.report.probe_table import table
+    from roundoff.terminal import say
 
     say(table(result))
     try:
@@ -116,9 +138,13 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     check_out(args.out)
     require_report()
+    if args.run is None:
+        read_flags(args.flags, OF_MODEL if args.checkpoint else ())  # a mistake in them is told before torch is there
+    from lm.launch.probing.run import run_probe
+
     source = find_source(args)
     command = ["probe.py", *sys.argv[1:]]
-    result = run_probe(source, args.modes, args.batches, args.flush_limit, command, PRECISIONS)
+    result = run_probe(source, args.modes, args.batches, args.flush_limit, command, precisions())
     report(args.out, result)
     return 0
 

@@ -9,8 +9,6 @@ from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete
 from roundoff.extras import require_report
 from roundoff.program import exit_code
 from roundoff.report.compare_command import add_options, default_out, publish, settings
-from roundoff.runs.reading import read_run
-from roundoff.verdict.comparison import compare_runs
 
 COMPARE = """Do these runs train alike, and if not, from which step on and by how much? Reads run directories, prints a
 table with a verdict for each mode, and writes report.html, curves.png and summary.json."""
@@ -36,7 +34,7 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     complete(parser)
     args, rest = parser.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-")]:
-        comparison.error(f"unrecognized arguments: {' '.join(unknown)}")
+        comparison.unrecognized(unknown)
     args.runs += map(Path, rest)  # argparse leaves the directories that follow an option
     args.out = args.out or default_out()
     return args
@@ -46,6 +44,9 @@ def run() -> int:
     """Do what the command line asks for."""
     args = parse_args(sys.argv[1:])
     require_report()
+    from roundoff.runs.reading import read_run
+    from roundoff.verdict.comparison import compare_runs
+
     publish(compare_runs([read_run(path) for path in args.runs], **settings(args)), args)
     return 0
 

@@ -4,17 +4,56 @@ Python's argparse itself heeds NO_COLOR where it has colours (from 3.14 on).
 """
 
 import argparse
+import difflib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import roundoff
-from roundoff.errors import UsageError
+from roundoff.errors import UsageError, printable
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line, without the usage in front of it."""
+    """An ArgumentParser whose complaint is one line, without the usage in front of it, and names what was meant.
+
+    Attributes:
+        elsewhere: given an unknown flag, such as "--dtype", returns the advice of the program that knows it; else None.
+    """
+
+    elsewhere: Callable[[str], str | None] = staticmethod(lambda flag: None)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """See ArgumentParser."""
+        found, rest = self.parse_known_args(args, namespace)
+        return self._all_known(found, rest)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """See ArgumentParser."""
+        found, rest = self.parse_known_intermixed_args(args, namespace)
+        return self._all_known(found, rest)
+
+    def _all_known(self, found: argparse.Namespace, rest: list[str]) -> argparse.Namespace:
+        if rest:
+            self.unrecognized(rest)
+        return found
+
+    def unrecognized(self, rest: Sequence[str]) -> NoReturn:
+        """Raise UsageError: no option takes the words `rest`. Say which option was meant, if one is like them."""
+        flags = dict.fromkeys(word.partition("=")[0] for word in rest if word.startswith("--"))
+        hints = list(dict.fromkeys(hint for flag in flags if (hint := self._hint(flag))))
+        self.error("; ".join([f"unrecognized arguments: {' '.join(rest)}", *hints[:3]]))
+
+    def _hint(self, flag: str) -> str | None:
+        if advice := self.elsewhere(flag):
+            return advice
+        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        near = nearest(flag[2:].replace("_", "-"), names)
+        return None if near is None else f"did you mean --{near}?"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, invalid_choice(value, action.choices))
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
@@ -23,6 +62,22 @@ class OneLineParser(argparse.ArgumentParser):
     def knows(self, word: str) -> bool:
         """Return whether `word`, such as "--lr=5", begins with an option."""
         return word.partition("=")[0] in self._option_string_actions
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return that of `known` which `word` is most like, or begins; None if it is like none. Case does not count."""
+    lower = {name.lower(): name for name in known}
+    begun = [name for name in lower if name.startswith(word.lower())] if len(word) > 1 else []
+    near = begun if len(begun) == 1 else difflib.get_close_matches(word.lower(), lower, 1)
+    return lower[near[0]] if near else None
+
+
+def invalid_choice(value: Any, choices: Iterable[str]) -> str:
+    """Return the complaint that `value` is none of `choices`."""
+    allowed = list(choices)
+    near = nearest(str(value), allowed)
+    hint = f"did you mean {near}? " if near else ""
+    return f"invalid choice: {printable(repr(value))} ({hint}choose from {', '.join(allowed)})"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

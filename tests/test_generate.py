@@ -9,7 +9,9 @@ import torch
 import generate
 from lm.model.language_model import KINDS
 from lm.model.model_file import load_model, save_model
-from programs import HALF, SCRIPTS, WORDS, Programs, make_model
+from lm.training.checkpoint import FILE, FORMAT
+from programs import HALF, MODEL, SCRIPTS, WORDS, Programs, make_model
+from roundoff.runs.tensor_file import load_tensors, save_tensors
 
 
 def text(programs: Programs, *flags: str) -> str:
@@ -45,12 +47,16 @@ def test_number_of_words_and_progress_lines(saved, words):
     written = (saved.folder / "out.txt").read_text(encoding="utf-8")
     assert written.endswith("\n")
     assert len(written.split()) == words
-    assert done.out == "".join(f"| Generated {i}/{words} words\n" for i in range(7, words + 1, 7))
+    assert done.out == "".join(f"| Generated {i}/{words} words\n" for i in range(7, words + 1, 7)) + (
+        f"| {words} words are in out.txt\n"
+    )
 
 
 def test_defaults(saved):
     done = saved.run("generate")
-    assert done.out == "".join(f"| Generated {i}/1000 words\n" for i in range(100, 1001, 100))
+    assert done.out == "".join(f"| Generated {i}/1000 words\n" for i in range(100, 1001, 100)) + (
+        "| 1000 words are in generated.txt\n"
+    )
     default = (saved.folder / "generated.txt").read_bytes()
     flags = "--outf generated.txt --words 1000 --seed 1111 --temperature 1.0 --log-interval 100"
     assert saved.run("generate", "--checkpoint", "model.safetensors", *flags.split()).out == done.out
@@ -224,7 +230,7 @@ def test_a_line_has_20_words():
 
 def test_old_files_stay_until_the_text_is_whole(saved, monkeypatch):
     (saved.folder / "generated.txt").write_text("old")
-    monkeypatch.setattr(generate, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("lm.model.generation.generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert saved.run("generate").code == 130
     assert (saved.folder / "generated.txt").read_text() == "old"
 
@@ -236,3 +242,42 @@ def test_the_model_read_is_the_model_saved(saved):
         model.state_dict().items(), make_model().state_dict().items(), strict=True
     ):
         assert torch.equal(weight, original), name
+
+
+@pytest.mark.parametrize(("script", "flags"), [("main", ["--tied"]), *((s, HALF[s]) for s in SCRIPTS)])
+def test_a_run_directory_stands_for_its_best_model(programs, script, flags):
+    """Also once another run has overwritten the file, or where the directory has moved with the file in it."""
+    programs.train(script, *flags)
+    best = text(programs, "--words", "40")
+    assert text(programs, "--words", "40", "--checkpoint", "run") == best
+    (programs.folder / MODEL).rename(programs.folder / "run" / MODEL)
+    (programs.folder / "run").rename(programs.folder / "moved")
+    (programs.folder / "corpus").rename(programs.folder / "away")
+    assert text(programs, "--words", "40", "--checkpoint", "moved") == best
+    (programs.folder / "away").rename(programs.folder / "corpus")
+    save_model(programs.folder / "moved" / MODEL, make_model(), WORDS)
+    assert text(programs, "--words", "40", "--checkpoint", "moved") == best
+    (programs.folder / "corpus" / "train.txt").write_text("another corpus\n")
+    assert "its words are only in its corpus (--data corpus is another" in programs.refuse(
+        "generate", "--checkpoint", "moved"
+    )
+
+
+def test_a_run_that_was_stopped_before_its_first_validation(programs):
+    """It has saved the model as it was then."""
+    programs.train("main", "--dry-run")
+    content = load_tensors(programs.folder / "run" / FILE, FORMAT)
+    expected = text(programs, "--words", "40")
+    (programs.folder / MODEL).unlink()
+    save_tensors(programs.folder / "run" / FILE, content | {"best_weights": None}, FORMAT)
+    assert text(programs, "--words", "40", "--checkpoint", "run") == expected
+
+
+@pytest.mark.parametrize("weights", [7, {"a": 1}, torch.zeros(3), {"decoder.bias": torch.zeros(3)}])
+def test_a_run_directory_made_to_do_harm(programs, weights):
+    programs.train("main", "--dry-run")
+    content = load_tensors(programs.folder / "run" / FILE, FORMAT)
+    save_tensors(programs.folder / "run" / FILE, content | {"best_weights": weights}, FORMAT)
+    assert "--checkpoint run: checkpoint.safetensors contradicts itself" in programs.refuse(
+        "generate", "--checkpoint", "run"
+    )

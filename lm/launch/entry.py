@@ -1,4 +1,7 @@
-"""The entry point of a trainer: from its command line to its exit code."""
+"""The entry point of a trainer: from its command line to its exit code.
+
+This module imports no torch. A trainer calls `answer_early` before it imports torch, which takes seconds.
+"""
 
 import re
 import sys
@@ -8,9 +11,30 @@ from pathlib import Path
 from lm.options.command_line import make_parser, with_dashes
 from lm.options.config import parse_args
 from lm.options.options import Options
-from lm.training.program import exit_code
+from roundoff import processes, program
 from roundoff.cli import OneLineParser, complete
 from roundoff.errors import UsageError
+
+
+def answer_early(script_file: str, description: str | None) -> None:
+    """End the program where its command line asks for help or for completions, or is a mistake; else do nothing.
+
+    The arguments are those of `run_trainer`, which reads the command line again. The processes of torchrun wait for
+    `run_trainer`, which lets one of them complain for all.
+    """
+    if processes.launched():
+        return
+    parser = make_parser(Path(script_file).stem, description)
+    complete(parser)
+    if is_for_sacred(parser, sys.argv[1:]):
+        return
+
+    def read() -> int:
+        parse_args(script_file, description)
+        return 0
+
+    if code := program.exit_code(read):
+        sys.exit(code)
 
 
 def run_trainer(main: Callable[[Options], int], script_file: str, description: str | None) -> int:
@@ -20,6 +44,8 @@ def run_trainer(main: Callable[[Options], int], script_file: str, description: s
         main: trains.
         script_file, description: the trainer's `__file__`, and its `__doc__` for --help.
     """
+    from lm.training.program import exit_code  # here, since torch takes seconds
+
     return exit_code(lambda: _run(main, script_file, description, sys.argv[1:]))
 
 

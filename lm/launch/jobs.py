@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lm.data import corpora
 from lm.launch.progress import Progress
 from lm.options.command_line import make_parser, read_command_line
@@ -164,9 +162,13 @@ def check_flags(modes: Sequence[str], argv: Sequence[str]) -> tuple[int, dict[st
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
     """Return the environment of each of the `jobs` runs at a time: a GPU, or its share of the CPU's threads."""
-    if jobs > 1 and device == "cpu":
+    if jobs == 1:
+        return [{}]
+    import torch  # here, since it takes seconds
+
+    if device == "cpu":
         return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}] * jobs
-    if jobs > 1 and device == "cuda" and (count := torch.cuda.device_count()) > 1:
+    if device == "cuda" and (count := torch.cuda.device_count()) > 1:
         names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = names[:count] if len(names) >= count else [str(i) for i in range(count)]
         return [{"CUDA_VISIBLE_DEVICES": names[slot % count]} for slot in range(jobs)]

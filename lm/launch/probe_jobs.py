@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.launch.jobs import Job, comparison_folder, python, run_jobs
-from lm.launch.probing.sources import job_options
+from lm.launch.probing.flags import job_options
 from lm.options.config import stored_options
 from lm.options.options import words
 from roundoff.errors import UsageError

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lm.model.decoder_loss import decoder_loss
 from lm.model.kernels import compute_dtype, linear
+from lm.model.kinds import KINDS
 from lm.model.recurrent import GRU, LSTM, RNN, Recurrent
 from lm.model.transformer import Transformer, positions
 
-KINDS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")
 INIT_RANGE = 0.1
 
 Hidden = Tensor | tuple[Tensor, ...]

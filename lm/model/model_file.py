@@ -17,7 +17,11 @@ FORMAT = "roundoff model 2"
 
 
 def save_model(path: Path, model: RNNModel, vocabulary: list[str]) -> None:
-    """Write weights (in the model's dtype), model options and vocabulary: all that `generate.py` needs."""
+    """Write weights (in the model's dtype), model options and vocabulary: all that `generate.py` needs.
+
+    The folder of `path` is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"options": model.options, "vocabulary": vocabulary, "weights": model.state_dict()}
     save_tensors(path, content, FORMAT)
 
@@ -36,19 +40,28 @@ def load_model(path: Path) -> tuple[RNNModel, list[str]]:
     except BadFileError as error:
         raise UsageError(f"--checkpoint {path} cannot be read as a model file ({error}); give another") from None
     try:
-        if not isinstance(content, dict):
-            raise TypeError("it holds no model")
-        options, vocabulary, weights = content["options"], content["vocabulary"], content["weights"]
-        for name, weight in weights.items():
-            _check_weight(name, weight)
-        _check_options(options, vocabulary, len(weights))
-        model = in_fp32(options, weights)
-        for name, weight in model.state_dict().items():
-            if not weight.isfinite().all():
-                raise ValueError(f"{name} is not a tensor of finite numbers")
+        return model_of(content)
     except Exception as error:  # options of any type and value go into the model
         reason = printable(" ".join(str(error).split()), 160)  # torch writes its longest messages in several lines
         raise UsageError(f"--checkpoint {path} contradicts itself ({reason}); train it again") from None
+
+
+def model_of(content: Any) -> tuple[RNNModel, list[str]]:
+    """Return the fp32 model on the CPU and its vocabulary, of what a model file holds, which trusts nothing.
+
+    Raises:
+        Exception: `content` contradicts itself.
+    """
+    if not isinstance(content, dict):
+        raise TypeError("it holds no model")
+    options, vocabulary, weights = content["options"], content["vocabulary"], content["weights"]
+    for name, weight in weights.items():
+        _check_weight(name, weight)
+    _check_options(options, vocabulary, len(weights))
+    model = in_fp32(options, weights)
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} is not a tensor of finite numbers")
     return model, vocabulary
 
 

@@ -54,6 +54,7 @@ def export_onnx(path: Path, model: RNNModel, vocabulary: list[str], words: int, 
         difference = _difference(content, model, words)
         if not difference <= TOLERANCE:
             raise ValueError(f"onnxruntime's numbers differ from the model's own by {difference:.1e} of the largest")
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
     except Exception as error:  # whatever the packages raise: nothing of the run may be lost by it
         reason = (isinstance(error, OSError) and error.strerror) or printable(" ".join(str(error).split()), 160)

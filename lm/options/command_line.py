@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lm.options.options import SCRIPTS, Option, checked, flag, help_of, option_of, options_of
+from lm.options.options import SCRIPTS, Option, checked, flag, help_of, option_of, options_of, whose
 from roundoff.cli import OneLineParser, Switch, add_version
 from roundoff.errors import UsageError
 
@@ -24,6 +24,7 @@ def make_parser(script: str | None, description: str | None) -> OneLineParser:
         allow_abbrev=False,  # an abbreviation of today is ambiguous with the next new flag
         argument_default=argparse.SUPPRESS,
     )
+    parser.elsewhere = whose
     add_version(parser)
     parser.add_argument(
         "--config",
@@ -87,3 +88,23 @@ def read_config_file(path: Path, script: str | None) -> dict[str, Any]:
         return checked(script, content)
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from None
+
+
+def part_with_trainers(parser: OneLineParser) -> None:
+    """Let `parser`, of a program that takes flags of the trainers after --, say so where one stands before it."""
+    trainers = make_parser(None, None)
+
+    def advice(name: str) -> str | None:
+        known = trainers.knows(with_dashes(trainers, name))
+        return f"flags of the trainers go after --, as in {parser.prog} -- {name}" if known else None
+
+    parser.elsewhere = advice
+
+
+def check_after_dashes(parser: OneLineParser, flags: list[str]) -> None:
+    """Raise UsageError where an option of `parser` that no trainer has stands among the `flags` after --."""
+    trainers = make_parser(None, None)
+    for word in flags:
+        name = word.partition("=")[0]
+        if name.startswith("--") and parser.knows(name) and not trainers.knows(name):
+            parser.error(f"{name} after --: this is an option of {parser.prog} itself; give it before the --")

@@ -1,19 +1,9 @@
-"""The device that a command line asks for."""
-
-import argparse
+"""Find the device that a command line asks for."""
 
 import torch
 
-from roundoff.cli import Switch
 from roundoff.device import ACCELERATORS
 from roundoff.errors import UsageError
-
-
-def add_device_options(parser: argparse._ActionsContainer) -> None:
-    """Add --cuda, --accel and --device, which `device_of` takes."""
-    parser.add_argument("--cuda", action=Switch, help="the same as --device cuda")
-    parser.add_argument("--accel", action=Switch, help="run on this machine's accelerator: CUDA, XPU or MPS")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N, xpu or mps (default: cpu)")
 
 
 def find_device(name: str | None, *, cuda: bool = False, processes: int = 1) -> str:
@@ -83,9 +73,3 @@ def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1
     if name is not None and name.partition(":")[0] != found.type:
         raise UsageError(f"--accel ({found.type}) and --device {name} contradict each other: give one of them")
     return find_device(name or found.type, cuda=cuda, processes=processes)  # which refuses --cuda beside another kind
-
-
-def device_of(device: str | None, *, cuda: bool, accel: bool, processes: int = 1) -> str:
-    """Return the device that --device, --cuda and --accel ask for; the rest is as for the functions above."""
-    find = find_accelerator if accel else find_device
-    return find(device, cuda=cuda, processes=processes)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.options.options import Options
+from roundoff.cli import nearest
 
 FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
 FP16_STATIC = ("manual", "fp16-optimizer")
@@ -45,6 +46,11 @@ MODES: dict[str, Mode] = {
 }
 DEFAULT_MODES = ("fp32", "manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 
+SHORT = {"fp16": "amp-fp16", "bf16": "amp-bf16"}
+"""What half dtypes mean where a mode is named: autocast, as everywhere else."""
+PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
+"""What a probe measures by default: fp16-optimizer at its static scale has the gradient of manual in every bit."""
+
 
 def mode_of(options: Options) -> Mode:
     """Return the mode in which a run with these options trains; one that is not in `MODES` is called by its script."""
@@ -55,12 +61,19 @@ def mode_of(options: Options) -> Mode:
     return Mode(f"{options.script}-{options.dtype}-dynamic", options.script, {}, options.dtype)
 
 
+def mode_name(text: str) -> str:
+    """Return the name of a mode, of which `text` may be the short form."""
+    return SHORT.get(text, text)
+
+
 def mode_names(text: str) -> list[str]:
     """Read names of modes, separated by commas; an argparse type."""
-    names = text.split(",")
+    names = [mode_name(name) for name in text.split(",")]
     for name in names:
         if name not in MODES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no mode; there are {', '.join(MODES)}")
+            near = nearest(name, [*MODES, *SHORT]) if name else None
+            hint = f"did you mean {near}? " if near else ""
+            raise argparse.ArgumentTypeError(f"{name!r} is no mode; {hint}there are {', '.join(MODES)}")
         if names.count(name) > 1:
             raise argparse.ArgumentTypeError(f"{name} is named twice")
     return names

@@ -1,19 +1,19 @@
 """Every option of the three trainers, once: its name, type, default, bounds and help."""
 
 import argparse
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lm.data.corpora import BUILT_IN, DEFAULT
-from lm.model.language_model import KINDS
-from roundoff.cli import finite_above_0, number, whole
+from lm.model.kinds import KINDS
+from roundoff.cli import finite_above_0, invalid_choice, nearest, number, whole
 from roundoff.errors import UsageError, printable
 
 SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
 DTYPES = ("float16", "bfloat16", "float32")
+SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 FP16_STATIC_LOSS_SCALE = 128.0
 
 DEFAULT_LR = {"sgd": 20.0, "adamw": 0.001}
@@ -23,6 +23,11 @@ TRANSFORMER_LR = 5.0
 
 # The bounds leave the reciprocal of the scale in the range of fp32 too.
 loss_scale = number(float, 2.0**-100, 2.0**127, what="a number above 0, from 2**-100 to 2**127")
+
+
+def dtype_name(text: str) -> str:
+    """Return the name that torch has for a dtype; an argparse type, which leaves unknown names as they are."""
+    return SHORT_DTYPES.get(text, text)
 
 
 @dataclass(frozen=True)
@@ -142,9 +147,9 @@ class Options:
     fp16: bool = option("precision", bool, False, "train in float16; in main_amp.py, the same as --dtype float16")
     dtype: str = option(
         "precision",
-        str,
+        dtype_name,
         None,
-        "dtype of products under autocast; float32 means no autocast",
+        "dtype of products under autocast; float32 means no autocast; fp16, bf16 and fp32 are taken too",
         choices=DTYPES,
         scripts=("main_amp",),
         otherwise="float16",
@@ -269,6 +274,19 @@ def flag(name: str) -> str:
     return "--batch_size" if name == "batch_size" else f"--{name.replace('_', '-')}"
 
 
+def whose(name: str, script: str | None = None) -> str | None:
+    """Return whose option the flag `name` is, such as "--dtype", for who gave it to `script`; None if nobody's.
+
+    A flag of `script` itself, and one of all three trainers, is no mistake.
+    """
+    if name == "--bf16":  # as other projects have it
+        return "bfloat16 is main_amp.py --dtype bf16"
+    f = options_of(None).get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
+    if f is None or option_of(f).scripts == SCRIPTS or script in option_of(f).scripts:
+        return None
+    return f"{name} is an option of {' and '.join(f'{other}.py' for other in option_of(f).scripts)}"
+
+
 def words(values: Mapping[str, Any]) -> list[str]:
     """Return `values`, by option, as the words of a command line, to start a process with."""
     found = []
@@ -293,9 +311,9 @@ def checked(script: str | None, content: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise UsageError(f"there is no option {printable(repr(key))}; {advice}")
+            near = nearest(name, known)
+            advice = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"there is no option {printable(repr(key))}; {whose(flag(name)) or advice}")
         if name in values:
             raise UsageError(f"{printable(repr(key))} stands there twice, with - and with _")
         values[name] = None if value is None else _checked(name, option_of(known[name]), value)
@@ -311,12 +329,13 @@ def _checked(name: str, facts: Option, value: Any) -> Any:
     if isinstance(value, dict | list | tuple):
         raise UsageError(f"{where} {printable(repr(value))} is not one value")
     text = str(value)  # a number from a file is judged as the same digits on a command line are
-    if facts.choices is not None and text not in facts.choices:
-        raise UsageError(f"{where} invalid choice: {printable(repr(text))} (choose from {', '.join(facts.choices)})")
     try:
-        return facts.kind(text)
+        found = facts.kind(text)
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"{where} {printable(error, 300)}") from None
+    if facts.choices is not None and found not in facts.choices:
+        raise UsageError(f"{where} {invalid_choice(text, facts.choices)}")
+    return found
 
 
 def as_values(options: Options) -> dict[str, Any]:

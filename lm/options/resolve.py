@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from lm.model.onnx_file import check_onnx_export
-from lm.options.device import device_of
+from lm.options.device_flags import device_of
 from lm.options.options import DEFAULT_LR, TRANSFORMER_LR, Options
 from roundoff import processes
 from roundoff.errors import UsageError
@@ -21,6 +20,8 @@ def resolve(given: Options) -> Options:
     if given.tensorboard:
         event_files()  # to refuse it before anything is written
     if given.onnx_export is not None:
+        from lm.model.onnx_file import check_onnx_export  # here, since torch takes seconds
+
         check_onnx_export(given.onnx_export, given.save)
     _check_model(given)
     optimizer = _optimizer(given)

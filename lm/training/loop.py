@@ -13,6 +13,7 @@ from lm.model.model_file import save_model
 from lm.model.onnx_file import export_onnx
 from lm.options.options import Options
 from lm.training import distributed
+from lm.training.announcement import say_after, say_before, say_how_to_go_on
 from lm.training.checkpoint import write_checkpoint
 from lm.training.description import describe
 from lm.training.divergence import diverged
@@ -86,10 +87,12 @@ class Training:
         """See `fit`."""
         with self.stop:  # to the very end: torchrun sends SIGTERM as soon as one process fails
             try:
+                say_before(self.args, self.records)
                 interrupted = self.train()
                 if interrupted:
                     say("-" * 89)
                     say("Exiting from training early")
+                    say_how_to_go_on(self.args, self.records)
                 self.finish("interrupted" if interrupted else "finished")
             except (RunError, Terminated) as error:
                 with suppress(OSError):  # a full disk may not hide the reason
@@ -111,6 +114,7 @@ class Training:
             if self.args.onnx_export is not None and processes.rank() == 0:  # the run is over: nothing can spoil it
                 words = self.corpus.dictionary.idx2word
                 export_onnx(self.args.onnx_export, self.model, words, self.args.bptt, self.args.save)
+            say_after(self.args, self.records, interrupted)
         return 0
 
     def train(self) -> bool:
@@ -126,7 +130,7 @@ class Training:
                     return True
         except Terminated:  # raised between two steps, or in the validation after the last one
             self.write_checkpoint()
-            say(f"| stopped by SIGTERM; to go on: --resume {self.records.path}")
+            say_how_to_go_on(self.args, self.records, "stopped by SIGTERM; ")
             raise
         return False
 

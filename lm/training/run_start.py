@@ -78,7 +78,7 @@ def _check_places(args: Options) -> None:
         if path is not None:
             check_not_of_the_run(flag, path, args.run_dir)
             if args.run_dir is None or args.run_dir != path.parent:  # that directory is made, and tried, next
-                check_writable(flag, path)
+                check_writable(flag, path, make_folder=True)
 
 
 def _go_on(

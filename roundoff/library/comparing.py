@@ -54,12 +54,11 @@ class ComparisonReport:
         Raises:
             OSError: a file cannot be written.
         """
-        from roundoff.report.compare_command import FILES as WRITERS
+        from roundoff.report.compare_command import write_files
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, write in WRITERS.items():
-            write(folder / name, self.comparison)
+        write_files(folder, self.comparison)
 
 
 def compare(

@@ -6,19 +6,16 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from roundoff.cli import finite_above_0
 from roundoff.errors import RunError, UsageError
-from roundoff.report.html import write_html
-from roundoff.report.png import write_png
-from roundoff.report.probe_table import table as probe_table
-from roundoff.report.summary import table, write_summary
 from roundoff.runs.files import check_writable
-from roundoff.terminal import say
-from roundoff.verdict.types import Comparison
 
-FILES = {"summary.json": write_summary, "report.html": write_html, "curves.png": write_png}
+if TYPE_CHECKING:
+    from roundoff.verdict.types import Comparison
+
+FILES = ("summary.json", "report.html", "curves.png")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,27 +59,40 @@ def default_out() -> Path:
     return Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def publish(comparison: Comparison, args: argparse.Namespace) -> None:
+def publish(comparison: "Comparison", args: argparse.Namespace) -> None:
     """Print the table of `comparison` and write its files to `args.out`.
 
     Raises:
         UsageError: the files cannot be written.
         RunError: a pair of --expect-equal differs; the files are written.
     """
+    from roundoff.report.probe_table import table as probe_table  # here, as below
+    from roundoff.report.summary import table
+    from roundoff.terminal import say
+
     _make_folder(args.out)
     say(table(comparison))
     for probe in comparison.probes:
         say(f"\n{probe.title}: {probe.problem or probe.path / 'probe.html'}")
         if probe.result is not None:
             say(probe_table(probe.result, explained=False))
-    for name, write in FILES.items():
-        write(args.out / name, comparison)
+    write_files(args.out, comparison)
     say(f"The report is in {args.out / 'report.html'}, with curves.png and summary.json beside it.")
     equal = {frozenset((p.first, p.second)): p for p in comparison.pairs}
     for both in args.expect_equal or []:
         found = equal[frozenset(both)]
         if not found.equal:
             raise RunError(f"--expect-equal {','.join(both)}: {found.sentence}")
+
+
+def write_files(folder: Path, comparison: "Comparison") -> None:
+    """Write `FILES` into `folder`, which must be there."""
+    from roundoff.report.html import write_html  # here, since what draws takes a second that --help does not need
+    from roundoff.report.png import write_png
+    from roundoff.report.summary import write_summary
+
+    for name, write in zip(FILES, (write_summary, write_html, write_png), strict=True):
+        write(folder / name, comparison)
 
 
 def _make_folder(out: Path) -> None:

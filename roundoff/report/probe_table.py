@@ -10,10 +10,10 @@ COLUMNS = {  # header -> alignment
     "error\nto noise": "right",
     "bias": "right",
     "flush\nbias": "right",
-    "flush-\ned": "right",
-    "sub-\nnormal": "right",
-    "over-\nflowed": "right",
-    "stag-\nnated": "right",
+    "flushed": "right",
+    "subnormal": "right",
+    "inf": "right",
+    "stagnated": "right",
 }
 FORWARD = {
     "mode": "left",
@@ -37,7 +37,7 @@ LEGEND = [
     "Error to noise: root mean square of the gradient's error, over the standard deviation of the float64 gradient "
     "from batch to batch.",
     "Bias: length of the mean error, over that of the mean gradient; flush bias: that of the flushed elements alone.",
-    "Flushed (became 0), subnormal, overflowed: shares of the elements that are not 0 in float64.",
+    "Flushed (became 0), subnormal, inf (overflowed): shares of the elements that are not 0 in float64.",
     "Stagnated: share of the updates under half a unit in the last place of a weight in the mode's dtype: what "
     "fp32 master weights keep.",
     "+-: standard error, from the number of batches.",
@@ -53,7 +53,7 @@ LONGEST_GRID = 12
 
 
 def table(result: Result, explained: bool = True) -> str:
-    """Return the table, at most 100 columns wide, and its sentences; nothing that a terminal would obey.
+    """Return the table, which fits the terminal, and its sentences; nothing that a terminal would obey.
 
     Args:
         result: what `roundoff.gradients.result.read_probe` returns.

@@ -2,6 +2,8 @@
 
 import math
 import shlex
+import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
 TOKENS, MEMORY = "tokens\n/s", "peak\nmemory"
 LONGEST_NAME = 22
 LONGEST_SENTENCE = 1000
+PIPE = 100
+"""The width of a table that no terminal shows."""
 
 
 def columns(comparison: Comparison) -> dict[str, str]:
@@ -82,12 +86,53 @@ def table(comparison: Comparison) -> str:
     return "\n\n".join(text)
 
 
-def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str]) -> str:
-    """Return `rows` as plain text below their heads; `columns` is head -> alignment."""
+def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str], width: int | None = None) -> str:
+    """Return `rows` as plain text below their heads; `columns` is head -> alignment.
+
+    The text is at most `width` wide, by default as the terminal. Where all columns do not fit, heads have a line for
+    each word; where that is too wide too, the columns stand below each other in parts, the first one in each of them.
+    """
+    width = width or terminal_width()
+    heads, alignment = list(columns), list(columns.values())
+    text = _plain(rows, heads, alignment)
+    if _width(text) > width:
+        heads = [head.replace(" ", "\n") for head in heads]
+        text = _plain(rows, heads, alignment)
+    if _width(text) <= width:
+        return text
+    parts, taken = [], [0]
+    for i in range(1, len(heads)):
+        more = [*taken, i]
+        if len(taken) > 1 and _width(_plain(*_chosen(rows, heads, alignment, more))) > width:
+            parts.append(taken)
+            more = [0, i]
+        taken = more
+    return "\n\n".join(_plain(*_chosen(rows, heads, alignment, part)) for part in [*parts, taken])
+
+
+def terminal_width() -> int:
+    """Return the width of the terminal, or `PIPE` where standard output is none."""
+    return shutil.get_terminal_size((PIPE, 24)).columns if sys.stdout.isatty() else PIPE
+
+
+def _chosen(
+    rows: Sequence[Sequence[str]], heads: list[str], alignment: list[str], part: list[int]
+) -> tuple[list[list[str]], list[str], list[str]]:
+    return [[row[i] for i in part] for row in rows], [heads[i] for i in part], [alignment[i] for i in part]
+
+
+def _plain(rows: Sequence[Sequence[str]], heads: list[str], alignment: list[str]) -> str:
     with needs("report"):
-        from tabulate import tabulate
-    alignment = list(columns.values())
-    return tabulate(rows, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=alignment)
+        import tabulate
+    padding, tabulate.MIN_PADDING = tabulate.MIN_PADDING, 0  # else a head is two characters wider than its words
+    try:
+        return tabulate.tabulate(rows, headers=heads, tablefmt="simple", disable_numparse=True, colalign=alignment)
+    finally:
+        tabulate.MIN_PADDING = padding
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
 
 
 def row(mode: ModeSummary, comparison: Comparison) -> list[str]:

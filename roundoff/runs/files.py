@@ -120,18 +120,24 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def check_writable(flag: str, path: Path) -> None:
-    """Raise UsageError, naming `flag`, unless a file `path` can be written. Leave nothing behind."""
+def check_writable(flag: str, path: Path, make_folder: bool = False) -> None:
+    """Raise UsageError, naming `flag`, unless a file `path` can be written. Leave nothing behind.
+
+    With `make_folder` its folder may be missing, since who writes the file makes it.
+    """
     target = path.resolve()
     if target.exists() and not target.is_file():
         kind = "a directory" if target.is_dir() else "a device or pipe, which writing would replace"
         raise UsageError(f"{flag} {path} is {kind}; give the name of a file")
+    folder, there = path.parent, target.parent
+    while make_folder and not os.path.lexists(there) and there != there.parent:
+        folder = there = there.parent
     try:
-        with tempfile.TemporaryFile(dir=target.parent):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise UsageError(
-            f"{flag} {path}: cannot write in {path.parent} ({error.strerror}); give a place that you can write to"
+            f"{flag} {path}: cannot write in {folder} ({error.strerror}); give a place that you can write to"
         ) from None
 
 

@@ -15,9 +15,6 @@ from lm.training.preflight import try_once
 from roundoff.gradients.measure import ScaledGradients
 from roundoff.precision import Precision
 
-PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
-"""The default: fp16-optimizer at its static scale has the gradient of manual in every bit."""
-
 MakePrecision = Callable[[Options, RNNModel], Precision]
 Precisions = Mapping[str, MakePrecision]
 """Trainer, such as "main_amp" -> its `make_precision`."""

@@ -1,38 +1,23 @@
 """Find the weights to be probed (fresh ones, a model file's or a run's) and the options that belong to them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lm.data.corpora import DEFAULT
 from lm.data.corpus import Corpus
+from lm.launch.best_model import checkpoint_of_run, load_best, options_of_run
+from lm.launch.probing.flags import OF_MODEL, job_options, read_flags
 from lm.launch.probing.mode import Precisions
 from lm.model.language_model import RNNModel
-from lm.model.model_file import load_model
-from lm.options.command_line import make_parser, read_command_line
-from lm.options.config import merge, stored_options
-from lm.options.options import SCRIPTS, Options, as_values, checked, flag, options_of
+from lm.options.config import merge
+from lm.options.options import Options, as_values
 from lm.training.build import make_model
-from lm.training.checkpoint import FILE, FORMAT
 from lm.training.process import set_up
 from lm.training.train_state import restore_state
-from roundoff.errors import BadFileError, UsageError, printable
-from roundoff.runs.jsonfile import read_object
-from roundoff.runs.tensor_file import load_tensors
-
-OF_MODEL = ("model", "emsize", "nhid", "nlayers", "nhead", "dropout", "tied")
-OF_SCALE = ("static_loss_scale", "init_scale")
-OF_JOB = ("batch_size", "bptt", *OF_MODEL, "optimizer", "lr", "clip", "seed")
-REFUSED = {
-    **dict.fromkeys(("fp16", "dtype", "dynamic_loss_scale"), "--modes says that"),
-    **dict.fromkeys(
-        ("cuda", "accel", "device", "tf32"), "a probe runs on the CPU, where dropout is alike in all dtypes"
-    ),
-    "data": "give --data to probe.py itself",
-    "resume": "give --run to probe.py itself",
-}
+from roundoff.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -58,22 +43,29 @@ class Source:
 
 def fresh(data: str, argv: list[str]) -> Source:
     """Return the weights that a trainer with the flags `argv` starts from."""
-    options = _read(argv, ())
+    options = read_flags(argv, ())
     args = merge("main", options)
     set_up(args)
     corpus = Corpus(data)
     return Source(args, options, data, corpus, make_model(args, corpus.vocab_size), _weights("fresh"))
 
 
-def from_checkpoint(path: Path, data: str, argv: list[str]) -> Source:
-    """Return the weights in a model file.
+def from_checkpoint(path: Path, data: str | None, argv: list[str]) -> Source:
+    """Return the weights in a model file, or those of the best model of a run.
+
+    Args:
+        path: the file, or a run directory.
+        data: the corpus; None for that of the run, or for the default one.
+        argv: flags of the trainers.
 
     Raises:
-        UsageError: the file is none, or was trained on another vocabulary.
+        UsageError: there is no such model, or it was trained on another vocabulary.
     """
-    options = _read(argv, OF_MODEL)
+    options = read_flags(argv, OF_MODEL)
     set_up(merge("main", options))
-    model, vocabulary = load_model(path)
+    model, vocabulary = load_best(path)
+    if data is None:
+        data = options_of_run("--checkpoint", path).data if path.is_dir() else DEFAULT
     options["model"] = model.options["kind"]  # whose learning rate is the default
     corpus = Corpus(data)
     if corpus.dictionary.idx2word != vocabulary:
@@ -98,11 +90,11 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
     """
     if argv:
         raise UsageError(f"{argv[0]} after -- with --run: the flags are those of the run; leave it out")
-    args = _options_of(run)
+    args = options_of_run("--run", run)
     set_up(args)
     data = args.data if data is None else data
     corpus = Corpus(data)
-    content = _checkpoint(run)
+    content = checkpoint_of_run("--run", run)
     model = make_model(args, corpus.vocab_size)
     half = make_model(args, corpus.vocab_size)
     precision = precisions[args.script](args, half)
@@ -122,12 +114,6 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
     return Source(args, job_options(as_values(args)), data, corpus, model, _weights("run", run, at.epoch, steps))
 
 
-def job_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a run's `options` that every trainer takes: the job, and the loss scales that were asked for."""
-    scales = [name for name in OF_SCALE if options.get(name) != options_of("main")[name].default]
-    return checked("main", {name: options[name] for name in (*OF_JOB, *scales) if name in options})
-
-
 def _weights(kind: str, path: Path | None = None, epoch: int | None = None, steps: int | None = None) -> dict[str, Any]:
     return {"kind": kind, "path": None if path is None else str(path), "epoch": epoch, "steps": steps}
 
@@ -137,54 +123,3 @@ def _copy(masters: list[Any], model: RNNModel) -> None:
         if not bool(master.isfinite().all()):
             raise ValueError("its weights are not finite; take an earlier checkpoint")
         p.data.copy_(master.detach().view_as(p))
-
-
-def _read(argv: list[str], fixed: tuple[str, ...]) -> dict[str, Any]:
-    """Return the options of the trainers in `argv`, of which none may be what a probe or the model decides."""
-    given = read_command_line(make_parser(None, None), None, argv)
-    for name in given:
-        if name in REFUSED:
-            raise UsageError(f"{flag(name)} after --: {REFUSED[name]}; leave it out")
-        if name in fixed:
-            raise UsageError(f"{flag(name)} after -- with --checkpoint: the model is that of the file; leave it out")
-        if name not in options_of("main"):
-            raise UsageError(f"{flag(name)} after --: not every trainer has this option; leave it out")
-    return given
-
-
-def _options_of(run: Path) -> Options:
-    """Return the options of a run, as of one on the CPU."""
-    try:
-        if not run.is_dir():
-            what = "this is no directory" if run.exists() else "there is no such directory"
-            raise UsageError(f"{what}; give one that a trainer's --run-dir wrote")
-        options = read_object(run / "config.json").get("options")
-        script = options.get("script") if isinstance(options, dict) else None
-        if script not in SCRIPTS:
-            raise UsageError("config.json names no trainer; give a directory that a trainer's --run-dir wrote")
-        stored = stored_options(run, script)
-    except OSError as error:
-        raise UsageError(f"--run {printable(run)}: cannot read config.json ({error.strerror})") from None
-    except UsageError as error:
-        raise UsageError(f"--run {printable(run)}: {str(error).removeprefix(f'--resume {printable(run)}: ')}") from None
-    return merge(
-        script,
-        {
-            name: stored[name]
-            for name in (*OF_JOB, *OF_SCALE, "fp16", "dtype", "dynamic_loss_scale", "data")
-            if name in stored
-        },
-    )
-
-
-def _checkpoint(run: Path) -> dict[str, Any]:
-    path = run / FILE
-    if not path.exists():
-        raise UsageError(f"--run {printable(run)} has no {FILE}, which is written after the first epoch; wait for it")
-    try:
-        content = load_tensors(path, FORMAT)
-    except (BadFileError, FileNotFoundError) as error:
-        raise UsageError(f"--run {printable(run)}: {FILE} cannot be used ({error}); give another run") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"--run {printable(run)}: {FILE} holds no state of a run; give another run")
-    return content

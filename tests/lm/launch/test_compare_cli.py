@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import compare
 import jobs
 from lm.launch.jobs import comparison_folder
 from lm.options.modes import DEFAULT_MODES
@@ -42,8 +43,6 @@ def three(tmp_path_factory) -> tuple[Path, Done]:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["compare.py", *THREE])
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-            import compare
-
             code = compare.exit_code(compare.main)
     return folder, Done(code, out.getvalue(), err.getvalue())
 
@@ -264,3 +263,10 @@ def test_every_default_mode_on_the_built_in_corpus(programs) -> None:
     assert equal[("manual", "fp16-optimizer")] is True
     assert all(f"| {label} " in done.out for label in DEFAULT_MODES)
     assert {path.name for path in (programs.folder / "o").iterdir()} == REPORT | {"compare.json", "runs"}
+
+
+def test_modes_have_short_names_in_every_option() -> None:
+    args = compare.parse_args(["--modes", "fp32,bf16", "--reference", "bf16", "--expect-equal", "fp16,bf16"])
+    assert (args.modes, args.reference) == (["fp32", "amp-bf16"], "amp-bf16")
+    assert args.expect_equal == [("amp-fp16", "amp-bf16")]
+    assert compare.parse_args(["run", "--reference", "bf16"]).reference == "bf16", "a run may be called so"

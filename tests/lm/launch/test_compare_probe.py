@@ -9,7 +9,7 @@ import pytest
 
 from lm.launch import jobs as launch
 from lm.launch.probe_jobs import run_probes
-from lm.launch.probing.sources import OF_JOB
+from lm.launch.probing.flags import OF_JOB
 from pages import Page, numbers
 from programs import Programs, strict_json
 from roundoff.gradients.result import read_probe

@@ -11,15 +11,15 @@ from jobs import MODES as TRAINERS
 from jobs import bits
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.launch.probing.boundaries import LOGITS, tensor_names, watch
-from lm.launch.probing.mode import PROBED, Mode
+from lm.launch.probing.mode import Mode
 from lm.launch.probing.reference import Batch, Reference
 from lm.launch.probing.run import plan_scales
 from lm.model.decoder_loss import logits_of
 from lm.model.language_model import KINDS, RNNModel, next_word_loss
 from lm.options.config import make_args
-from lm.options.modes import MODES
+from lm.options.modes import MODES, PROBED
 from lm.training.build import make_model
-from probe import PRECISIONS
+from probe import precisions
 from programs import Programs
 from roundoff.gradients.measure import Measurement, Plan
 from roundoff.precision import Autocast, MasterWeights
@@ -98,7 +98,7 @@ def test_the_reference_is_autograd_in_float64_and_carries_its_state(kind, tied, 
 
 def make_modes(names: Any, net: RNNModel, /, **options: Any) -> list[Mode]:
     made = [(name, MODES[name].script, MODES[name].options | options) for name in names]
-    return [Mode(name, make_args(script, **told), PRECISIONS[script], net) for name, script, told in made]
+    return [Mode(name, make_args(script, **told), precisions()[script], net) for name, script, told in made]
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -21,7 +21,7 @@ REFUSED = {
     ("--flush-limit", "nan"): "--flush-limit",
     ("--data", "nowhere"): "--data nowhere: there is no such folder",
     ("--checkpoint", "nowhere.pt"): "there is no such file",
-    ("--checkpoint", "corpus"): "this is no file",
+    ("--checkpoint", "corpus"): "give a run directory",
     ("--checkpoint", "corpus/train.txt"): "cannot be read as a model file",
     ("--run", "nowhere"): "--run nowhere: there is no such directory",
     ("--run", "corpus"): "--run corpus",

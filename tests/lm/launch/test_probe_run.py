@@ -1,5 +1,6 @@
 """probe.py from its command line to its files."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 
 from jobs import mostly_slow
 from lm.data.corpus import Corpus
-from lm.launch.probing.mode import PROBED
 from lm.model.language_model import RNNModel
 from lm.model.model_file import load_model, save_model
+from lm.options.modes import PROBED
 from programs import PROBE, SMALL, Programs
 from roundoff.gradients.result import read_probe
 
@@ -90,3 +91,13 @@ def test_a_model_file(saved, kind, lr) -> None:
     assert (job["bptt"], job["batch_size"], job["model"]["nhid"]) == (6, 3, 8)
     assert (job["model"]["kind"], result["lr"]) == (kind, lr)
     assert "weights of model.safetensors; 4 batches of 3 x 6 words" in result["about"]
+
+
+def test_the_best_model_of_a_run_directory(programs) -> None:
+    """On the run's own corpus, where --data names no other."""
+    programs.train("main", "--dry-run")
+    options = ("--batches", "4", "--modes", "fp32", "--out", "probe")
+    assert programs.run("probe", *options, "--checkpoint", "run", "--", "--bptt", "5", "--batch_size", "4").code == 0
+    job = json.loads((programs.folder / "probe" / "probe.json").read_text())["job"]
+    assert (job["weights"]["kind"], job["weights"]["path"], job["data"]) == ("checkpoint", "run", "corpus")
+    assert job["model"]["emsize"] == 8

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lm.model.model_file import load_model
 from lm.model.recurrent import LSTM
 from lm.options.config import make_args
 from lm.training.checkpoint import DAMAGED, FILE, PREVIOUS
@@ -192,11 +193,21 @@ def test_a_new_run_dir_of_several_levels_is_made(programs) -> None:
     assert read_run(programs.folder / "new" / "deep" / "run").result["status"] == "finished"
 
 
+def test_the_folders_of_the_model_are_made(programs) -> None:
+    """As that of --run-dir is; and not before the run starts, so that a mistake leaves none behind."""
+    programs.refuse("main", *TINY, "--save", "new/deep/model", "--run-dir", "corpus/train.txt")
+    run = programs.train("main", "--dry-run", "--save", "new/deep/model")
+    assert run.config["options"]["save"] == "new/deep/model"
+    assert load_model(programs.folder / "new" / "deep" / "model")[1]
+    assert programs.run("main", "--resume", "run", "--save", "other/model").code == 0
+    assert load_model(programs.folder / "other" / "model")[1]
+
+
 @pytest.mark.slow
 def test_the_process_itself_shows_no_traceback(programs) -> None:
     """What the other tests see in their own process, once as a user does."""
     before = programs.files()
-    process = start(programs.folder, "main_amp", *TINY, "--save", "nowhere/model", stdout=-1, stderr=-1)
+    process = start(programs.folder, "main_amp", *TINY, "--save", "/proc/model", stdout=-1, stderr=-1)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.count(b"\n")) == (2, b"", 1)
     assert err.startswith(b"error: ")

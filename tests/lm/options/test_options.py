@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 import roundoff
 from lm.options.command_line import make_parser, read_command_line
 from lm.options.config import make_args, merge, parse_args, stored_options
+from lm.options.modes import mode_names
 from lm.options.options import MAY_CHANGE, SCRIPTS, Options, as_values, checked, help_of, option_of, options_of, words
 from lm.options.resolve import resolve
 from programs import ROOT, TINY, read_run
+from roundoff.cli import nearest
 from roundoff.errors import UsageError
 from roundoff.runs.jsonfile import to_json
 from runs import kill_at, outcome, resume
@@ -284,3 +286,31 @@ def test_argcomplete_finds_its_mark(script) -> None:
 def test_flags_after_two_dashes_are_of_all_trainers() -> None:
     found = read_command_line(make_parser(None, None), None, ["--dtype=bfloat16", "--fp16-utils", "own", "--lr", "3"])
     assert found == {"dtype": "bfloat16", "fp16_utils": "own", "lr": 3.0}
+
+
+@pytest.mark.parametrize(("short", "name"), [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32")])
+def test_a_dtype_has_a_short_name_wherever_it_is_given(tmp_path, short, name) -> None:
+    file = write(tmp_path, f'dtype = "{short}"\n')
+    for found in (
+        parse_args("main_amp", None, ["--dtype", short]),
+        parse_args("main_amp", None, ["--config", str(file)]),
+        make_args("main_amp", dtype=short),
+    ):
+        assert found.dtype == name
+
+
+def test_a_mode_has_a_short_name() -> None:
+    assert mode_names("fp32,bf16,fp16") == ["fp32", "amp-bf16", "amp-fp16"]
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("tie", ["tied", "time", "test"], "tied"),  # the only one that it begins
+        ("ltsm", ["LSTM", "GRU"], "LSTM"),
+        ("t", ["tied"], None),
+        ("zzz", ["LSTM"], None),
+    ],
+)
+def test_what_was_meant(word, known, meant) -> None:
+    assert nearest(word, known) == meant

@@ -340,7 +340,8 @@ def test_through_torchrun(ranks, number):
     interrupted = number == signal.SIGINT
     assert ended.out[0].count("Exiting from training early\n") == interrupted
     assert ended.out[0].count("| End of training | test loss ") == interrupted
-    assert ended.out[0].count("| stopped by SIGTERM; to go on: --resume run\n") == (not interrupted)
+    assert ended.out[0].count("| stopped by SIGTERM; to go on: ") == (not interrupted)
+    assert ended.out[0].count("| to go on: ") == 2 * interrupted
     run = read_run(ranks.folder / "run")
     assert (run.result["status"], run.result["test_loss"] is None) == ("interrupted", not interrupted)
     assert BATCHES + 7 <= len(run.steps) == run.result["steps"] < 2 * BATCHES

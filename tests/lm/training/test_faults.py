@@ -132,7 +132,7 @@ def test_sigterm_ends_a_validation(faulty: Faulty) -> None:
     """Which would take long; it is done when the run goes on."""
     faulty.undisturbed(DYNAMIC)
     ended = faulty.start(DYNAMIC, at={"moment": "evaluation", "n": 3, "do": "SIGTERM"}, note={"name": "moments"})
-    assert ended.out[0].endswith("| stopped by SIGTERM; to go on: --resume run\n")
+    assert ended.out[0].endswith(f"| stopped by SIGTERM; to go on: python {DYNAMIC.script}.py --resume run\n")
     seen = Counter((faulty.folder / "moments").read_text().split("\n"))
     assert (seen["evaluation"], len(read_rows(faulty.run_dir / "epochs.jsonl"))) == (3, 1)
     faulty.check(DYNAMIC)

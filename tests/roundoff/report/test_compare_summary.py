@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from programs import strict_json
-from roundoff.report.summary import columns, table, write_summary
+from roundoff.report.summary import columns, grid, table, terminal_width, write_summary
 from roundoff.runs.reading import read_run
 from roundoff.verdict.comparison import compare_runs
 from roundoff.verdict.types import Comparison, Failure
@@ -33,7 +33,8 @@ def cells(text: str, label: str) -> list[str]:
     return line.split()
 
 
-def test_rows(comparison: Comparison) -> None:
+def test_rows(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 140)
     text = table(comparison)
     assert cells(text, "fp32") == ["fp32", "244.69", "-", "reference", "-", "24", "0", "1", "1000", "381", "MiB"]
     assert cells(text, "manual")[:6] == ["manual", "244.73", "+0.0002", "[-0.0017,", "+0.0021]", "equivalent"]
@@ -70,16 +71,17 @@ def test_problems_and_differences(tmp_path: Path) -> None:
     assert f"bptt is 35 in {paths[0]}, 70 in {paths[1]}" in lines
 
 
-def test_no_escape_reaches_the_terminal(tmp_path: Path) -> None:
+def test_no_escape_reaches_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 140)
     paths = [make_run(tmp_path / "a\x1b[31m", status=None), make_run(tmp_path / "b", EVIL, job={"model": EVIL})]
     comparison = compare_runs([read_run(path) for path in paths], [Failure("fp32", 2, [], 1, EVIL)], anyway=True)
     text = table(comparison)
     assert text.replace("\n", "").isprintable()
     assert "evil\\x1b[2J\\r\\n\\u202e" in text
     assert "a\\x1b[31m" in text
-    grid = text.split("\n\n")[0].splitlines()
-    assert len(grid) == 3 + 1 + 2
-    assert max(map(len, grid)) <= 140
+    lines = text.split("\n\n")[0].splitlines()
+    assert len(lines) == 3 + 1 + 2
+    assert max(map(len, lines)) <= 140
 
 
 def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None:
@@ -155,3 +157,28 @@ def test_summary_is_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="No space left"):
         write_summary(target, comparison)
     assert [(path.name, path.read_text()) for path in target.parent.iterdir()] == [("summary.json", "old")]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_a_table_fits_its_width(comparison: Comparison, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts where it must, each of which names the modes; no cell is lost, and no word of a head is cut."""
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 1000)
+    whole = table(comparison).partition("\n\nColumns:")[0]
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: width)
+    text = table(comparison).partition("\n\nColumns:")[0]
+    assert max(len(line) for line in text.splitlines()) <= max(width, 50)  # a mode and its interval
+    assert set(text.split()) - set(whole.split()) <= {line for line in text.split() if set(line) == {"-"}}
+    assert set(text.split()) >= {word for word in whole.split() if set(word) != {"-"}}
+    assert all(part.count("manual") == 1 for part in text.split("\n\n"))
+
+
+def test_heads_have_a_line_for_each_word_before_a_table_is_parted() -> None:
+    text = grid([["a", "1"]], {"a long head": "left", "b": "right"}, 8)
+    assert text.splitlines() == ["a     b", "long", "head", "----  -", "a     1"]
+
+
+def test_the_width_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert terminal_width() == 100, "a pipe has none"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "77")
+    assert terminal_width() == 77
