@@ -137,8 +137,9 @@ class Training:
     def train_epoch(self) -> bool:
         """Train the rest of one pass over the training text; return whether an interrupt came."""
         args, records, at = self.args, self.records, self.at
-        starts = range(0, len(self.train_data) - 1, args.bptt)[: at.batch + self.max_steps - records.steps]
-        batches = len(self.train_data) // args.bptt
+        starts = range(0, len(self.train_data) - 1, args.bptt)
+        batches = len(starts)  # a short one at the end counts
+        starts = starts[: at.batch + self.max_steps - records.steps]
         flush_interval = min(args.log_interval, args.max_skipped)
         self.model.train()
         self.clock = time.monotonic()
