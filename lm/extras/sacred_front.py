@@ -4,6 +4,8 @@ Imported only where a command line asks for it. Sacred parses and shows the conf
 informed, and has a run's `main` run with the `Options` that the configuration gives.
 """
 
+import json
+import math
 import os
 import re
 import sys
@@ -130,9 +132,14 @@ class Observed:
         """Keep the result and the model."""
         self.run.info["result"] = row
         self.test_ppl = row["test_ppl"]
-        saved = self.test_ppl is not None or (self.directory / "epochs.jsonl").stat().st_size > 0
-        if saved and self.model.exists():  # else the file is another run's
+        if (self.test_ppl is not None or self._was_saved()) and self.model.exists():  # else the file is another run's
             self.run.add_artifact(self.model)
+
+    def _was_saved(self) -> bool:
+        """Return whether the run has a best model: its first epoch has, unless it diverged in that."""
+        with (self.directory / "epochs.jsonl").open(encoding="utf-8") as file:
+            first = file.readline()
+        return bool(first) and math.isfinite(float(json.loads(first)["valid_ppl"]))
 
 
 class PassedError(BaseException):

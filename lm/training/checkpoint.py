@@ -63,6 +63,8 @@ class Position:
         position = cls(**state)
         if position.epoch < 1 or not 0 < position.lr < math.inf:
             raise ValueError(f"epoch is {position.epoch}, lr is {position.lr}")
+        if position.best is not None and not math.isfinite(position.best):
+            raise ValueError(f"the best validation loss is {position.best}")
         return position
 
 

@@ -15,7 +15,7 @@ from lm.options.options import Options
 from lm.training import distributed
 from lm.training.checkpoint import write_checkpoint
 from lm.training.description import describe
-from lm.training.divergence import diverged
+from lm.training.divergence import END, check, skipped_too_often
 from lm.training.evaluation import evaluate
 from lm.training.preflight import settle, try_once
 from lm.training.run_start import start_run
@@ -197,8 +197,13 @@ class Training:
         self.tick()
         at = self.at
         self.records.epoch(loss, epoch=at.epoch, lr=at.lr, seconds=at.epoch_seconds)
+        self.check(f"validation loss of epoch {at.epoch}", loss)
         self.keep_or_anneal(loss)
         at.epoch, at.batch, at.epoch_seconds, self.hidden = at.epoch + 1, 0, 0.0, None
+
+    def check(self, name: str, loss: float) -> None:
+        """Raise RunError where `loss`, or a weight, is that of a run that has diverged."""
+        check(self.args, self.model, self.records.path, name, loss, self.corpus.vocab_size)
 
     def flush(self) -> None:
         """Write the rows of the steps since the last call; raise RunError where too many in a row came to nothing."""
@@ -209,11 +214,11 @@ class Training:
             good = row["applied"] and math.isfinite(row["loss"])
             self.at.skipped_in_a_row = 0 if good else self.at.skipped_in_a_row + 1
             if self.at.skipped_in_a_row >= self.args.max_skipped:
-                raise RunError(diverged(self.args, self.model, row))
+                raise RunError(skipped_too_often(self.args, self.model, row))
 
     def keep_or_anneal(self, valid_loss: float) -> None:
         """Save the model where it is the best so far; divide the learning rate where it is not."""
-        if self.at.best is None or valid_loss < self.at.best or not math.isfinite(self.at.best):
+        if self.at.best is None or valid_loss < self.at.best:
             self.save_model()
             self.best_weights = {name: weight.cpu().clone() for name, weight in self.model.state_dict().items()}
             self.at.best = valid_loss
@@ -237,11 +242,13 @@ class Training:
 
     def finish(self, status: str) -> None:
         """Test the best model, and record the result."""
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        loss = distributed.broadcast(self.evaluate(self.test_data))
+        self.check(END if status == "finished" else "test loss so far", loss)
         if self.best_weights is None:  # stopped before the first validation: the model so far is the best one
             self.save_model()
-        else:
-            self.model.load_state_dict(self.best_weights)
-        self.write_result(status, self.evaluate(self.test_data))
+        self.write_result(status, loss)
 
     def write_result(self, status: str, test_loss: float | None) -> None:
         """Write `result.json`."""
