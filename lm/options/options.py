@@ -122,7 +122,7 @@ class Options:
     )
     seed: int = option("training", number(int, 0, 2**63 - 1), 1111, "seed of every random number", metavar="NUMBER")
     max_steps: int | None = option(
-        "training", whole, None, "stop after this many batches, then evaluate", metavar="STEPS"
+        "training", whole, None, "stop after this many batches, then evaluate", metavar="STEPS", may_change=True
     )
     dry_run: bool = option(
         "training", bool, False, "one batch of training and of each evaluation, to see that all works"
@@ -220,7 +220,8 @@ class Options:
         Path,
         None,
         "go on with the run recorded there, from its last checkpoint and with its flags; flags given again must agree, "
-        "but for --data, --epochs, --log-interval, --tensorboard, --save, --onnx-export, --checkpoint-interval",
+        "but for --data, --epochs, --max-steps, --log-interval, --tensorboard, --save, --onnx-export, "
+        "--checkpoint-interval",
         metavar="RUN_DIR",
     )
 

@@ -18,7 +18,7 @@ from lm.training.description import describe
 from lm.training.divergence import END, check, skipped_too_often
 from lm.training.evaluation import evaluate
 from lm.training.preflight import settle, try_once
-from lm.training.run_start import start_run
+from lm.training.run_start import NothingToDoError, start_run
 from lm.training.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.training.train_state import take_state
 from roundoff import processes
@@ -39,6 +39,8 @@ def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) ->
     error it stays in the group until it ends. With nccl, leaving waits for messages under way. A process that is lost
     never answers them, and the line that names it is printed only after `fit`.
 
+    A run to resume that has come to its end, and whose results are all there, stays as it is: a line says so.
+
     Raises:
         UsageError: the text is too short for the batch, this machine cannot run the dtype, a place for the
             results cannot be written, or the run cannot be resumed. Nothing was written then.
@@ -47,6 +49,10 @@ def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) ->
     """
     try:
         training = Training(args, corpus, model, precision)
+    except NothingToDoError as done:
+        say(f"| nothing to do: {done}")
+        distributed.destroy_process_group()
+        return 0
     except RuntimeError as error:
         raise distributed.lost(error) or error from None
     with closing(training.records):
@@ -132,7 +138,7 @@ class Training:
 
     def is_trained(self) -> bool:
         """Return whether no step and no validation is left."""
-        return self.at.epoch > self.args.epochs or (self.records.steps >= self.max_steps and self.at.batch == 0)
+        return self.at.end(self.args, self.records.steps) is not None
 
     def train_epoch(self) -> bool:
         """Train the rest of one pass over the training text; return whether an interrupt came."""
