@@ -150,7 +150,7 @@ class Options:
         otherwise="float16",
     )
     dynamic_loss_scale: bool = option(
-        "precision", bool, False, "supersedes --static-loss-scale", scripts=("main_fp16_optimizer",)
+        "precision", bool, False, "with --fp16; supersedes --static-loss-scale", scripts=("main_fp16_optimizer",)
     )
     fp16_utils: str = option(
         "precision",
@@ -168,12 +168,18 @@ class Options:
         metavar="FACTOR",
         otherwise=f"{FP16_STATIC_LOSS_SCALE:g} with --fp16, else 1; of main_amp.py: dynamic in float16, else 1",
     )
-    init_scale: float = option("precision", loss_scale, 2.0**16, "a dynamic loss scale starts here", metavar="FACTOR")
+    init_scale: float = option(
+        "precision",
+        loss_scale,
+        2.0**16,
+        "a dynamic loss scale starts here; a static one has none of it",
+        metavar="FACTOR",
+    )
     scale_window: int = option(
         "precision",
         whole,
         2000,
-        "a dynamic loss scale doubles after this many steps in a row without overflow",
+        "a dynamic loss scale doubles after this many steps in a row without overflow; a static one has none of it",
         metavar="STEPS",
     )
     tf32: bool = option("precision", bool, False, "let a GPU round fp32 products to TF32 (CUDA only)")

@@ -217,7 +217,7 @@ def through_a_file(state: Any) -> Any:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mode", jobs.MODES)
 def test_save_and_load_go_on_exactly(make, mode, optimizer) -> None:
-    flags = ("--dropout", "0", "--scale-window", "4")
+    flags = ("--dropout", "0", *jobs.if_dynamic(mode, "--scale-window", "4"))
     job = make(mode, *flags, optimizer=OPTIMIZERS[optimizer])
     for i in range(6):
         step(job, i, inject=("decoder.bias", math.inf) if i == 1 else None)

@@ -90,15 +90,17 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
     Args:
         run: a run directory.
         data: the corpus; None for that of the run.
-        argv: flags, of which there may be none.
+        argv: flags of the trainers; there may be none but --init-scale, for the modes with a dynamic loss scale.
         precisions: every trainer's `make_precision`.
 
     Raises:
         UsageError: the run holds no weights that can be used, or flags are given too.
     """
-    if argv:
-        raise UsageError(f"{argv[0]} after -- with --run: the flags are those of the run; leave it out")
-    args = _options_of(run)
+    given = _read(argv, ()) if argv else {}
+    for name in given:
+        if name != "init_scale":  # of a mode beside the run's own
+            raise UsageError(f"{flag(name)} after -- with --run: the flags are those of the run; leave it out")
+    args = replace(_options_of(run), **given)
     set_up(args)
     data = args.data if data is None else data
     corpus = Corpus(data)

@@ -237,6 +237,13 @@ def test_what_fails_in_the_run_is_one_line_and_recorded_as_failed(programs):
     assert json.loads((programs.folder / "observed" / "2" / "info.json").read_text())["result"]["status"] == "diverged"
 
 
+def test_an_option_without_effect_is_refused_where_it_is_asked_for(programs):
+    """Sacred's configuration has every option, asked for or not."""
+    done = programs.run("main", "with", *UPDATES, "tied=False", "init_scale=4")
+    assert "--init-scale with main.py, whose loss scale is static" in done.out + done.err + str(done.code)
+    assert not (programs.folder / "run").exists()
+
+
 def test_a_run_that_diverged_in_its_first_epoch_has_no_model(programs):
     """The file at --save is an earlier run's."""
     (programs.folder / MODEL).write_bytes(b"of another run")

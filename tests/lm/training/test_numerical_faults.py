@@ -344,8 +344,7 @@ GUESSING = math.log(24)  # 18 words, and 6 scores that only pad
 def test_a_finite_explosion_has_diverged(programs, mode, log_interval) -> None:
     """Every number in it is finite, and no model that was trained is as bad: it was "finished", with exit code 0."""
     script, *flags = jobs.MODES[mode]
-    flags += [*TINY, "--lr", "30000", "--log-interval", log_interval, "--init-scale", "1"]
-    flags = [flag for flag in flags if script != "main" or flag not in ("--init-scale", "1")]
+    flags += [*TINY, "--lr", "30000", "--log-interval", log_interval, *jobs.if_dynamic(mode, "--init-scale", "1")]
     done = programs.run(script, *flags)
     run = read_run(programs.folder / "run")
     assert all(row["applied"] for row in run.steps)
