@@ -99,14 +99,15 @@ def _go_on(
         start = None if content is None else _restore(args, corpus, model, precision, content)
         steps = 0 if content is None else content["records"]["steps"]
         end = None if start is None else start.position.end(args, steps)
-        if start is not None and end is not None:
+        has_ended = end is not None and status_of(directory) == "finished"
+        if start is not None and end is not None and has_ended:
             _check_anything_is_left(args, corpus, start, directory, end)
         records.go_back(START if content is None else content["records"])
         if start is not None and start.best_weights is not None and processes.rank() == 0:
             _save_best(args, corpus, model, start.best_weights)
-        elsewhere = moved(directory, records.config) if end is None else ""
+        elsewhere = "" if has_ended else moved(directory, records.config)
         same = has_options(directory, records.config["options"]) and processes_of(directory) == processes.world_size()
-        if end is None and (elsewhere or not same):  # at the end, no step is taken by what is so now
+        if not has_ended and (elsewhere or not same):  # else no step is taken by what is so now
             records.write_config()
     epoch = 1 if start is None else start.position.epoch
     say(f"| going on with {directory} at epoch {epoch}, step {records.steps + 1}")
@@ -116,9 +117,9 @@ def _go_on(
 
 
 def _check_anything_is_left(args: Options, corpus: Corpus, start: TrainState, directory: Path, end: str) -> None:
-    """Raise NothingToDoError where the run has been tested, its model is at --save, and no other file is asked for."""
-    there = status_of(directory) == "finished" and args.onnx_export is None
-    there = there and start.best_weights is not None and _is_saved(args.save, start.best_weights, corpus)
+    """Raise NothingToDoError where the best model of the finished run is at --save, and no other file is asked for."""
+    best = start.best_weights
+    there = args.onnx_export is None and best is not None and _is_saved(args.save, best, corpus)
     if distributed.broadcast(float(there)):
         advice = "start a new run" if end == "--dry-run" else "give more"
         raise NothingToDoError(f"the run in {directory} has come to the end that {end} sets; to go on, {advice}")

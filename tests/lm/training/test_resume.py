@@ -143,6 +143,15 @@ def test_the_model_of_a_finished_run_is_written_again_where_it_is_lost(programs,
     assert Path("run/config.json").read_bytes() == config
 
 
+def test_fewer_epochs_than_a_run_was_to_have_end_it_and_are_recorded(killed):
+    """It has trained for one, and is in the second one."""
+    Path("run/result.json").unlink(missing_ok=True)
+    kill_at(killed, BATCHES + 1, "main", "--resume", "run", "--epochs", "9")  # in the third epoch
+    assert config()["job"]["epochs"] == 9
+    assert "| End of training" in resume(killed, "main", "--epochs", "2").out
+    assert (config()["job"]["epochs"], len(jobs.rows(Path("run"), "epochs.jsonl"))) == (2, 2)
+
+
 def test_more_steps_at_the_end_of_an_epoch_are_the_longer_run(programs, whole):
     assert programs.run("main", *FLAGS, "--max-steps", str(BATCHES)).code == 0
     resume(programs, "main", "--max-steps", "99999")
