@@ -29,7 +29,11 @@ class StepResult(NamedTuple):
     applied: Tensor
     """bool; False: a gradient was inf or nan (or too large for its norm to be finite), and no weight changed"""
     grad_norm: Tensor
-    """fp32; L2 norm of the unscaled gradients before clipping; inf or nan where `applied` is False"""
+    """fp32; L2 norm of the unscaled gradients before clipping; inf where `applied` is False
+
+    That is so in every mode, and where a gradient is nan too: FP16_Optimizer says no more than that there was an
+    overflow, and nan is what a record says of a norm that is not known.
+    """
     loss_scale: Tensor
     """fp32; the factor that this step's loss was multiplied by"""
 
@@ -287,12 +291,13 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 def _clip_if_finite(params: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip the gradients as `clip_grad_norm_` does; return their norm (fp32) and whether it is not finite (bool).
 
-    Non-finite gradients stay as they are, to be seen; clipping by a nan norm would make all of them nan.
+    A norm that is nan is returned as inf. Non-finite gradients stay as they are, to be seen; clipping by a nan norm
+    would make all of them nan.
     """
     norm = get_total_norm([p.grad for p in params if p.grad is not None])
     found_inf = ~norm.isfinite()
     clip_grads_with_norm_(params, max_norm, norm.masked_fill(found_inf, 0.0))
-    return norm, found_inf
+    return norm.masked_fill(found_inf, torch.inf), found_inf
 
 
 def _step_unless(found_inf: Tensor, optimizer: Optimizer) -> None:

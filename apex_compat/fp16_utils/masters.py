@@ -42,8 +42,7 @@ class Masters:
         # None: no gradient has been made since the last zero_grad.
         self._half_grads_scale: Tensor | None = None
         self._own_grads_scale: Tensor | None = None
-        for group in optimizer.param_groups:
-            self.adopt(group)
+        self.adopt(*optimizer.param_groups)
 
     def checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of `group` with a list of parameters, to be added to the optimizer.
@@ -61,12 +60,24 @@ class Masters:
             raise ValueError("param_group has a parameter of another group; each may be in one group only")
         return {**group, "params": listed}
 
-    def adopt(self, group: dict[str, Any]) -> None:
-        """Replace the half-precision parameters in `group` by masters, and move their state to these in fp32.
+    def adopt(self, *groups: dict[str, Any]) -> None:
+        """Replace the half-precision parameters in `groups` by masters, and move their state to these in fp32.
 
         Args:
-            group: one of the optimizer's own groups.
+            groups: of the optimizer's own groups, all that still hold half-precision parameters.
         """
+        state_moved = [self._adopt(group) for group in groups]
+        if any(state_moved):
+            # Loading casts state to its parameter's dtype by the optimizer's own rules: to half, were one left half.
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
+        self._half = list(chain.from_iterable(self._half_groups))
+        self._masters = list(chain.from_iterable(self._master_groups))
+        self._all_float16 = all(p.dtype == torch.float16 for p in self._half)
+        known = {id(m) for m in self._masters}
+        self._own = [p for p in self._all_params() if id(p) not in known]
+
+    def _adopt(self, group: dict[str, Any]) -> bool:
+        """Make the masters of one group; return whether state was moved to them."""
         masters: dict[Tensor, Tensor] = {}
         state_moved = False
         # In place: LBFGS keeps a reference to this list.
@@ -80,17 +91,10 @@ class Masters:
             if param in self._optimizer.state:
                 self._optimizer.state[params[i]] = self._optimizer.state.pop(param)
                 state_moved = True
-        if state_moved:
-            # Loading casts state to its parameter's dtype by the optimizer's own rules.
-            self._optimizer.load_state_dict(self._optimizer.state_dict())
         self._frozen.update(filter(_is_frozen, masters))
         self._half_groups.append(list(masters))
         self._master_groups.append(list(masters.values()))
-        self._half = list(chain.from_iterable(self._half_groups))
-        self._masters = list(chain.from_iterable(self._master_groups))
-        self._all_float16 = all(p.dtype == torch.float16 for p in self._half)
-        known = {id(m) for m in self._masters}
-        self._own = [p for p in self._all_params() if id(p) not in known]
+        return state_moved
 
     def _all_params(self) -> list[Tensor]:
         """Return the tensors that the optimizer updates, in its order. A parameter given twice is there once."""

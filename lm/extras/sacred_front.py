@@ -4,6 +4,8 @@ Imported only where a command line asks for it. Sacred parses and shows the conf
 informed, and has a run's `main` run with the `Options` that the configuration gives.
 """
 
+import json
+import math
 import os
 import re
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 from lm.data import corpora
 from lm.options.config import merge
 from lm.options.options import DEFAULT_LR, Options, checked, help_of, options_of
-from lm.options.resolve import default_lr
+from lm.options.resolve import check_effect, default_lr
 from lm.training.description import git_commit
 from roundoff import processes
 from roundoff.errors import RunError, UsageError
@@ -83,14 +85,17 @@ class Configuration:
         To resume a run, only what was asked for counts: the rest is as that run has it.
 
         Raises:
-            UsageError: some value is no option's, or options contradict each other.
+            UsageError: some value is no option's, options contradict each other, or what was asked for changes nothing.
         """
         values = {ours: config[name] for name, ours in self.names.items()}
         if values["resume"] is not None:
             values = {ours: config[name] for name, ours in self.names.items() if name in self.asked}
         if values.get("data") is not None:
             values["data"] = corpora.find(str(values["data"]))
-        return merge(self.script, checked(self.script, values))
+        options = merge(self.script, checked(self.script, values))
+        others = [name for name in self.asked if config[name] != self.defaults[name]]  # a saved configuration has all
+        check_effect(options, [self.names[name] for name in others if name in self.names])
+        return options
 
 
 def _plain(default: Any) -> Any:
@@ -130,9 +135,14 @@ class Observed:
         """Keep the result and the model."""
         self.run.info["result"] = row
         self.test_ppl = row["test_ppl"]
-        saved = self.test_ppl is not None or (self.directory / "epochs.jsonl").stat().st_size > 0
-        if saved and self.model.exists():  # else the file is another run's
+        if (self.test_ppl is not None or self._was_saved()) and self.model.exists():  # else the file is another run's
             self.run.add_artifact(self.model)
+
+    def _was_saved(self) -> bool:
+        """Return whether the run has a best model: its first epoch has, unless it diverged in that."""
+        with (self.directory / "epochs.jsonl").open(encoding="utf-8") as file:
+            first = file.readline()
+        return bool(first) and math.isfinite(float(json.loads(first)["valid_ppl"]))
 
 
 class PassedError(BaseException):

@@ -24,6 +24,7 @@ from lm.options.command_line import make_parser, read_command_line
 from lm.options.config import merge
 from lm.options.modes import MODES
 from lm.options.options import as_values, flag, options_of, words
+from lm.options.resolve import OF_DYNAMIC_SCALE, without_effect
 from roundoff.errors import RunError, UsageError, printable
 from roundoff.runs.files import lock, unlock
 from roundoff.runs.jsonfile import as_read_back, read_object, write_json
@@ -102,8 +103,16 @@ class Training(Job):
         return [*python(MODES[self.label].script), *words(self.all_options())]
 
     def all_options(self) -> dict[str, Any]:
-        """Return the options of this run: those of its mode and of the comparison, its seed and its places."""
-        return {**MODES[self.label].options, **self.options, "seed": self.seed, **self._places}
+        """Return the options of this run: those of its mode and of the comparison, its seed and its places.
+
+        Those of the comparison that change nothing in this mode are left out: its trainer would refuse them.
+        """
+        mode = MODES[self.label]
+        found = {**mode.options, **self.options, "seed": self.seed, **self._places}
+        if found.keys() & set(OF_DYNAMIC_SCALE):
+            for name in without_effect(merge(mode.script, found), list(found)):
+                del found[name]
+        return found
 
     @property
     def _places(self) -> dict[str, Path]:
@@ -150,11 +159,18 @@ def check_flags(modes: Sequence[str], argv: Sequence[str]) -> tuple[int, dict[st
             raise UsageError(
                 f"{flag(name)} after -- names one file for all runs; give it to a trainer with --resume RUN_DIR"
             )
+    used: set[str] = set()
     for mode in (MODES[label] for label in modes):
         for name in given:
             if name not in options_of(mode.script):
                 raise UsageError(f"{flag(name)} after --: {mode.script}.py (mode {mode.name}) has no such option")
         args = merge(mode.script, {**mode.options, **given})
+        used |= given.keys() - set(without_effect(args, given))
+    if unused := [name for name in given if name not in used]:
+        raise UsageError(
+            f"{flag(unused[0])} after --: none of the modes {','.join(modes)} has a dynamic loss scale; leave it out, "
+            "or give --modes with one that has, such as amp-fp16"
+        )
     corpora.read(args.data)
     given.pop("seed", None)
     return args.seed, given, args.device

@@ -68,8 +68,12 @@ def run_probes(out: Path, comparison: Comparison) -> list[Probe]:
     """
     if not comparison.modes[0].runs:
         return []
-    jobs = _jobs(out, comparison.modes[0].runs[0], [mode.label for mode in comparison.modes if mode.runs])
-    with comparison_folder(out, read_object(out / "compare.json")) as lock:
+    plan = read_object(out / "compare.json")
+    asked = plan.get("options", {})
+    # That of the reference is no part of its options where its own scale is static.
+    scale = {"init_scale": asked["init_scale"]} if "init_scale" in asked else {}
+    jobs = _jobs(out, comparison.modes[0].runs[0], [mode.label for mode in comparison.modes if mode.runs], scale)
+    with comparison_folder(out, plan) as lock:
         (out / "probes").mkdir(exist_ok=True)
         failures = {failure.label: failure.message for failure in run_jobs(jobs, [{}], lock)}
     return [
@@ -78,13 +82,15 @@ def run_probes(out: Path, comparison: Comparison) -> list[Probe]:
     ]
 
 
-def _jobs(out: Path, run: Run, modes: list[str]) -> list[ProbeJob]:
+def _jobs(out: Path, run: Run, modes: list[str], scale: dict[str, Any]) -> list[ProbeJob]:
+    """Return the probes of `run` in `modes`; `scale` is where a dynamic loss scale starts, if that was asked for."""
     job, folder = run.config["job"], out / "probes"
-    options = job_options(stored_options(run.path, run.config["options"]["script"]))
+    options = job_options(stored_options(run.path, run.config["options"]["script"]) | scale)
     rows = job["corpus"]["train_tokens"] // job["batch_size"]
     batches = ["--batches", str(min(BATCHES, max(LEAST_BATCHES, (rows - 1) // job["bptt"])))]
     fresh = [*batches, "--data", run.config["options"]["data"], "--", *words(options)]
+    final = [*batches, "--run", str(run.path), *(["--", *words(scale)] if scale else [])]
     return [
         ProbeJob(f"probe {when}", run.seed, folder / f"{run.label}-{run.seed}-{when}", modes, flags)
-        for when, flags in (("initial", fresh), ("final", [*batches, "--run", str(run.path)]))
+        for when, flags in (("initial", fresh), ("final", final))
     ]

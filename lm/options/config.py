@@ -7,7 +7,7 @@ from typing import Any
 
 from lm.options.command_line import make_parser, read_command_line
 from lm.options.options import MAY_CHANGE, SCRIPTS, Options, alias_of, checked, flag, options_of
-from lm.options.resolve import resolve
+from lm.options.resolve import check_effect, resolve
 from roundoff.errors import UsageError, printable
 from roundoff.runs.jsonfile import read_object
 
@@ -16,12 +16,16 @@ def parse_args(script_file: str, description: str | None, argv: Sequence[str] | 
     """Read the command line of the trainer `script_file` (its `__file__`, and its `__doc__` for --help).
 
     Raises:
-        UsageError: a value that no option takes, options that contradict each other, or a device that is not there.
+        UsageError: a value that no option takes, options that contradict each other or change nothing, or a device that
+            is not there.
         SystemExit: 0 after --help.
     """
     script = Path(script_file).stem
     parser = make_parser(script, description)
-    return merge(script, read_command_line(parser, script, sys.argv[1:] if argv is None else list(argv)))
+    given = read_command_line(parser, script, sys.argv[1:] if argv is None else list(argv))
+    options = merge(script, given)
+    check_effect(options, given)
+    return options
 
 
 def make_args(script: str, **options: bool | int | float | str | Path | None) -> Options:
@@ -35,7 +39,10 @@ def make_args(script: str, **options: bool | int | float | str | Path | None) ->
     """
     if script not in SCRIPTS:
         raise UsageError(f"script is {script!r}; allowed are {', '.join(SCRIPTS)}")
-    return merge(script, checked(script, options))
+    given = checked(script, options)
+    found = merge(script, given)
+    check_effect(found, given)
+    return found
 
 
 def merge(script: str, given: Mapping[str, Any]) -> Options:

@@ -127,7 +127,7 @@ class Options:
     )
     seed: int = option("training", number(int, 0, 2**63 - 1), 1111, "seed of every random number", metavar="NUMBER")
     max_steps: int | None = option(
-        "training", whole, None, "stop after this many batches, then evaluate", metavar="STEPS"
+        "training", whole, None, "stop after this many batches, then evaluate", metavar="STEPS", may_change=True
     )
     dry_run: bool = option(
         "training", bool, False, "one batch of training and of each evaluation, to see that all works"
@@ -155,7 +155,7 @@ class Options:
         otherwise="float16",
     )
     dynamic_loss_scale: bool = option(
-        "precision", bool, False, "supersedes --static-loss-scale", scripts=("main_fp16_optimizer",)
+        "precision", bool, False, "with --fp16; supersedes --static-loss-scale", scripts=("main_fp16_optimizer",)
     )
     fp16_utils: str = option(
         "precision",
@@ -173,12 +173,18 @@ class Options:
         metavar="FACTOR",
         otherwise=f"{FP16_STATIC_LOSS_SCALE:g} with --fp16, else 1; of main_amp.py: dynamic in float16, else 1",
     )
-    init_scale: float = option("precision", loss_scale, 2.0**16, "a dynamic loss scale starts here", metavar="FACTOR")
+    init_scale: float = option(
+        "precision",
+        loss_scale,
+        2.0**16,
+        "a dynamic loss scale starts here; a static one has none of it",
+        metavar="FACTOR",
+    )
     scale_window: int = option(
         "precision",
         whole,
         2000,
-        "a dynamic loss scale doubles after this many steps in a row without overflow",
+        "a dynamic loss scale doubles after this many steps in a row without overflow; a static one has none of it",
         metavar="STEPS",
     )
     tf32: bool = option("precision", bool, False, "let a GPU round fp32 products to TF32 (CUDA only)")
@@ -225,7 +231,8 @@ class Options:
         Path,
         None,
         "go on with the run recorded there, from its last checkpoint and with its flags; flags given again must agree, "
-        "but for --data, --epochs, --log-interval, --tensorboard, --save, --onnx-export, --checkpoint-interval",
+        "but for --data, --epochs, --max-steps, --log-interval, --tensorboard, --save, --onnx-export, "
+        "--checkpoint-interval",
         metavar="RUN_DIR",
     )
 

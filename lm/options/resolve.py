@@ -1,12 +1,16 @@
 """The conclusions from the options that are given: values of absent ones, and contradictions."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lm.options.device_flags import device_of
-from lm.options.options import DEFAULT_LR, TRANSFORMER_LR, Options
+from lm.options.options import DEFAULT_LR, TRANSFORMER_LR, Options, flag
 from roundoff import processes
 from roundoff.errors import UsageError
 from roundoff.runs.listeners import Listener
+
+OF_DYNAMIC_SCALE = ("init_scale", "scale_window")
+"""The options that change nothing where the loss scale is static."""
 
 
 def resolve(given: Options) -> Options:
@@ -34,6 +38,46 @@ def resolve(given: Options) -> Options:
         dtype=dtype,
         run_dir=given.resume or given.run_dir,
     )
+
+
+def without_effect(options: Options, given: Iterable[str]) -> list[str]:
+    """Return those of the options `given` that change nothing in a run with the resolved `options`."""
+    return [name for name in given if name in OF_DYNAMIC_SCALE and options.loss_scale is not None]
+
+
+def check_effect(options: Options, given: Iterable[str]) -> None:
+    """Refuse what one trainer alone is given, and would take in silence.
+
+    Options that several trainers are given are for those that use them, as are those of a run to resume.
+
+    Raises:
+        UsageError: one of the options `given` changes nothing in a run with the resolved `options`.
+    """
+    if options.dynamic_loss_scale and not options.fp16 and "dynamic_loss_scale" in given:
+        raise UsageError(
+            "--dynamic-loss-scale without --fp16 trains in fp32, which needs no loss scale; to train in fp16 give "
+            "--fp16 too, or leave it out"
+        )
+    for name in without_effect(options, given):
+        raise UsageError(f"{flag(name)} {_why_without_effect(options)}")
+
+
+def _why_without_effect(options: Options) -> str:
+    """Return why an option of a dynamic loss scale changes nothing in a run with `options`, and what to do."""
+    if options.script == "main":
+        return (
+            "with main.py, whose loss scale is static: leave it out, or use main_fp16_optimizer.py --fp16 "
+            "--dynamic-loss-scale or main_amp.py"
+        )
+    if options.script == "main_fp16_optimizer":
+        return (
+            "without --dynamic-loss-scale: the loss scale is static; give --fp16 --dynamic-loss-scale too, or "
+            "leave it out"
+        )
+    if options.static_loss_scale is not None:
+        scale = f"{options.static_loss_scale:g}"
+        return f"with --static-loss-scale {scale}: a static loss scale starts there and stays; give one of them"
+    return f"with --dtype {options.dtype}: only float16 has a dynamic loss scale; leave it out, or give --dtype float16"
 
 
 def default_lr(optimizer: str, model: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from lm.options.options import Options
 from roundoff.errors import BadFileError, UsageError, printable
 from roundoff.runs.directory import FILES
 from roundoff.runs.jsonfile import as_read_back, read_object
@@ -45,6 +46,16 @@ class Position:
     training_seconds: float = 0.0
     epoch_seconds: float = 0.0
 
+    def end(self, args: Options, steps: int) -> str | None:
+        """Return the option by which a run has come to its end here, after `steps`; None where it goes on."""
+        if self.epoch > args.epochs:
+            return f"--epochs {args.epochs}"
+        if self.batch > 0:  # the validation is left
+            return None
+        if args.dry_run and steps >= 1:
+            return "--dry-run"
+        return f"--max-steps {args.max_steps}" if steps >= (args.max_steps or math.inf) else None
+
     @classmethod
     def restore(cls, state: Any) -> Self:
         """Return the position that a checkpoint holds.
@@ -63,6 +74,8 @@ class Position:
         position = cls(**state)
         if position.epoch < 1 or not 0 < position.lr < math.inf:
             raise ValueError(f"epoch is {position.epoch}, lr is {position.lr}")
+        if position.best is not None and not math.isfinite(position.best):
+            raise ValueError(f"the best validation loss is {position.best}")
         return position
 
 

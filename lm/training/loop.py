@@ -16,10 +16,10 @@ from lm.training import distributed
 from lm.training.announcement import say_after, say_before, say_how_to_go_on
 from lm.training.checkpoint import write_checkpoint
 from lm.training.description import describe
-from lm.training.divergence import diverged
+from lm.training.divergence import END, check, skipped_too_often
 from lm.training.evaluation import evaluate
 from lm.training.preflight import settle, try_once
-from lm.training.run_start import start_run
+from lm.training.run_start import NothingToDoError, start_run
 from lm.training.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.training.train_state import take_state
 from roundoff import processes
@@ -40,6 +40,8 @@ def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) ->
     error it stays in the group until it ends. With nccl, leaving waits for messages under way. A process that is lost
     never answers them, and the line that names it is printed only after `fit`.
 
+    A run to resume that has come to its end, and whose results are all there, stays as it is: a line says so.
+
     Raises:
         UsageError: the text is too short for the batch, this machine cannot run the dtype, a place for the
             results cannot be written, or the run cannot be resumed. Nothing was written then.
@@ -48,6 +50,10 @@ def fit(args: Options, corpus: Corpus, model: RNNModel, precision: Precision) ->
     """
     try:
         training = Training(args, corpus, model, precision)
+    except NothingToDoError as done:
+        say(f"| nothing to do: {done}")
+        distributed.destroy_process_group()
+        return 0
     except RuntimeError as error:
         raise distributed.lost(error) or error from None
     with closing(training.records):
@@ -136,13 +142,14 @@ class Training:
 
     def is_trained(self) -> bool:
         """Return whether no step and no validation is left."""
-        return self.at.epoch > self.args.epochs or (self.records.steps >= self.max_steps and self.at.batch == 0)
+        return self.at.end(self.args, self.records.steps) is not None
 
     def train_epoch(self) -> bool:
         """Train the rest of one pass over the training text; return whether an interrupt came."""
         args, records, at = self.args, self.records, self.at
-        starts = range(0, len(self.train_data) - 1, args.bptt)[: at.batch + self.max_steps - records.steps]
-        batches = len(self.train_data) // args.bptt
+        starts = range(0, len(self.train_data) - 1, args.bptt)
+        batches = len(starts)  # a short one at the end counts
+        starts = starts[: at.batch + self.max_steps - records.steps]
         flush_interval = min(args.log_interval, args.max_skipped)
         self.model.train()
         self.clock = time.monotonic()
@@ -200,8 +207,13 @@ class Training:
         self.tick()
         at = self.at
         self.records.epoch(loss, epoch=at.epoch, lr=at.lr, seconds=at.epoch_seconds)
+        self.check(f"validation loss of epoch {at.epoch}", loss)
         self.keep_or_anneal(loss)
         at.epoch, at.batch, at.epoch_seconds, self.hidden = at.epoch + 1, 0, 0.0, None
+
+    def check(self, name: str, loss: float) -> None:
+        """Raise RunError where `loss`, or a weight, is that of a run that has diverged."""
+        check(self.args, self.model, self.records.path, name, loss, self.corpus.vocab_size)
 
     def flush(self) -> None:
         """Write the rows of the steps since the last call; raise RunError where too many in a row came to nothing."""
@@ -212,11 +224,11 @@ class Training:
             good = row["applied"] and math.isfinite(row["loss"])
             self.at.skipped_in_a_row = 0 if good else self.at.skipped_in_a_row + 1
             if self.at.skipped_in_a_row >= self.args.max_skipped:
-                raise RunError(diverged(self.args, self.model, row))
+                raise RunError(skipped_too_often(self.args, self.model, row))
 
     def keep_or_anneal(self, valid_loss: float) -> None:
         """Save the model where it is the best so far; divide the learning rate where it is not."""
-        if self.at.best is None or valid_loss < self.at.best or not math.isfinite(self.at.best):
+        if self.at.best is None or valid_loss < self.at.best:
             self.save_model()
             self.best_weights = {name: weight.cpu().clone() for name, weight in self.model.state_dict().items()}
             self.at.best = valid_loss
@@ -240,11 +252,13 @@ class Training:
 
     def finish(self, status: str) -> None:
         """Test the best model, and record the result."""
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        loss = distributed.broadcast(self.evaluate(self.test_data))
+        self.check(END if status == "finished" else "test loss so far", loss)
         if self.best_weights is None:  # stopped before the first validation: the model so far is the best one
             self.save_model()
-        else:
-            self.model.load_state_dict(self.best_weights)
-        self.write_result(status, self.evaluate(self.test_data))
+        self.write_result(status, loss)
 
     def write_result(self, status: str, test_loss: float | None) -> None:
         """Write `result.json`."""

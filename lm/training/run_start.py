@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lm.data.corpus import Corpus
 from lm.model.language_model import RNNModel
-from lm.model.model_file import save_model
+from lm.model.model_file import load_model, save_model
 from lm.options.options import Options
 from lm.options.resolve import event_files
 from lm.training import distributed
@@ -34,6 +35,10 @@ from roundoff.runs.reading import perplexity
 from roundoff.terminal import Terminal, say
 
 
+class NothingToDoError(Exception):
+    """Says why a run to resume stays as it is."""
+
+
 def start_run(
     args: Options, corpus: Corpus, model: RNNModel, precision: Precision, config: dict[str, Any]
 ) -> tuple[RunDirectory, TrainState]:
@@ -50,6 +55,7 @@ def start_run(
 
     Raises:
         UsageError: a place for the results cannot be written, or the run cannot be resumed; it is as it was then.
+        NothingToDoError: the run to resume has come to its end.
     """
     _check_places(args)
     records = RunDirectory(
@@ -91,18 +97,43 @@ def _go_on(
         with distributed.rank_0_first():  # it mends what it finds damaged
             content = read_checkpoint(directory)
         start = None if content is None else _restore(args, corpus, model, precision, content)
+        steps = 0 if content is None else content["records"]["steps"]
+        end = None if start is None else start.position.end(args, steps)
+        has_ended = end is not None and status_of(directory) == "finished"
+        if start is not None and end is not None and has_ended:
+            _check_anything_is_left(args, corpus, start, directory, end)
         records.go_back(START if content is None else content["records"])
         if start is not None and start.best_weights is not None and processes.rank() == 0:
             _save_best(args, corpus, model, start.best_weights)
-        elsewhere = moved(directory, records.config)
+        elsewhere = "" if has_ended else moved(directory, records.config)
         same = has_options(directory, records.config["options"]) and processes_of(directory) == processes.world_size()
-        if elsewhere or not same:
+        if not has_ended and (elsewhere or not same):  # else no step is taken by what is so now
             records.write_config()
     epoch = 1 if start is None else start.position.epoch
     say(f"| going on with {directory} at epoch {epoch}, step {records.steps + 1}")
     if elsewhere:
         say(f"| {elsewhere}: its bits may be others from here on than those of a run that stayed where it was")
     return start
+
+
+def _check_anything_is_left(args: Options, corpus: Corpus, start: TrainState, directory: Path, end: str) -> None:
+    """Raise NothingToDoError where the best model of the finished run is at --save, and no other file is asked for."""
+    best = start.best_weights
+    there = args.onnx_export is None and best is not None and _is_saved(args.save, best, corpus)
+    if distributed.broadcast(float(there)):
+        advice = "start a new run" if end == "--dry-run" else "give more"
+        raise NothingToDoError(f"the run in {directory} has come to the end that {end} sets; to go on, {advice}")
+
+
+def _is_saved(path: Path, weights: dict[str, Tensor], corpus: Corpus) -> bool:
+    """Return whether the model file at `path` has these weights and the words of `corpus`."""
+    try:
+        saved, words = load_model(path)
+    except (UsageError, OSError):
+        return False
+    found = saved.state_dict()
+    same = found.keys() == weights.keys() and all(torch.equal(found[n], w.float()) for n, w in weights.items())
+    return same and words == corpus.dictionary.idx2word
 
 
 @contextmanager
@@ -135,6 +166,9 @@ def _restore(
     epoch = start.position.epoch
     if epoch > args.epochs + 1:
         raise ValueError(f"it has trained for {epoch - 1} epochs already, and --epochs is {args.epochs}")
+    steps = content["records"]["steps"]
+    if args.max_steps is not None and steps > args.max_steps:
+        raise ValueError(f"it has taken {steps} steps already, and --max-steps is {args.max_steps}")
     return start
 
 

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from apex_compat import fp16_utils
 from fp16_cases import (
+    HALVES,
     OPTIMIZERS,
     loss_of,
     masters_of,
@@ -151,6 +152,25 @@ def test_state_made_before_wrapping_moves_to_the_masters():
         assert state["step"].item() == 1
     train(network, optimizer, steps=1)
     assert all(state["step"].item() == 2 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(("name", "more"), [("NAdam", {"eps": 1e-3}), ("ASGD", {}), ("Rprop", {})])
+def test_state_moves_to_the_masters_of_several_groups_unrounded(name, more, half):
+    """mu_product (NAdam), eta and mu (ASGD) are fp32 beside half weights, and were rounded while a group waited."""
+    network = mlp(half)
+    params = list(network.parameters())
+    inner = getattr(torch.optim, name)([{"params": [param]} for param in params], lr=0.01, **more)
+    for i in range(3):
+        inner.zero_grad()
+        loss_of(network, *problem(i)).backward()
+        inner.step()
+    before = [{key: value.detach().clone() for key, value in inner.state[param].items()} for param in params]
+    optimizer = wrap(inner)
+    for master, kept in zip(masters_of(optimizer), before, strict=True):
+        for key, value in optimizer.state[master].items():
+            assert torch.equal(value.double(), kept[key].double()), key
+            assert value.dtype == torch.float32
 
 
 def test_schedulers_of_other_kinds():

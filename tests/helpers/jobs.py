@@ -26,6 +26,15 @@ MODES = {name: [mode.script, *words(mode.options)] for name, mode in modes.MODES
 """Every kind of precision management, as the command line that asks for it."""
 
 
+DYNAMIC = ("fp16-optimizer-dynamic", "amp-fp16")
+"""Those of them whose loss scale is dynamic."""
+
+
+def if_dynamic(mode: str, *flags: str) -> list[str]:
+    """`flags` of a dynamic loss scale, for a mode that has one; others refuse them."""
+    return [*flags] if mode in DYNAMIC else []
+
+
 def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
     """`values` for pytest.mark.parametrize; all but `kept` are slow, that is for `make test-all`."""
     return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -30,7 +30,7 @@ SIZE = [
     *("--model", "RNN_TANH", "--emsize", "4", "--nhid", "4", "--nlayers", "1", "--bptt", "2", "--batch_size", "2"),
     *("--lr", "0.5", "--dropout", "0", "--log-interval", "200"),
 ]
-FLAGS = [*SIZE, "--max-steps", str(STEPS), "--epochs", "99", "--init-scale", "1", "--scale-window", str(WINDOW)]
+FLAGS = [*SIZE, "--max-steps", str(STEPS), "--epochs", "99"]
 VALUES = (math.inf, -math.inf, math.nan)
 PLACES = ("loss", "encoder", "rnn", "scores", "encoder.weight", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "decoder.bias")
 
@@ -52,6 +52,7 @@ def run(mode: str, folder: Path) -> int:
     """One run, to its exit code."""
     torch.set_num_threads(1)
     script, *flags = jobs.MODES[mode]
+    flags += jobs.if_dynamic(mode, "--init-scale", "1", "--scale-window", str(WINDOW))
     memory = []
 
     def measure(step: int, *rest: Any) -> None:

@@ -136,7 +136,7 @@ def test_overflow_changes_no_bit_but_the_scale(make, mode, name, value, optimize
     before = everything(job)
     result = step(job, 1, inject=(name, value))
     assert not result.applied
-    assert not result.grad_norm.isfinite()
+    assert float(result.grad_norm) == math.inf, "the same in every mode, be it an inf or a nan that stands there"
     assert everything(job) == before
     after = step(job, 2)
     assert after.applied
@@ -217,7 +217,7 @@ def through_a_file(state: Any) -> Any:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mode", jobs.MODES)
 def test_save_and_load_go_on_exactly(make, mode, optimizer) -> None:
-    flags = ("--dropout", "0", "--scale-window", "4")
+    flags = ("--dropout", "0", *jobs.if_dynamic(mode, "--scale-window", "4"))
     job = make(mode, *flags, optimizer=OPTIMIZERS[optimizer])
     for i in range(6):
         step(job, i, inject=("decoder.bias", math.inf) if i == 1 else None)

@@ -13,7 +13,7 @@ from lm.launch.probing.flags import OF_MODEL, job_options, read_flags
 from lm.launch.probing.mode import Precisions
 from lm.model.language_model import RNNModel
 from lm.options.config import merge
-from lm.options.options import Options, as_values
+from lm.options.options import Options, as_values, flag
 from lm.training.build import make_model
 from lm.training.process import set_up
 from lm.training.train_state import restore_state
@@ -82,15 +82,17 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
     Args:
         run: a run directory.
         data: the corpus; None for that of the run.
-        argv: flags, of which there may be none.
+        argv: flags of the trainers; there may be none but --init-scale, for the modes with a dynamic loss scale.
         precisions: every trainer's `make_precision`.
 
     Raises:
         UsageError: the run holds no weights that can be used, or flags are given too.
     """
-    if argv:
-        raise UsageError(f"{argv[0]} after -- with --run: the flags are those of the run; leave it out")
-    args = options_of_run("--run", run)
+    given = read_flags(argv, ()) if argv else {}
+    for name in given:
+        if name != "init_scale":  # of a mode beside the run's own
+            raise UsageError(f"{flag(name)} after -- with --run: the flags are those of the run; leave it out")
+    args = replace(options_of_run("--run", run), **given)
     set_up(args)
     data = args.data if data is None else data
     corpus = Corpus(data)

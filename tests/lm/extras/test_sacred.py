@@ -12,7 +12,7 @@ import pytest
 
 import lm.extras
 from lm.options.options import help_of, options_of
-from programs import ROOT, SCRIPTS, TINY, Done, Programs, read_run
+from programs import MODEL, ROOT, SCRIPTS, TINY, Done, Programs, read_run
 from runs import kill_at, outcome, resume
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -235,6 +235,21 @@ def test_what_fails_in_the_run_is_one_line_and_recorded_as_failed(programs):
     record = json.loads((programs.folder / "observed" / "2" / "run.json").read_text())
     assert record["status"] == "FAILED"
     assert json.loads((programs.folder / "observed" / "2" / "info.json").read_text())["result"]["status"] == "diverged"
+
+
+def test_an_option_without_effect_is_refused_where_it_is_asked_for(programs):
+    """Sacred's configuration has every option, asked for or not."""
+    done = programs.run("main", "with", *UPDATES, "tied=False", "init_scale=4")
+    assert "--init-scale with main.py, whose loss scale is static" in done.out + done.err + str(done.code)
+    assert not (programs.folder / "run").exists()
+
+
+def test_a_run_that_diverged_in_its_first_epoch_has_no_model(programs):
+    """The file at --save is an earlier run's."""
+    (programs.folder / MODEL).write_bytes(b"of another run")
+    assert programs.run("main", "with", *UPDATES, "tied=False", "lr=1e9", "-F", "observed").code == 1
+    assert stored(programs, "run.json")["artifacts"] == []
+    assert (programs.folder / MODEL).read_bytes() == b"of another run"
 
 
 @pytest.mark.parametrize("missing", [["sacred"], ["sacred", "colorama"], ["pkg_resources"]], ids=str)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -60,6 +61,21 @@ def test_the_command_of_a_run() -> None:
 def test_the_seed_is_taken_out_of_the_options(corpus, flags, seed, rest) -> None:
     found = check_flags(["fp32", "amp-bf16"], ["--data", str(corpus), "--emsize", "8", *flags])
     assert found == (seed, {"data": str(corpus), "emsize": 8, **rest}, "cpu")
+
+
+def test_options_of_a_dynamic_scale_go_to_the_modes_that_have_one(corpus) -> None:
+    """Given to one trainer alone they are refused where they change nothing."""
+    labels = ["fp32", "manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16"]
+    _, options, _ = check_flags(labels, ["--data", str(corpus), "--init-scale", "4", "--scale-window", "9"])
+    assert (options["init_scale"], options["scale_window"]) == (4.0, 9)
+    commands = {label: Training(label, 1, Path("x"), options).command for label in labels}
+    told = {label: [word for word in words if re.search("-scale|-window", word)] for label, words in commands.items()}
+    assert told == {label: [] for label in labels} | {
+        "fp16-optimizer-dynamic": ["--dynamic-loss-scale", "--init-scale=4.0", "--scale-window=9"],
+        "amp-fp16": ["--init-scale=4.0", "--scale-window=9"],
+    }
+    with pytest.raises(UsageError, match="--init-scale after --: none of the modes fp32,amp-bf16 has a dynamic loss"):
+        check_flags(["fp32", "amp-bf16"], ["--data", str(corpus), "--init-scale", "4"])
 
 
 def test_runs_at_a_time_share_the_threads_of_the_cpu(monkeypatch) -> None:

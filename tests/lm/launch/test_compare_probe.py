@@ -101,6 +101,14 @@ def test_a_loss_scale_that_was_asked_for_is_that_of_the_probe(probes: Probes) ->
     assert fresh[-2:] == ["--seed=1111", "--static-loss-scale=2.0"]
 
 
+def test_a_dynamic_scales_start_that_was_asked_for_is_that_of_the_probe(probes: Probes) -> None:
+    """The reference may have no dynamic scale; so it is not among its options."""
+    (probes.out / "compare.json").write_text(json.dumps({"options": {"init_scale": 4.0, "scale_window": 9}}))
+    fresh, final = commands(probes.compare())
+    assert fresh[-2:] == ["--seed=1111", "--init-scale=4.0"]
+    assert final[-4:] == ["--run", str(probes.out / "runs/fp32-1111"), "--", "--init-scale=4.0"]
+
+
 def test_what_was_probed_is_kept_unless_something_else_is_asked_for(
     probes: Probes, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,11 +32,18 @@ EVERY = [*SCRIPTS, "generate", "compare", "probe"]
 GIVEN: dict[str, Any] = {
     "data": "d", "model": "GRU", "emsize": 3, "nhid": 3, "nlayers": 4, "lr": 5.0, "clip": math.inf, "epochs": 7,
     "batch_size": 8, "bptt": 9, "dropout": 0.1, "tied": True, "seed": 11, "log_interval": 12, "fp16": True,
-    "static_loss_scale": 13.0, "device": "cpu", "run_dir": Path("r"), "save": Path("s.st"), "max_steps": 14,
-    "dry_run": True, "init_scale": 15.0, "scale_window": 16, "max_skipped": 17, "deterministic": True,
+    "device": "cpu", "run_dir": Path("r"), "save": Path("s.st"), "max_steps": 14,
+    "dry_run": True, "max_skipped": 17, "deterministic": True,
     "checkpoint_interval": 18, "optimizer": "adamw",
 }  # fmt: skip
-"""A value for every option that all trainers have and every machine can do."""
+"""A value for every option that all trainers have and every machine can do, but for loss scales."""
+STATIC, DYNAMIC = {"static_loss_scale": 13.0}, {"init_scale": 15.0, "scale_window": 16}
+SCALES: dict[str, list[dict[str, Any]]] = {
+    "main": [STATIC],
+    "main_fp16_optimizer": [STATIC, DYNAMIC | {"dynamic_loss_scale": True}],
+    "main_amp": [STATIC, DYNAMIC],
+}
+"""Trainer -> the options of its loss scales that it can be given together."""
 
 
 def toml(values: dict[str, Any], dash: str) -> str:
@@ -85,19 +92,33 @@ def write(folder: Path, content: str) -> Path:
 @pytest.mark.parametrize("source", SOURCES)
 @every_script
 def test_every_source_gives_the_same_options(tmp_path, script, source) -> None:
-    found = SOURCES[source](tmp_path, script, GIVEN)
-    assert {name: getattr(found, name) for name in GIVEN} == GIVEN
-    assert found == make_args(script, **GIVEN)
-    missing = options_of(script).keys() - GIVEN.keys()
+    missing = options_of(script).keys()
+    for scale in SCALES[script]:
+        given = GIVEN | scale
+        found = SOURCES[source](tmp_path, script, given)
+        assert {name: getattr(found, name) for name in given} == given
+        assert found == make_args(script, **given)
+        missing -= given.keys()
     assert (
         missing
         == {"use_optimizer", "cuda", "accel", "tf32", "tensorboard", "onnx_export", "resume", "nhead"}
         | {
-            "main": set(),
-            "main_fp16_optimizer": {"dynamic_loss_scale", "fp16_utils"},
+            "main": {"init_scale", "scale_window"},
+            "main_fp16_optimizer": {"fp16_utils"},
             "main_amp": {"dtype"},
         }[script]
     )
+
+
+@pytest.mark.parametrize("name", ["init_scale", "scale_window"])
+def test_an_option_without_effect_is_refused_wherever_one_trainer_is_given_it(tmp_path, name) -> None:
+    """What several trainers are given, by compare.py or by a run to resume, is for those that it is for."""
+    for source in set(SOURCES) - {"texts"}:
+        with pytest.raises(UsageError, match=r"with main\.py, whose loss scale is static: leave it out, or use"):
+            SOURCES[source](tmp_path, "main", {name: 4})
+    assert merge("main", {name: 4}).script == "main"
+    (tmp_path / "config.json").write_text(to_json({"options": as_values(merge("main", {name: 4}))}))
+    assert getattr(parse_args("main", None, ["--resume", str(tmp_path)]), name) == 4
 
 
 @every_script
@@ -161,7 +182,7 @@ def test_every_option_is_in_config_json_and_gives_the_run_again(programs, script
         ("main", ["--lr", "6"], "--lr 6.0: the run was started with 20.0; leave the flag out, or start a new run"),
         ("main", ["--tied"], "--tied True: the run was started with False"),
         ("main --tied", ["--emsize", "100"], "--emsize 100: the run was started with 200"),
-        ("main", ["--max-steps", "3"], "--max-steps 3: the run was started with the default"),
+        ("main --max-steps 2", ["--max-steps", "3"], None),
         ("main", ["--fp16"], "--fp16 True: the run was started with False"),
         ("main", ["--optimizer", "adamw"], "--optimizer adamw: the run was started with sgd"),
         ("main", ["--use-optimizer"], "--optimizer adamw: the run was started with sgd"),
@@ -198,7 +219,7 @@ def test_what_a_resumed_run_may_be_given(tmp_path, monkeypatch, started, flags, 
 
 def test_what_may_change_changes_no_step() -> None:
     assert set(MAY_CHANGE) == {
-        *("data", "epochs", "log_interval", "tensorboard", "save", "onnx_export", "checkpoint_interval"),
+        *("data", "epochs", "max_steps", "log_interval", "tensorboard", "save", "onnx_export", "checkpoint_interval"),
     }
     text = help_of(options_of(None)["resume"])
     assert all(f"--{name.replace('_', '-')}" in text for name in MAY_CHANGE)

@@ -54,9 +54,13 @@ def apex_like(monkeypatch):
 
 
 @pytest.mark.usefixtures("apex_like")
-@pytest.mark.parametrize("flags", [["--static-loss-scale", "256"], ["--dynamic-loss-scale", "--init-scale", "1e6"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--static-loss-scale", "256"], ["--dynamic-loss-scale", "--init-scale", "1e6", "--scale-window", "10"]],
+    ids=["static", "dynamic"],
+)
 def test_an_installed_apex_is_used_and_records_the_same(monkeypatch, tmp_path, corpus, flags) -> None:
-    flags = ["--fp16", "--max-steps", "30", "--scale-window", "10", *flags]
+    flags = ["--fp16", "--max-steps", "30", *flags]
     assert jobs.run(monkeypatch, corpus, tmp_path / "own", "main_fp16_optimizer", *flags) == 0
     flags += ["--fp16-utils", "apex"]
     assert jobs.run(monkeypatch, corpus, tmp_path / "apex", "main_fp16_optimizer", *flags) == 0

@@ -93,7 +93,7 @@ def test_all_ranks_skip_together(ranks, mode):
     bad = {"1": [1, 3, 4, BATCHES, 2 * BATCHES], "0": [9, BATCHES + 1]}
     script, *flags = jobs.MODES[mode]
     spoil = {"steps": bad, "parameter": "rnn.weight_hh_l1"}
-    flags += ["--log-interval", "5", "--init-scale", "1024", "--scale-window", "6"]
+    flags += ["--log-interval", "5", *jobs.if_dynamic(mode, "--init-scale", "1024", "--scale-window", "6")]
     steps = ranks.train(2, script, *flags, spoil=spoil, dump={"name": "dump"})
     assert [row["step"] for row in steps if not row["applied"]] == sorted(bad["0"] + bad["1"])
     before, scale, good = None, steps[0]["loss_scale"], 0

@@ -58,14 +58,15 @@ KINDS["Transformer"] = ("--model", "Transformer", "--lr", "0.5")
 def command(mode: str, kind: str, processes: int = 1) -> Command:
     """The run of that mode and model."""
     script, *flags = jobs.MODES[mode]
-    return Command(processes, script, (*flags, *KINDS[kind]))
+    return Command(processes, script, (*flags, *jobs.if_dynamic(mode, *WINDOW), *KINDS[kind]))
 
 
-DYNAMIC = Command(1, "main_fp16_optimizer", ("--fp16", "--dynamic-loss-scale", "--init-scale", str(2.0**20)))
+WINDOW = ("--scale-window", "4")
+DYNAMIC = Command(1, "main_fp16_optimizer", ("--fp16", "--dynamic-loss-scale", "--init-scale", str(2.0**20), *WINDOW))
 COMMANDS = {
     **{f"{mode} {kind}": command(mode, kind) for mode, kind in zip(jobs.MODES, itertools.cycle(KINDS))},
     "fp16-optimizer-dynamic LSTM": DYNAMIC,
-    "amp-fp16 overflowing": Command(1, "main_amp", ("--lr", "60")),
+    "amp-fp16 overflowing": Command(1, "main_amp", ("--lr", "60", *WINDOW)),
     "2 x fp16-optimizer-dynamic LSTM tied": command("fp16-optimizer-dynamic", "LSTM tied", 2),
 }
 
@@ -203,7 +204,7 @@ def test_fifty_kills(faulty: Faulty, record_testsuite_property: Callable[[str, o
 
 # Disks.
 
-SHORT = Command(1, "main_fp16_optimizer", ("--fp16", "--dynamic-loss-scale", "--epochs", "1"))
+SHORT = Command(1, "main_fp16_optimizer", ("--fp16", "--dynamic-loss-scale", "--epochs", "1", *WINDOW))
 CALLS = {
     **{f"{call} {name}": 1 for name in ("config.json", "result.json", MODEL) for call in ("write", "fsync", "replace")},
     **dict.fromkeys(("mkdir run", "fsync run", "open steps.jsonl", f"open {FILE}", f"chmod {FILE}"), 1),

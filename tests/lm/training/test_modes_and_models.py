@@ -69,7 +69,7 @@ def test_scale_window(programs, script):
 
 @pytest.mark.parametrize("script", ["main", "main_amp"])
 def test_a_static_scale_stays(programs, script):
-    flags = ["--fp16", "--static-loss-scale", "16", "--scale-window", "2", "--max-steps", "6"]
+    flags = ["--fp16", "--static-loss-scale", "16", "--max-steps", "6"]
     assert {row["loss_scale"] for row in programs.train(script, *flags).steps} == {16.0}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import jobs
+import lm.training.loop
 from faults import Faults, Plan, put_into
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.model.language_model import RNNModel, detach, next_word_loss
@@ -19,6 +21,7 @@ from lm.options.modes import DEFAULT_MODES
 from lm.training.loop import Training
 from moments import tensors_of
 from programs import BATCHES, HALF, MODEL, SCRIPTS, TINY, read_run
+from runs import act_at
 
 VALUES = (math.inf, -math.inf, math.nan)
 GRADIENTS = ("encoder.weight", "rnn.weight_hh_l0", "decoder.bias")
@@ -69,7 +72,8 @@ def plain_loop(monkeypatch: pytest.MonkeyPatch, corpus: Path, mode: str, plan: P
             for p, m in zip(params, masters, strict=True):
                 m.grad = p.grad.float() / scale
             norm = nn.utils.clip_grad_norm_(masters, CLIP)
-            rows.append((loss.item(), norm.item(), scale, bool(norm.isfinite())))
+            applied = bool(norm.isfinite())
+            rows.append((loss.item(), norm.item() if applied else math.inf, scale, applied))
             if norm.isfinite():
                 for p, m in zip(params, masters, strict=True):
                     m.data.add_(m.grad, alpha=-LR)
@@ -122,9 +126,8 @@ def train(monkeypatch, tmp_path, corpus, capsys) -> Callable[..., Watched]:
 
 
 def comparable(rows: list[tuple[float, float, float, bool]]) -> list[tuple[str, str, float, bool]]:
-    """`rows` with nan equal to nan, and without the norms of skipped steps, of which only one thing is promised."""
-    assert not any(math.isfinite(norm) for _, norm, _, applied in rows if not applied)
-    return [(str(loss), str(norm) if applied else "", scale, applied) for loss, norm, scale, applied in rows]
+    """`rows` with nan equal to nan."""
+    return [(str(loss), str(norm), scale, applied) for loss, norm, scale, applied in rows]
 
 
 def equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -318,7 +321,7 @@ def test_max_skipped_in_a_row_ends_the_run(programs, script, log_interval, first
     run = read_run(programs.folder / "run")
     assert (done.code, run.result["status"], run.result["steps"]) == (1, "diverged", len(run.steps))
     assert [row["step"] for row in run.steps if not row["applied"]] == list(range(first, first + 4))
-    assert {row["grad_norm"] for row in run.steps if not row["applied"]} <= {"inf", "nan"}
+    assert {row["grad_norm"] for row in run.steps if not row["applied"]} == {"inf"}
     for told in (f"up to step {first + 3}", f"loss scale {run.steps[first + 2]['loss_scale']:g}", BAD):
         assert told in done.err
     assert "End of training" not in done.out
@@ -332,3 +335,97 @@ def test_a_diverged_run_keeps_the_model_of_an_earlier_epoch(programs) -> None:
     model, _ = load_model(programs.folder / MODEL)
     assert all(weight.isfinite().all() for weight in model.parameters())
     assert run.result["tokens_per_second"] > 0
+
+
+GUESSING = math.log(24)  # 18 words, and 6 scores that only pad
+
+
+@pytest.mark.parametrize("log_interval", ["5", "200"])
+@pytest.mark.parametrize("mode", [*DEFAULT_MODES, "amp-fp32"])
+def test_a_finite_explosion_has_diverged(programs, mode, log_interval) -> None:
+    """Every number in it is finite, and no model that was trained is as bad: it was "finished", with exit code 0."""
+    script, *flags = jobs.MODES[mode]
+    flags += [*TINY, "--lr", "30000", "--log-interval", log_interval, *jobs.if_dynamic(mode, "--init-scale", "1")]
+    done = programs.run(script, *flags)
+    run = read_run(programs.folder / "run")
+    assert all(row["applied"] for row in run.steps)
+    assert (done.code, run.result["status"], run.result["test_loss"], run.result["steps"]) == (
+        *(1, "diverged", None),
+        len(run.steps),
+    )
+    assert (len(run.epochs), run.epochs[0]["valid_ppl"]) == (1, "inf")
+    first = 1 + max(row["step"] for row in run.steps if row["loss"] <= 10 * GUESSING)
+    told = f"has diverged: the validation loss of epoch 1 is {run.epochs[0]['valid_loss']:.4g} nats a word, where "
+    assert (
+        f"{told}guessing costs 3.2; from step {first} on no training loss is below 32; try a smaller --lr" in done.err
+    )
+    assert done.err.count("\n") == 1
+    assert not (programs.folder / MODEL).exists()
+    assert "has diverged, and would again" in programs.refuse(script, "--resume", "run")
+
+
+def scripted(monkeypatch, *losses: float) -> None:
+    """Let evaluations have these results, in turn."""
+    found = iter(losses)
+    monkeypatch.setattr(lm.training.loop, "evaluate", lambda *_: next(found))
+
+
+@pytest.mark.parametrize(
+    ("losses", "code"),
+    [
+        ((700.0, 5.0, 5.0), 0),  # it got over it
+        ((5.0, 700.0, 5.0), 0),
+        ((5.0, 5.0, 9.9 * GUESSING), 0),
+        ((5.0, 5.0, 10.1 * GUESSING), 1),
+        ((700.0, 690.0, 690.0), 1),
+        ((5.0, 5.0, math.nan), 1),
+        ((5.0, 5.0, math.inf), 1),
+        ((5.0, math.inf), 1),
+        ((710.0,), 1),
+        ((math.nan,), 1),
+    ],
+)
+def test_which_losses_are_those_of_a_run_that_diverged(programs, monkeypatch, losses, code) -> None:
+    scripted(monkeypatch, *losses)
+    done = programs.run("main", *TINY)
+    run = read_run(programs.folder / "run")
+    assert (done.code, run.result["status"]) == (code, "diverged" if code else "finished")
+    assert [float(row["valid_loss"]) for row in run.epochs] == [pytest.approx(loss, nan_ok=True) for loss in losses[:2]]
+    what = "test loss" if len(losses) == 3 else f"validation loss of epoch {len(losses)}"
+    assert (f"the {what} is {losses[-1]:.4g} nats a word" in done.err) == bool(code)
+    assert ("up to step" in done.err) == bool(code), "the training loss was none of it"
+    assert (programs.folder / MODEL).exists() == any(loss < 709 for loss in losses[:2])
+
+
+def test_a_validation_of_nan_is_never_the_best(programs, monkeypatch) -> None:
+    """It ends the run, and the model of the epoch before it stays."""
+    scripted(monkeypatch, 5.0, 4.0, math.nan, 3.0)
+    saved = []
+    real = lm.training.loop.save_model
+    monkeypatch.setattr(lm.training.loop, "save_model", lambda *args: (saved.append(args), real(*args)))
+    done = programs.run("main", *TINY, "--epochs", "9")
+    assert (done.code, len(read_run(programs.folder / "run").epochs), len(saved)) == (1, 3, 2)
+    assert all(weight.isfinite().all() for weight in load_model(programs.folder / MODEL)[0].parameters())
+
+
+@pytest.mark.parametrize("script", ["main", "main_fp16_optimizer"])
+def test_masters_beyond_fp16_have_diverged(programs, script) -> None:
+    """A master of 1e5 is a half weight of inf: such a model was saved as the best, and the run "finished"."""
+    done = programs.run(script, *TINY, "--fp16", "--lr", "1e6", "--clip", "inf", "--max-steps", "12")
+    run = read_run(programs.folder / "run")
+    assert (done.code, run.result["status"], run.result["steps"], run.result["test_loss"]) == (1, "diverged", 12, None)
+    assert "has diverged: after step 12 a weight of decoder.bias is not finite; from step 2 on no training" in done.err
+    assert "main_amp.py, whose weights are fp32" in done.err
+    assert not (programs.folder / MODEL).exists()
+
+
+def test_a_weight_that_is_not_finite_is_no_model_of_a_run_that_was_stopped(programs) -> None:
+    def spoil(model: RNNModel) -> None:
+        model.decoder.bias.data[-1] = math.inf
+
+    programs.before_training(spoil)
+    with act_at(2, lambda: signal.raise_signal(signal.SIGINT)):
+        done = programs.run("main", *TINY, "--dropout", "0")
+    assert (done.code, read_run(programs.folder / "run").result["status"]) == (1, "diverged")
+    assert "after step 2 a weight of decoder.bias is not finite" in done.err
+    assert not (programs.folder / MODEL).exists()

@@ -104,11 +104,66 @@ def test_another_run_has_overwritten_the_best_model(whole, killed):
     assert outcome(killed.folder) == whole
 
 
-def test_a_finished_run_is_tested_again_and_stays_as_it_is(programs):
+ENDS = {  # -> flags of the run, flags to resume it with, what is said
+    "epochs": ([], [], "has come to the end that --epochs 2 sets; to go on, give more"),
+    "max steps": (["--max-steps", "12"], [], "has come to the end that --max-steps 12 sets; to go on, give more"),
+    "more epochs than steps": (
+        ["--epochs", "1", "--max-steps", "12"],
+        ["--epochs", "2"],
+        "has come to the end that --max-steps 12 sets;",
+    ),
+    "fewer steps left": (["--max-steps", "12"], ["--max-steps", "12"], "has come to the end that --max-steps 12 sets;"),
+    "dry run": (["--dry-run"], ["--epochs", "7"], "has come to the end that --dry-run sets; to go on, start a new run"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_where_nothing_is_left_to_do_nothing_is_done(programs, case):
+    """It said "going on", took no step, and wrote another length into config.json, with which no run was compared."""
+    flags, again, said = ENDS[case]
+    assert programs.run("main", *FLAGS, *flags).code == 0
+    before = programs.files()
+    stamps = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    done = resume(programs, "main", *again)
+    assert done.out.startswith(f"| nothing to do: the run in run {said}")
+    assert done.out.count("\n") == 1
+    assert programs.files() == before
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == stamps
+
+
+@pytest.mark.parametrize("content", [None, b"of another run"])
+def test_the_model_of_a_finished_run_is_written_again_where_it_is_lost(programs, content):
     assert programs.run("main", *FLAGS).code == 0
-    before = outcome(programs.folder)
+    before, config = outcome(programs.folder), Path("run/config.json").read_bytes()
+    Path(MODEL).unlink() if content is None else Path(MODEL).write_bytes(content)
     assert "| End of training | test loss" in resume(programs, "main").out
     assert outcome(programs.folder) == before
+    assert resume(programs, "main", "--save", "elsewhere").out.count("\n") > 1
+    assert Path("elsewhere").read_bytes() == before["model"]
+    assert Path("run/config.json").read_bytes() == config
+
+
+def test_fewer_epochs_than_a_run_was_to_have_end_it_and_are_recorded(killed):
+    """It has trained for one, and is in the second one."""
+    Path("run/result.json").unlink(missing_ok=True)
+    kill_at(killed, BATCHES + 1, "main", "--resume", "run", "--epochs", "9")  # in the third epoch
+    assert config()["job"]["epochs"] == 9
+    assert "| End of training" in resume(killed, "main", "--epochs", "2").out
+    assert (config()["job"]["epochs"], len(jobs.rows(Path("run"), "epochs.jsonl"))) == (2, 2)
+
+
+def test_more_steps_at_the_end_of_an_epoch_are_the_longer_run(programs, whole):
+    assert programs.run("main", *FLAGS, "--max-steps", str(BATCHES)).code == 0
+    resume(programs, "main", "--max-steps", "99999")
+    assert outcome(programs.folder) == whole
+    assert (config()["job"]["max_steps"], config()["options"]["max_steps"]) == (99999, 99999)
+
+
+def test_more_steps_go_on_with_the_next_epoch(programs):
+    """The epoch that --max-steps cut short has been validated, and is over."""
+    assert programs.run("main", *FLAGS, "--max-steps", "12").code == 0
+    assert "going on with run at epoch 2, step 13\n" in resume(programs, "main", "--max-steps", "15").out
+    assert [row["epoch"] for row in jobs.rows(Path("run"))] == [1] * 12 + [2] * 3
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(killed):
@@ -118,11 +173,11 @@ def test_a_run_that_goes_on_elsewhere_says_so(killed):
     threads = here["environment"]["threads"]
     elsewhere = here | {"environment": here["environment"] | {"threads": threads + 1, "torch": "1.0\n"}}
     Path("run/config.json").write_text(json.dumps(elsewhere))
-    out = resume(killed, "main").out
+    out = resume(killed, "main", "--epochs", "3").out
     line = f"| torch {torch.__version__}, not 1.0\\n, threads {threads}, not {threads + 1}: its bits may be others"
     assert out.splitlines()[1].startswith(line)
     assert config()["environment"] | {"command": []} == here["environment"] | {"command": []}
-    assert "its bits may" not in resume(killed, "main").out
+    assert "its bits may" not in resume(killed, "main", "--epochs", "4").out
 
 
 GPU = {"device": "A GPU", "torch": "2.11", "threads": 2, "cudnn": "91002", "driver": "550.54.14"}
@@ -166,6 +221,7 @@ def test_what_contradicts_the_run(programs):
         ("main", ["--resume", "run", "--static-loss-scale", "2"], "2.0: the run was started with the default"),
         ("main", ["--resume", "run", "--run-dir", "other"], "--run-dir other: the run was started with run"),
         ("main", ["--resume", "run", "--epochs", "1"], "has trained for 2 epochs already, and --epochs is 1"),
+        ("main", ["--resume", "run", "--max-steps", "35"], "has taken 36 steps already, and --max-steps is 35"),
         ("main", ["--resume", "run", "--data", "python-docs"], "its corpus was another one"),
         ("main", ["--resume", "nowhere"], "holds no run"),
         ("main", ["--resume", "empty"], "holds no run"),
