@@ -4,13 +4,15 @@ Imported only where a command line asks for it. Sacred parses and shows the conf
 informed, and has a run's `main` run with the `Options` that the configuration gives.
 """
 
+import itertools
 import json
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from lm.options.options import DEFAULT_LR, Options, checked, help_of, options_of
 from lm.options.resolve import check_effect, default_lr
 from lm.training.description import git_commit
 from roundoff import processes
-from roundoff.errors import RunError, UsageError
+from roundoff.cli import nearest
+from roundoff.errors import RunError, UsageError, printable
 from roundoff.runs.listeners import listening
 from roundoff.runs.meter import curves
 
@@ -70,9 +73,18 @@ class Configuration:
         self.asked: set[str] = set()
 
     def __call__(self, fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
-        """Return the configuration, where `fixed` wins over the defaults."""
+        """Return the configuration, where `fixed` wins over the defaults.
+
+        Raises:
+            UsageError: `fixed` has what is no option.
+        """
         asked = fixed or {}
         self.asked = set(asked)
+        for name in asked:
+            if name not in self.names:
+                near = nearest(name, self.names)
+                advice = f"did you mean {near}?" if near else f"there are {', '.join(self.names)}"
+                raise UsageError(f"with: there is no option {printable(repr(name))}; {advice}")
         adamw = asked.get("use_optimizer") is True or asked.get("optimizer") == "adamw"
         defaults = self.defaults | {"lr": default_lr("adamw" if adamw else "sgd", asked.get("model_type", "LSTM"))}
         summary = ConfigDict(defaults)(fixed, preset, fallback)
@@ -158,6 +170,27 @@ class Trainer(Experiment):
             return super().run(*args, **kwargs)
         except (UsageError, RunError, OSError, MemoryError) as error:
             raise PassedError(error) from None
+        except ConfigError as error:
+            raise PassedError(UsageError(str(error))) from None
+
+
+def check_words(argv: list[str], script: str, commands: Iterable[str]) -> None:
+    """Raise UsageError where Sacred would show its usage, or a traceback, for the command line `argv`."""
+    if argv[0] != "with" and not argv[0].startswith("-") and argv[0] not in (allowed := [*commands, "help"]):
+        near = nearest(argv[0], allowed)
+        advice = f"did you mean {near}? " if near else ""
+        raise UsageError(f"{printable(repr(argv[0]))} is no command; {advice}there are {', '.join(allowed)}, and flags")
+    after = argv[argv.index("with") + 1 :] if "with" in argv else []
+    for word, following in itertools.zip_longest(after, after[1:], fillvalue="-"):
+        name, _, value = word.removeprefix("--").removeprefix("no-").partition("=")
+        name = name.replace("-", "_")
+        if word.startswith("--") and name in options_of(script):
+            value = value or ("VALUE" if following.startswith("-") else following)
+            example = printable(f"{NAMES.get(name, name)}={value}")
+            raise UsageError(f"{printable(word)} after with: options are NAME=VALUE there, such as {example}")
+    for word in itertools.takewhile(lambda word: not word.startswith("-"), after):
+        if "=" not in word and not Path(word).exists():
+            raise UsageError(f"with {printable(word)}: this is neither NAME=VALUE nor a file; give one of them")
 
 
 def print_config(_run: Run) -> None:
@@ -220,14 +253,23 @@ def run(main: Callable[[Options], int], script_file: str, description: str | Non
     """Do what the command line `argv` asks of Sacred; return the exit code.
 
     Raises:
-        UsageError, RunError: see `fit`. Sacred's own errors end the process with 1.
+        UsageError, RunError: see `fit`, or the command line is a mistake.
     """
     experiment = make_experiment(main, script_file, description)
     unobserved = ["--unobserved"] if processes.rank() > 0 else []
     # Sacred's colours are for terminals that want them.
     with colorama.colorama_text(strip=True if os.environ.get("NO_COLOR") else None):
         try:
+            check_words(argv, Path(script_file).stem, experiment.commands)
             experiment.run_commandline([script_file, *argv, *unobserved])
+        except SystemExit as stop:
+            if not isinstance(stop.code, str):
+                raise
+            program = Path(script_file).name
+            raise UsageError(
+                f"{printable(shlex.join(argv))} is no command line of Sacred; see {program} help, "
+                f"or {program} --help for the flags"
+            ) from None
         except PassedError as passed:
             raise passed.args[0] from None
     return 0
