@@ -23,7 +23,7 @@ from roundoff.errors import UsageError, printable
 from roundoff.precision import StepResult
 from roundoff.runs.config_file import describe_device, describe_run, guess_device, read_config
 from roundoff.runs.files import LOCK, lock, naming, remove_leftovers, sync, unlock
-from roundoff.runs.jsonfile import scalar, to_json, write_json
+from roundoff.runs.jsonfile import scalar, to_json, unwritable, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
 from roundoff.runs.reading import MAX_LINE_BYTES, MOST_LOSSES
@@ -124,6 +124,7 @@ class RunDirectory:
         self.path: Path | None = None
         self.steps = self.skipped = 0
         self.ended = self._has_result = False
+        self._test_loss: float | None = None
         self._lock: int | None = None
         self._listeners = list(listeners)
         self._derived = derived or {}
@@ -260,7 +261,7 @@ class RunDirectory:
                 with suppress(OSError):
                     self.end_interval()
                 with suppress(OSError):
-                    self.write_result("interrupted", None)
+                    self.write_result("interrupted", self._test_loss)
         finally:
             self.close()
 
@@ -413,22 +414,35 @@ class RunDirectory:
         self.begin_interval()
 
     def finish(self, test_loss: Tensor | float | None = None, **figures: Any) -> None:
-        """Record that the run has come to its end, with its loss on the test data and other figures."""
+        """Record that the run has come to its end, with its loss on the test data and other figures.
+
+        Raises:
+            UsageError: `write_result` refuses a figure. The run has not ended then: `finish` may be called again.
+        """
         self.flush()
         self.end_interval()
         self.write_result("finished", test_loss, **figures)
 
-    def write_result(self, status: str, test_loss: Tensor | float | None, **figures: Any) -> None:
+    def write_result(self, status: str, test_loss: Tensor | float | None, /, **figures: Any) -> None:
         """Tell the listeners of the end, once, and write `result.json`, unless an earlier call has written it.
 
         Args:
             status: "finished", "interrupted" or "diverged".
             test_loss: mean over the test data; None without a test.
             figures: more for `result.json`.
+
+        Raises:
+            UsageError: no file can hold one of the figures, or the record has a figure of that name itself. Nobody has
+                been told of the end then. A block that ends so keeps the test loss.
         """
-        loss = None if test_loss is None else float(test_loss)
-        row: dict[str, Any] = {"status": status} | losses(loss, self._derived, "test_")
+        self._test_loss = None if test_loss is None else float(test_loss)
+        row: dict[str, Any] = {"status": status} | losses(self._test_loss, self._derived, "test_")
         row |= {"steps": self.steps - len(self._waiting), "skipped": self.skipped}
+        for name, figure in figures.items():
+            if name in row:
+                raise UsageError(f"figure {printable(name)} is one that the record has itself; give another name")
+            if problem := unwritable(figure, name):
+                raise UsageError(f"figure {problem}")
         row |= {name: scalar(figure) for name, figure in figures.items()}
         told, self.ended = self.ended, True
         if self.path is None or self._has_result:

@@ -365,3 +365,41 @@ def test_errors_name_the_arguments_of_python(tmp_path: Path, case: str) -> None:
     assert str(error.value) == said.format(path, parent=tmp_path, size=size)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     RunDirectory.resume(path, None).close()
+
+
+FIGURES: dict[str, tuple[dict[str, Any], str]] = {
+    "a matrix": (
+        {"confusion": torch.eye(2)}, "figure confusion is a tensor of shape (2, 2); give numbers",
+    ),
+    "one within": ({"by": {"class": [torch.ones(3)]}}, "figure by.class[0] is a tensor of shape (3,); give numbers"),
+    "a set": ({"classes": {1}}, "figure classes is a set; give a list"),
+    "the status": ({"status": "x"}, "figure status is one that the record has itself; give another name"),
+    "the count": ({"steps": 100}, "figure steps is one that the record has itself; give another name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIGURES)
+def test_a_figure_that_no_result_can_hold_is_refused(tmp_path: Path, case: str) -> None:
+    """The run can be finished without it. A loop that ends there is interrupted, with its test loss."""
+    figures, said = FIGURES[case]
+
+    def train(path: Path) -> None:
+        with RunDirectory(path) as run:
+            run.step(2.0)
+            try:
+                run.finish(test_loss=0.5, **figures)
+            except UsageError:
+                if path.name == "again":
+                    run.finish(0.25, top1=0.5)
+                raise
+
+    for name in ("again", "ends"):
+        with pytest.raises(UsageError) as error:
+            train(tmp_path / name)
+        assert str(error.value) == said
+    ended = read_run(tmp_path / "ends")
+    assert (ended.status, ended.test_loss, ended.problems) == ("interrupted", 0.5, [])
+    finished = read_run(tmp_path / "again")
+    assert (finished.status, finished.test_loss) == ("finished", 0.25)
+    result = json.loads((tmp_path / "again/result.json").read_text())
+    assert (result["top1"], result["steps"]) == (0.5, 1)
