@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from roundoff import processes
-from roundoff.errors import UsageError, printable
+from roundoff.errors import UsageError, described, printable
 from roundoff.precision import StepResult
-from roundoff.runs.config_file import describe_device, describe_run, guess_device, read_config
+from roundoff.runs.config_file import check_config, describe_device, describe_run, guess_device, read_config
 from roundoff.runs.files import LOCK, lock, naming, remove_leftovers, sync, unlock
-from roundoff.runs.jsonfile import scalar, to_json, unwritable, write_json
+from roundoff.runs.given import loss_number, number
+from roundoff.runs.jsonfile import as_read_back, scalar, to_json, unwritable, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
-from roundoff.runs.reading import MAX_LINE_BYTES, MOST_LOSSES
+from roundoff.runs.reading import MAX_LINE_BYTES, MOST_LOSSES, misfit
 from roundoff.runs.waiting import WaitingSteps
 
 LINES = ("steps.jsonl", "epochs.jsonl")
@@ -87,7 +88,7 @@ class RunDirectory:
 
     Raises:
         UsageError: the directory is in use or cannot be written, a new run's holds a run already, or one that goes on
-            holds none, or one of another job, mode or seed.
+            holds none, or one of another job, mode or seed. Or `read_run` would refuse what is given.
     """
 
     def __init__(
@@ -114,9 +115,14 @@ class RunDirectory:
     ) -> None:
         if isinstance(loss_scale, str) and loss_scale != "dynamic":
             raise UsageError(f'loss_scale={printable(repr(loss_scale))}: give a number, or "dynamic"')
-        precision = {"mode": mode, "dtype": dtype, "loss_scale": loss_scale, "equals": list(equals) or None}
-        more = {"loss_unit": unit, "length": list(length) or None}
+        if not isinstance(unit, str | None):
+            raise UsageError(f'unit is {described(unit)}; give a text, such as "nats a word"')
+        equal, fields = _names_in("equals", equals), _names_in("length", length)
+        precision = {"mode": mode, "dtype": dtype, "loss_scale": loss_scale, "equals": equal or None}
+        more = {"loss_unit": unit, "length": fields or None}
         self.config = describe_run(job, precision, seed, more) if config is None else dict(config)
+        if not resume:
+            check_config(self.config)
         self._names = names or Names()
         self._names_device = config is None and not resume
         if self._names_device and device is not None:
@@ -398,14 +404,20 @@ class RunDirectory:
             epoch: by default 1, and one more after each call.
             lr: of the steps of the epoch.
             seconds: that training and validation took; by default, since the last call.
+
+        Raises:
+            UsageError: an argument is no number, or `read_run` would refuse it.
         """
+        row: dict[str, Any] = {"epoch": self._epoch if epoch is None else scalar(epoch)}
+        row |= losses(loss_number("valid_loss", valid_loss), self._derived, "valid_")
+        row |= {"lr": float(number("lr", lr)), "seconds": 0.0 if seconds is None else float(number("seconds", seconds))}
+        _refuse_misfit("epochs.jsonl", row)
         if self._interval:
             self.flush()
             self.end_interval()
         now = time.monotonic()
-        row: dict[str, Any] = {"epoch": self._epoch if epoch is None else epoch}
-        row |= losses(float(valid_loss), self._derived, "valid_")
-        row |= {"lr": float(lr), "seconds": now - self._epoch_start if seconds is None else seconds}
+        if seconds is None:
+            row["seconds"] = now - self._epoch_start
         self._append("epochs.jsonl", [row])
         if self.path is not None:
             for listener in self._listeners:
@@ -432,18 +444,17 @@ class RunDirectory:
             figures: more for `result.json`.
 
         Raises:
-            UsageError: no file can hold one of the figures, or the record has a figure of that name itself. Nobody has
-                been told of the end then. A block that ends so keeps the test loss.
+            UsageError: no file can hold one of the figures, `read_run` would refuse it, or the record has a figure of
+                that name itself. Nobody has been told of the end then. A block that ends so keeps the test loss.
         """
-        self._test_loss = None if test_loss is None else float(test_loss)
+        self._test_loss = None if test_loss is None else loss_number("test_loss", test_loss)
         row: dict[str, Any] = {"status": status} | losses(self._test_loss, self._derived, "test_")
         row |= {"steps": self.steps - len(self._waiting), "skipped": self.skipped}
-        for name, figure in figures.items():
+        for name in figures:
             if name in row:
                 raise UsageError(f"figure {printable(name)} is one that the record has itself; give another name")
-            if problem := unwritable(figure, name):
-                raise UsageError(f"figure {problem}")
         row |= {name: scalar(figure) for name, figure in figures.items()}
+        _refuse_misfit("result.json", row, "figure ")
         told, self.ended = self.ended, True
         if self.path is None or self._has_result:
             return
@@ -468,6 +479,23 @@ class RunDirectory:
                 with suppress(OSError):
                     os.truncate(path, length)
                 raise
+
+
+def _names_in(argument: str, given: Any) -> list[str]:
+    """Return `given` as a list; refuse a text, which is a list of letters."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        example = f", such as [{printable(repr(given), 60)}]" if isinstance(given, str) else ""
+        raise UsageError(f"{argument} is {described(given)}; give a list of names{example}")
+    return list(given)
+
+
+def _refuse_misfit(file: str, row: dict[str, Any], start: str = "") -> None:
+    """Raise UsageError unless `read_run` takes `row`."""
+    for name, value in row.items():
+        if problem := unwritable(value, name):
+            raise UsageError(start + problem)
+    if problem := misfit(file, as_read_back(row)):
+        raise UsageError(start + problem)
 
 
 def _last_epoch(path: Path, length: int) -> int:
