@@ -23,7 +23,7 @@ from roundoff.errors import UsageError, described, printable
 from roundoff.precision import StepResult
 from roundoff.runs.config_file import check_config, describe_device, describe_run, guess_device, read_config
 from roundoff.runs.files import LOCK, lock, naming, remove_leftovers, sync, unlock
-from roundoff.runs.given import loss_number, number
+from roundoff.runs.given import loss_number, number, whole_number
 from roundoff.runs.jsonfile import as_read_back, scalar, to_json, unwritable, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
@@ -315,7 +315,7 @@ class RunDirectory:
         loss: Tensor | float,
         result: StepResult | None = None,
         *,
-        grad_norm: Tensor | float = math.nan,
+        grad_norm: Tensor | float | None = math.nan,
         loss_scale: Tensor | float = 1.0,
         applied: Tensor | bool = True,
         epoch: int | None = None,
@@ -328,7 +328,7 @@ class RunDirectory:
         Args:
             loss: fp32, of one element.
             result: of the optimizer's step, in place of the three that follow.
-            grad_norm: of all gradients, before clipping; nan where it is not known.
+            grad_norm: of all gradients, before clipping; nan or None where it is not known.
             loss_scale: that the loss was multiplied by.
             applied: whether the weights were updated.
             epoch: by default 1, and one more after each call of `epoch`.
@@ -337,21 +337,30 @@ class RunDirectory:
             losses: further losses by name, such as {"kl": kl}, each of one element; at most 16 names.
 
         Raises:
-            UsageError: there are more further losses.
+            UsageError: there are more further losses, or an argument is something else. The step is not recorded then.
         """
+        if not isinstance(losses, Mapping | None):
+            raise UsageError(f'losses is {described(losses)}; give a mapping, such as {{"kl": kl}}')
         more = tuple(losses or ())
         if len(more) > MOST_LOSSES:
             raise UsageError(f"losses has {len(more)} names; at most {MOST_LOSSES} are recorded")
+        if result is not None:
+            if not all(hasattr(result, name) for name in StepResult._fields):
+                raise UsageError(f"result is {described(result)}; give what precision.step returned, or grad_norm=...")
+            grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
+        norm = math.nan if grad_norm is None else grad_norm
+        named = {"loss": loss, "grad_norm": norm, "loss_scale": loss_scale, "applied": applied}
+        figures = [number(name, value) for name, value in named.items()]
+        figures += [number(f"losses[{name!r}]", value) for name, value in (losses or {}).items()]
+        at = self._epoch if epoch is None else whole_number("epoch", epoch)
+        row = {"step": self.steps + 1, "epoch": at, "lr": float(number("lr", lr))}
+        number("tokens", tokens)
         if self._waiting and more != self._waiting.more:
             self.flush()
-        if result is not None:
-            grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
-        figures = (loss, grad_norm, loss_scale, applied, *(losses or {}).values())
         device = guess_device(figures)
         if self._names_device:
             self._name_device(device)
             self.write_config()
-        row = {"step": self.steps + 1, "epoch": self._epoch if epoch is None else epoch, "lr": float(lr)}
         self._waiting.add(row, figures, device, more)
         self.steps += 1
         self._tokens += tokens
@@ -408,7 +417,7 @@ class RunDirectory:
         Raises:
             UsageError: an argument is no number, or `read_run` would refuse it.
         """
-        row: dict[str, Any] = {"epoch": self._epoch if epoch is None else scalar(epoch)}
+        row: dict[str, Any] = {"epoch": self._epoch if epoch is None else whole_number("epoch", epoch)}
         row |= losses(loss_number("valid_loss", valid_loss), self._derived, "valid_")
         row |= {"lr": float(number("lr", lr)), "seconds": 0.0 if seconds is None else float(number("seconds", seconds))}
         _refuse_misfit("epochs.jsonl", row)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from roundoff.errors import UsageError, described
+from roundoff.runs.jsonfile import scalar
 from roundoff.runs.reading import LARGEST_FLOAT32
 
 
@@ -29,7 +30,7 @@ def number(name: str, value: Any) -> Tensor | float:
         try:
             return float(value)
         except OverflowError:
-            return math.inf if round(value) > 0 else -math.inf
+            return math.inf if abs(value) == value else -math.inf
     what = "a complex tensor" if isinstance(value, Tensor) and value.is_complex() else described(value)
     raise UsageError(f"{name} is {what}; give one number")
 
@@ -38,3 +39,11 @@ def loss_number(name: str, value: Any) -> float:
     """Return `value` as a float, which is infinite where fp32 cannot hold it; see `number`."""
     found = float(number(name, value))
     return math.copysign(math.inf, found) if abs(found) > LARGEST_FLOAT32 else found
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return `value` as an int that the reader takes; errors are those of `number`."""
+    found = scalar(value)
+    if type(found) is not int or not 0 <= found < 2**63:  # a bool is an int to isinstance
+        raise UsageError(f"{name} is {described(value)}; give a whole number")
+    return found

@@ -476,7 +476,7 @@ def test_what_numpy_and_torch_count_is_taken(tmp_path: Path) -> None:
 
 
 EPOCHS: dict[str, tuple[dict[str, Any], str]] = {
-    "half an epoch": ({"epoch": 0.5}, "epoch is 0.5, where a whole number belongs"),
+    "half an epoch": ({"epoch": 0.5}, "epoch is 0.5; give a whole number"),
     "no loss": ({"valid_loss": None}, "valid_loss is None; give one number"),
     "two losses": ({"valid_loss": torch.ones(2)}, "valid_loss is a tensor of shape (2,); give one number"),
     "a rate in words": ({"lr": "fast"}, "lr is 'fast'; give one number"),
@@ -509,3 +509,63 @@ def test_a_loss_that_fp32_cannot_hold_is_infinite(tmp_path: Path, loss: float, r
         run.finish(test_loss=loss)
     record = read_run(tmp_path / "run")
     assert [record.test_loss, record.epochs[0]["valid_loss"]] == pytest.approx([read] * 2, nan_ok=True)
+
+
+STEP_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "two losses": ({"loss": torch.ones(2)}, "loss is a tensor of shape (2,); give one number"),
+    "no loss": ({"loss": None}, "loss is None; give one number"),
+    "a complex loss": ({"loss": torch.tensor(1j)}, "loss is a complex tensor; give one number"),
+    "a complex number": ({"loss": 1j}, "loss is 1j; give one number"),
+    "a text": ({"loss": "0.5"}, "loss is '0.5'; give one number"),
+    "an array": ({"loss": np.ones((1, 2))}, "loss is an array of shape (1, 2); give one number"),
+    "norms": ({"grad_norm": torch.ones(3)}, "grad_norm is a tensor of shape (3,); give one number"),
+    "no scale": ({"loss_scale": None}, "loss_scale is None; give one number"),
+    "nothing of whether": ({"applied": None}, "applied is None; give one number"),
+    "a rate in words": ({"lr": "fast"}, "lr is 'fast'; give one number"),
+    "half an epoch": ({"epoch": 0.5}, "epoch is 0.5; give a whole number"),
+    "tokens in words": ({"tokens": "many"}, "tokens is 'many'; give one number"),
+    "a further loss of none": ({"losses": {"kl": None}}, "losses['kl'] is None; give one number"),
+    "further losses without names": ({"losses": [1.0]}, 'losses is a list; give a mapping, such as {"kl": kl}'),
+    "a norm as the result": (
+        {"result": torch.tensor(1.0)},
+        "result is a tensor of shape (); give what precision.step returned, or grad_norm=...",
+    ),
+    "a result of two norms": (
+        {"result": StepResult(torch.tensor(True), torch.ones(2), torch.tensor(1.0))},
+        "grad_norm is a tensor of shape (2,); give one number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEP_ARGUMENTS)
+def test_a_step_that_cannot_be_recorded_is_refused_whole(tmp_path: Path, case: str) -> None:
+    given, said = STEP_ARGUMENTS[case]
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(2.0)
+        with pytest.raises(UsageError) as error:
+            run.step(**{"loss": 1.0} | given)
+        run.step(0.5)
+        run.finish()
+    assert str(error.value) == said
+    record = read_run(tmp_path / "run")
+    assert (record.steps["loss"], record.losses, record.problems) == ([2.0, 0.5], {}, [])
+
+
+def test_a_norm_may_be_none(tmp_path: Path) -> None:
+    """As trainers log it where nothing was clipped."""
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(2.0, grad_norm=None)
+    assert read_run(tmp_path / "run").steps["grad_norm"] == pytest.approx([math.nan], nan_ok=True)
+
+
+def test_a_step_takes_numbers_of_any_kind(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as run:
+        given: dict[str, Any] = {"lr": np.float64(0.25), "epoch": np.int64(2), "applied": np.bool_(False)}
+        run.step(np.float32(0.5), **given)  # type: ignore[arg-type]
+        run.step(torch.ones(1, 1, requires_grad=True), losses={"kl": np.ones(1), "n": 2**70})  # type: ignore[dict-item]
+        run.step(1e39, losses={"kl": 1, "n": True})
+    record = read_run(tmp_path / "run")
+    assert record.steps["loss"] == [0.5, 1.0, math.inf]
+    assert (record.steps["applied"], record.steps["epoch"]) == ([False, True, True], [2, 1, 1])
+    assert record.steps["lr"][0] == 0.25
+    assert (record.losses["kl"][1:], record.losses["n"][1:]) == ([1.0, 1.0], [2.0**70, 1.0])
