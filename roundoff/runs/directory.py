@@ -294,6 +294,8 @@ class RunDirectory:
         """
         epochs = [0 if self.path is None else _last_epoch(self.path / name, state[name]) for name in LINES]
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self.ended = self._has_result = False
+        self._test_loss = None
         self._waiting.clear()
         self._tokens = 0
         self._meter.restart()
@@ -337,8 +339,10 @@ class RunDirectory:
             losses: further losses by name, such as {"kl": kl}, each of one element; at most 16 names.
 
         Raises:
-            UsageError: there are more further losses, or an argument is something else. The step is not recorded then.
+            UsageError: the run has ended, there are more further losses, or an argument is something else. The step is
+                not recorded then.
         """
+        self._refuse_after_end()
         if not isinstance(losses, Mapping | None):
             raise UsageError(f'losses is {described(losses)}; give a mapping, such as {{"kl": kl}}')
         more = tuple(losses or ())
@@ -367,6 +371,10 @@ class RunDirectory:
         if self._interval and self.steps % self._interval == 0:
             self.flush()
             self.end_interval()
+
+    def _refuse_after_end(self) -> None:
+        if self.ended:
+            raise UsageError("the run has ended; a new RunDirectory, or RunDirectory.resume, records more")
 
     def _name_device(self, device: torch.device | str) -> None:
         """Let `config.json` say what the run trains on."""
@@ -415,8 +423,9 @@ class RunDirectory:
             seconds: that training and validation took; by default, since the last call.
 
         Raises:
-            UsageError: an argument is no number, or `read_run` would refuse it.
+            UsageError: the run has ended, an argument is no number, or `read_run` would refuse it.
         """
+        self._refuse_after_end()
         row: dict[str, Any] = {"epoch": self._epoch if epoch is None else whole_number("epoch", epoch)}
         row |= losses(loss_number("valid_loss", valid_loss), self._derived, "valid_")
         row |= {"lr": float(number("lr", lr)), "seconds": 0.0 if seconds is None else float(number("seconds", seconds))}
@@ -438,8 +447,9 @@ class RunDirectory:
         """Record that the run has come to its end, with its loss on the test data and other figures.
 
         Raises:
-            UsageError: `write_result` refuses a figure. The run has not ended then: `finish` may be called again.
+            UsageError: the run has ended, or `write_result` refuses a figure. `finish` can be called again then.
         """
+        self._refuse_after_end()
         self.flush()
         self.end_interval()
         self.write_result("finished", test_loss, **figures)

@@ -569,3 +569,28 @@ def test_a_step_takes_numbers_of_any_kind(tmp_path: Path) -> None:
     assert (record.steps["applied"], record.steps["epoch"]) == ([False, True, True], [2, 1, 1])
     assert record.steps["lr"][0] == 0.25
     assert (record.losses["kl"][1:], record.losses["n"][1:]) == ([1.0, 1.0], [2.0**70, 1.0])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_after_its_end_a_run_records_nothing_more(tmp_path: Path, finished: bool) -> None:
+    """Steps that nobody would fetch are refused, not lost. `go_back` begins anew."""
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(2.0)
+        state = run.state()
+        if finished:
+            run.finish(0.5)
+    for more in (lambda: run.step(1.0), lambda: run.epoch(1.0), lambda: run.finish(0.25)):
+        with pytest.raises(
+            UsageError, match=r"^the run has ended; a new RunDirectory, or RunDirectory\.resume, records"
+        ):
+            more()
+    read = read_run(tmp_path / "run")
+    assert (read.steps["loss"], read.test_loss, read.problems) == ([2.0], 0.5 if finished else None, [])
+    with RunDirectory.resume(tmp_path / "run", state) as again:
+        again.step(1.0)
+        again.finish()
+        again.go_back(state)
+        again.step(1.5)
+        again.finish(0.125)
+    read = read_run(tmp_path / "run")
+    assert (read.steps["loss"], read.test_loss, read.problems) == ([2.0, 1.5], 0.125, [])
