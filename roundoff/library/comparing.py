@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -104,10 +105,11 @@ def compare(
         seeds: how many, counted from 0, or the seeds themselves.
         margin: a difference this small is none, in the unit of the losses.
         reference: the mode that the others are compared with; by default fp32 if it is one of them, else the first.
-        job: what is trained, for the records, such as {"model": "cnn", "lr": 0.05}; any mapping.
+        job: what is trained, such as {"model": "cnn", "lr": 0.05}; any mapping. It tells trainings apart: give another
+            one when `train` changes, or `folder` returns the runs of the old `train`.
         unit: of the losses, as in `RunDirectory`.
         folder: where the runs are recorded, each in a run directory `<mode>-<seed>`. Runs of the same job, mode and
-            seed that have finished there are read, and not trained again. None: they are not kept.
+            seed that have finished there are read, and not trained again; the report counts them. None: none is kept.
 
     Returns:
         The report. A run whose `train` raised is in it as a failure.
@@ -123,14 +125,16 @@ def compare(
     if reference is not None and reference not in builds:
         raise UsageError(f"reference={reference!r} is none of the modes; there are {', '.join(builds)}")
     require_report()
-    runs, failures = list[Run](), list[Failure]()
+    runs, failures, kept = list[Run](), list[Failure](), 0
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="roundoff-")))
         stack.callback(unlock, _take(place))
         for seed in numbers:
             for label, build in builds.items():
                 made = _Training(place / f"{quote(label, safe=' +')}-{seed}", label, seed, job, unit)
-                ended = made.kept() or made.run(train, build)
+                before = made.kept()
+                kept += before is not None
+                ended = before or made.run(train, build)
                 if isinstance(ended, Failure):
                     failures.append(ended)
                 else:
@@ -139,7 +143,11 @@ def compare(
         raise RunError(
             f"every run failed; the first one, {failures[0].label} with seed {failures[0].seed}: {failures[0].message}"
         )
-    return ComparisonReport(compare_runs(runs, failures, reference=reference, margin=margin))
+    found = compare_runs(runs, failures, reference=reference, margin=margin)
+    if kept:
+        line = f"{kept} of {len(runs)} runs were kept from before. They show what `train` did then, with this `job`."
+        found = replace(found, covers=[line, *found.covers])
+    return ComparisonReport(found)
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,13 @@ def test_finished_runs_are_kept_and_others_are_trained(tmp_path: Path) -> None:
     assert len(trained_now) == 4
     again = roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 1})
     assert len(trained_now) == 4
-    assert again.comparison == first.comparison
+    said = "4 of 4 runs were kept from before. They show what `train` did then, with this `job`."
+    assert again.comparison == replace(first.comparison, covers=[said, *first.comparison.covers])
+    assert (said in str(again), "from before" in str(first)) == (True, False)
     (tmp_path / "fp32-1" / "result.json").unlink()  # as of a process that was killed
     (tmp_path / "amp-bf16-0" / "steps.jsonl").write_text("")
-    roundoff.compare(train, [*MODES, "masters-bf16"], 3, folder=tmp_path, job={"lr": 1})
+    more = roundoff.compare(train, [*MODES, "masters-bf16"], 3, folder=tmp_path, job={"lr": 1})
+    assert more.comparison.covers[0].startswith("2 of 9 runs were kept from before.")
     assert trained_now[4:] == [0, 0, 1, 1, 2, 2, 2]
     with pytest.raises(UsageError, match=r"fp32-0 holds a run of another job; give the same again, or another folder"):
         roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 2})
