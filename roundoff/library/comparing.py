@@ -1,11 +1,14 @@
 """`compare`: train a model in several precision modes, and judge whether they train alike."""
 
 import math
+import operator
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,14 +16,15 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 
-from roundoff.errors import RunError, UsageError, printable
+from roundoff.errors import RunError, UsageError, described, printable
 from roundoff.extras import require_report
 from roundoff.modes import Build, named
 from roundoff.precision import Precision, StepResult
 from roundoff.runs.directory import FILES, RunDirectory
 from roundoff.runs.files import lock, unlock
-from roundoff.runs.jsonfile import as_read_back, read_object
-from roundoff.runs.reading import LARGEST_FLOAT32, Run, read_run
+from roundoff.runs.given import loss_number
+from roundoff.runs.jsonfile import as_read_back, read_object, unwritable
+from roundoff.runs.reading import Run, read_run
 from roundoff.runs.waiting import WaitingSteps
 from roundoff.terminal import say
 from roundoff.verdict.comparison import compare_runs
@@ -103,33 +107,38 @@ def compare(
         seeds: how many, counted from 0, or the seeds themselves.
         margin: a difference this small is none, in the unit of the losses.
         reference: the mode that the others are compared with; by default fp32 if it is one of them, else the first.
-        job: what is trained, for the records, such as {"model": "cnn", "lr": 0.05}; any mapping.
+        job: what is trained, such as {"model": "cnn", "lr": 0.05}; any mapping. It tells trainings apart: give another
+            one when `train` changes, or `folder` returns the runs of the old `train`.
         unit: of the losses, as in `RunDirectory`.
         folder: where the runs are recorded, each in a run directory `<mode>-<seed>`. Runs of the same job, mode and
-            seed that have finished there are read, and not trained again. None: they are not kept.
+            seed that have finished there are read, and not trained again; the report counts them. None: none is kept.
 
     Returns:
         The report. A run whose `train` raised is in it as a failure.
 
     Raises:
-        UsageError: a mode is unknown, `train` returned something else, or the folder holds runs of another job.
+        UsageError: a mode is unknown, another argument or what `train` returned is something else, or the folder holds
+            runs of another job.
         RunError: every run failed.
         KeyboardInterrupt: at once; the runs that have finished stay in `folder`.
     """
     builds, numbers = named(modes), _seeds(seeds)
-    if not (isinstance(margin, int | float) and 0 < margin < math.inf):
-        raise UsageError(f"margin={margin!r}: give a number above 0")
+    if isinstance(margin, bool) or not (isinstance(margin, Real) and 0 < margin < math.inf):
+        raise UsageError(f"margin={printable(repr(margin), 60)}: give a number above 0")
+    _check_described(job, unit)
     if reference is not None and reference not in builds:
         raise UsageError(f"reference={reference!r} is none of the modes; there are {', '.join(builds)}")
     require_report()
-    runs, failures = list[Run](), list[Failure]()
+    runs, failures, kept = list[Run](), list[Failure](), 0
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="roundoff-")))
         stack.callback(unlock, _take(place))
         for seed in numbers:
             for label, build in builds.items():
                 made = _Training(place / f"{quote(label, safe=' +')}-{seed}", label, seed, job, unit)
-                ended = made.kept() or made.run(train, build)
+                before = made.kept()
+                kept += before is not None
+                ended = before or made.run(train, build)
                 if isinstance(ended, Failure):
                     failures.append(ended)
                 else:
@@ -138,14 +147,39 @@ def compare(
         raise RunError(
             f"every run failed; the first one, {failures[0].label} with seed {failures[0].seed}: {failures[0].message}"
         )
-    return ComparisonReport(compare_runs(runs, failures, reference=reference, margin=margin))
+    found = compare_runs(runs, failures, reference=reference, margin=float(margin))
+    if kept:
+        line = f"{kept} of {len(runs)} runs were kept from before. They show what `train` did then, with this `job`."
+        found = replace(found, covers=[line, *found.covers])
+    return ComparisonReport(found)
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
-    found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not found or any(type(seed) is not int or seed < 0 for seed in found) or len(set(found)) < len(found):
+    try:
+        given: Iterable[Any] = seeds if isinstance(seeds, Iterable) else range(_index(seeds))
+        found = [_index(seed) for seed in given]
+    except TypeError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
         raise UsageError(f"seeds={printable(repr(seeds), 60)}: give their number, or a list of different whole numbers")
     return found
+
+
+def _index(value: Any) -> int:
+    """Return a whole number of any kind, such as one of NumPy; raise TypeError for anything else."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _check_described(job: Any, unit: Any) -> None:
+    """Refuse what no run can hold, before any has been trained."""
+    if job is not None and (problem := unwritable(job, "job")):
+        raise UsageError(problem)
+    if not isinstance(job, Mapping | None):
+        raise UsageError(f"job is {described(job)}; give a mapping")
+    if not isinstance(unit, str | None):
+        raise UsageError(f'unit is {described(unit)}; give a text, such as "nats a word"')
 
 
 def _take(folder: Path) -> int | None:
@@ -244,15 +278,15 @@ def _losses_of(returned: Any) -> tuple[list[float], float | None]:
     if not _is_sequence(losses):
         raise UsageError(f"train returned {printable(repr(returned), 60)}; {wanted}")
     try:
-        found = [float(loss) for loss in losses]
-        tested = None if test_loss is None else float(test_loss)
-    except (TypeError, ValueError, RuntimeError) as error:
+        found = [float(loss.detach() if isinstance(loss, Tensor) else loss) for loss in losses]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UsageError(f"train returned losses that are no numbers ({printable(error, 80)}); {wanted}") from None
     if not found:
         raise UsageError(f"train returned no losses; {wanted}")
-    if tested is not None and abs(tested) > LARGEST_FLOAT32:
-        tested = math.copysign(math.inf, tested)
-    return found, tested
+    try:
+        return found, None if test_loss is None else loss_number("test_loss", test_loss)
+    except UsageError:
+        raise UsageError(f"train returned a test loss that is {described(test_loss)}; {wanted}") from None
 
 
 def _is_sequence(value: Any) -> bool:

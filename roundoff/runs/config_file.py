@@ -19,7 +19,8 @@ from roundoff.device import (
     tf32_allowed,
 )
 from roundoff.errors import UsageError, printable
-from roundoff.runs.jsonfile import read_object, to_json
+from roundoff.runs.jsonfile import MAX_BYTES, read_object, to_json, unwritable
+from roundoff.runs.reading import misfit
 
 
 def versions() -> dict[str, Any]:
@@ -45,7 +46,22 @@ def describe_run(
         said["loss_scale"] = None
     environment = versions() | {"command": sys.argv, "processes": processes.world_size()}
     given = {name: value for name, value in more.items() if value is not None}
-    return {"job": job or {}, "precision": said, "seed": seed or 0, "environment": environment} | given
+    job, seed = {} if job is None else job, 0 if seed is None else seed
+    return {"job": job, "precision": said, "seed": seed, "environment": environment} | given
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise UsageError, which names the field, unless `read_run` takes `config` as `config.json`."""
+    precision = config.get("precision")
+    fields = dict(precision) if isinstance(precision, Mapping) else {}
+    for name, value in (fields | {name: value for name, value in config.items() if name != "precision"}).items():
+        if problem := unwritable(value, name):
+            raise UsageError(problem)
+    text = to_json(config, indent=2)
+    if len(text.encode("utf-8", "backslashreplace")) > MAX_BYTES // 2:  # the device is still to come
+        raise UsageError(f"job and what else config.json holds takes more than {MAX_BYTES // 2} bytes; give less")
+    if problem := misfit("config.json", json.loads(text)):
+        raise UsageError(problem)
 
 
 def describe_device(device: torch.device | str) -> dict[str, Any]:
@@ -81,6 +97,8 @@ def read_config(path: Path, job: Mapping[str, Any] | None, mode: str, seed: int 
     found = {"job": config.get("job"), "seed": config.get("seed")}
     found["mode"] = precision.get("mode") if isinstance(precision, dict) else None
     for name, value in {"job": job, "mode": mode or None, "seed": seed}.items():
+        if problem := unwritable(value, name):
+            raise UsageError(f"{printable(where)}: {problem}")
         if value is not None and json.loads(to_json(value)) != found[name]:
             raise UsageError(
                 f"{printable(where)}: the run was started with {name} {printable(to_json(found[name]))}, "

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from roundoff import processes
-from roundoff.errors import UsageError, printable
+from roundoff.errors import UsageError, described, printable
 from roundoff.precision import StepResult
-from roundoff.runs.config_file import describe_device, describe_run, guess_device, read_config
+from roundoff.runs.config_file import check_config, describe_device, describe_run, guess_device, read_config
 from roundoff.runs.files import LOCK, lock, naming, remove_leftovers, sync, unlock
-from roundoff.runs.jsonfile import scalar, to_json, write_json
+from roundoff.runs.given import loss_number, number, whole_number
+from roundoff.runs.jsonfile import as_read_back, scalar, to_json, unwritable, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
-from roundoff.runs.reading import MAX_LINE_BYTES, MOST_LOSSES
+from roundoff.runs.reading import MAX_LINE_BYTES, MOST_LOSSES, misfit
 from roundoff.runs.waiting import WaitingSteps
 
 LINES = ("steps.jsonl", "epochs.jsonl")
@@ -87,7 +88,7 @@ class RunDirectory:
 
     Raises:
         UsageError: the directory is in use or cannot be written, a new run's holds a run already, or one that goes on
-            holds none, or one of another job, mode or seed.
+            holds none, or one of another job, mode or seed. Or `read_run` would refuse what is given.
     """
 
     def __init__(
@@ -114,9 +115,14 @@ class RunDirectory:
     ) -> None:
         if isinstance(loss_scale, str) and loss_scale != "dynamic":
             raise UsageError(f'loss_scale={printable(repr(loss_scale))}: give a number, or "dynamic"')
-        precision = {"mode": mode, "dtype": dtype, "loss_scale": loss_scale, "equals": list(equals) or None}
-        more = {"loss_unit": unit, "length": list(length) or None}
+        if not isinstance(unit, str | None):
+            raise UsageError(f'unit is {described(unit)}; give a text, such as "nats a word"')
+        equal, fields = _names_in("equals", equals), _names_in("length", length)
+        precision = {"mode": mode, "dtype": dtype, "loss_scale": loss_scale, "equals": equal or None}
+        more = {"loss_unit": unit, "length": fields or None}
         self.config = describe_run(job, precision, seed, more) if config is None else dict(config)
+        if not resume:
+            check_config(self.config)
         self._names = names or Names()
         self._names_device = config is None and not resume
         if self._names_device and device is not None:
@@ -124,6 +130,7 @@ class RunDirectory:
         self.path: Path | None = None
         self.steps = self.skipped = 0
         self.ended = self._has_result = False
+        self._test_loss: float | None = None
         self._lock: int | None = None
         self._listeners = list(listeners)
         self._derived = derived or {}
@@ -260,7 +267,7 @@ class RunDirectory:
                 with suppress(OSError):
                     self.end_interval()
                 with suppress(OSError):
-                    self.write_result("interrupted", None)
+                    self.write_result("interrupted", self._test_loss)
         finally:
             self.close()
 
@@ -287,6 +294,8 @@ class RunDirectory:
         """
         epochs = [0 if self.path is None else _last_epoch(self.path / name, state[name]) for name in LINES]
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self.ended = self._has_result = False
+        self._test_loss = None
         self._waiting.clear()
         self._tokens = 0
         self._meter.restart()
@@ -308,7 +317,7 @@ class RunDirectory:
         loss: Tensor | float,
         result: StepResult | None = None,
         *,
-        grad_norm: Tensor | float = math.nan,
+        grad_norm: Tensor | float | None = math.nan,
         loss_scale: Tensor | float = 1.0,
         applied: Tensor | bool = True,
         epoch: int | None = None,
@@ -321,7 +330,7 @@ class RunDirectory:
         Args:
             loss: fp32, of one element.
             result: of the optimizer's step, in place of the three that follow.
-            grad_norm: of all gradients, before clipping; nan where it is not known.
+            grad_norm: of all gradients, before clipping; nan or None where it is not known.
             loss_scale: that the loss was multiplied by.
             applied: whether the weights were updated.
             epoch: by default 1, and one more after each call of `epoch`.
@@ -330,27 +339,42 @@ class RunDirectory:
             losses: further losses by name, such as {"kl": kl}, each of one element; at most 16 names.
 
         Raises:
-            UsageError: there are more further losses.
+            UsageError: the run has ended, there are more further losses, or an argument is something else. The step is
+                not recorded then.
         """
+        self._refuse_after_end()
+        if not isinstance(losses, Mapping | None):
+            raise UsageError(f'losses is {described(losses)}; give a mapping, such as {{"kl": kl}}')
         more = tuple(losses or ())
         if len(more) > MOST_LOSSES:
             raise UsageError(f"losses has {len(more)} names; at most {MOST_LOSSES} are recorded")
+        if result is not None:
+            if not all(hasattr(result, name) for name in StepResult._fields):
+                raise UsageError(f"result is {described(result)}; give what precision.step returned, or grad_norm=...")
+            grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
+        norm = math.nan if grad_norm is None else grad_norm
+        named = {"loss": loss, "grad_norm": norm, "loss_scale": loss_scale, "applied": applied}
+        figures = [number(name, value) for name, value in named.items()]
+        figures += [number(f"losses[{name!r}]", value) for name, value in (losses or {}).items()]
+        at = self._epoch if epoch is None else whole_number("epoch", epoch)
+        row = {"step": self.steps + 1, "epoch": at, "lr": float(number("lr", lr))}
+        number("tokens", tokens)
         if self._waiting and more != self._waiting.more:
             self.flush()
-        if result is not None:
-            grad_norm, loss_scale, applied = result.grad_norm, result.loss_scale, result.applied
-        figures = (loss, grad_norm, loss_scale, applied, *(losses or {}).values())
         device = guess_device(figures)
         if self._names_device:
             self._name_device(device)
             self.write_config()
-        row = {"step": self.steps + 1, "epoch": self._epoch if epoch is None else epoch, "lr": float(lr)}
         self._waiting.add(row, figures, device, more)
         self.steps += 1
         self._tokens += tokens
         if self._interval and self.steps % self._interval == 0:
             self.flush()
             self.end_interval()
+
+    def _refuse_after_end(self) -> None:
+        if self.ended:
+            raise UsageError("the run has ended; a new RunDirectory, or RunDirectory.resume, records more")
 
     def _name_device(self, device: torch.device | str) -> None:
         """Let `config.json` say what the run trains on."""
@@ -397,14 +421,21 @@ class RunDirectory:
             epoch: by default 1, and one more after each call.
             lr: of the steps of the epoch.
             seconds: that training and validation took; by default, since the last call.
+
+        Raises:
+            UsageError: the run has ended, an argument is no number, or `read_run` would refuse it.
         """
+        self._refuse_after_end()
+        row: dict[str, Any] = {"epoch": self._epoch if epoch is None else whole_number("epoch", epoch)}
+        row |= losses(loss_number("valid_loss", valid_loss), self._derived, "valid_")
+        row |= {"lr": float(number("lr", lr)), "seconds": 0.0 if seconds is None else float(number("seconds", seconds))}
+        _refuse_misfit("epochs.jsonl", row)
         if self._interval:
             self.flush()
             self.end_interval()
         now = time.monotonic()
-        row: dict[str, Any] = {"epoch": self._epoch if epoch is None else epoch}
-        row |= losses(float(valid_loss), self._derived, "valid_")
-        row |= {"lr": float(lr), "seconds": now - self._epoch_start if seconds is None else seconds}
+        if seconds is None:
+            row["seconds"] = now - self._epoch_start
         self._append("epochs.jsonl", [row])
         if self.path is not None:
             for listener in self._listeners:
@@ -413,23 +444,36 @@ class RunDirectory:
         self.begin_interval()
 
     def finish(self, test_loss: Tensor | float | None = None, **figures: Any) -> None:
-        """Record that the run has come to its end, with its loss on the test data and other figures."""
+        """Record that the run has come to its end, with its loss on the test data and other figures.
+
+        Raises:
+            UsageError: the run has ended, or `write_result` refuses a figure. `finish` can be called again then.
+        """
+        self._refuse_after_end()
         self.flush()
         self.end_interval()
         self.write_result("finished", test_loss, **figures)
 
-    def write_result(self, status: str, test_loss: Tensor | float | None, **figures: Any) -> None:
+    def write_result(self, status: str, test_loss: Tensor | float | None, /, **figures: Any) -> None:
         """Tell the listeners of the end, once, and write `result.json`, unless an earlier call has written it.
 
         Args:
             status: "finished", "interrupted" or "diverged".
             test_loss: mean over the test data; None without a test.
             figures: more for `result.json`.
+
+        Raises:
+            UsageError: no file can hold one of the figures, `read_run` would refuse it, or the record has a figure of
+                that name itself. Nobody has been told of the end then. A block that ends so keeps the test loss.
         """
-        loss = None if test_loss is None else float(test_loss)
-        row: dict[str, Any] = {"status": status} | losses(loss, self._derived, "test_")
+        self._test_loss = None if test_loss is None else loss_number("test_loss", test_loss)
+        row: dict[str, Any] = {"status": status} | losses(self._test_loss, self._derived, "test_")
         row |= {"steps": self.steps - len(self._waiting), "skipped": self.skipped}
+        for name in figures:
+            if name in row:
+                raise UsageError(f"figure {printable(name)} is one that the record has itself; give another name")
         row |= {name: scalar(figure) for name, figure in figures.items()}
+        _refuse_misfit("result.json", row, "figure ")
         told, self.ended = self.ended, True
         if self.path is None or self._has_result:
             return
@@ -454,6 +498,23 @@ class RunDirectory:
                 with suppress(OSError):
                     os.truncate(path, length)
                 raise
+
+
+def _names_in(argument: str, given: Any) -> list[str]:
+    """Return `given` as a list; refuse a text, which is a list of letters."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        example = f", such as [{printable(repr(given), 60)}]" if isinstance(given, str) else ""
+        raise UsageError(f"{argument} is {described(given)}; give a list of names{example}")
+    return list(given)
+
+
+def _refuse_misfit(file: str, row: dict[str, Any], start: str = "") -> None:
+    """Raise UsageError unless `read_run` takes `row`."""
+    for name, value in row.items():
+        if problem := unwritable(value, name):
+            raise UsageError(start + problem)
+    if problem := misfit(file, as_read_back(row)):
+        raise UsageError(start + problem)
 
 
 def _last_epoch(path: Path, length: int) -> int:

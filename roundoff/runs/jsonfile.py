@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from roundoff.errors import UsageError, printable
+from roundoff.errors import UsageError, described, printable
 from roundoff.runs.files import write_atomically
 
 MAX_BYTES = 2**20
@@ -100,6 +100,38 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def unwritable(value: Any, name: str, depth: int = 1) -> str | None:
+    """Return a sentence on what in `value` no file of a run can hold, and what to give; None where all of it can be.
+
+    Args:
+        value: what is to be written.
+        name: of the value, with which the sentence begins.
+        depth: how many objects of the file are around it.
+    """
+    value = scalar(value)
+    if depth > MAX_DEPTH:
+        return f"{printable(name)} is nested more than {MAX_DEPTH} deep; give a flatter one"
+    if isinstance(value, Mapping):
+        found = (unwritable(entry, f"{name}.{key}", depth + 1) for key, entry in value.items())
+        return next(filter(None, found), None)
+    if isinstance(value, list | tuple):
+        found = (unwritable(entry, f"{name}[{i}]", depth + 1) for i, entry in enumerate(value))
+        return next(filter(None, found), None)
+    if value is None or isinstance(value, bool | int | float | str | Path):
+        return None
+    return f"{printable(name)} is {described(value)}; give {_instead(value)}"
+
+
+def _instead(value: Any) -> str:
+    if isinstance(value, complex) or hasattr(value, "shape"):
+        return "numbers"
+    if isinstance(value, set | frozenset):
+        return "a list"
+    if hasattr(value, "__dict__") and not callable(value):  # such as an argparse.Namespace
+        return "a mapping, such as vars(args)"
+    return "a number, a text, a list or a mapping"
 
 
 def scalar(value: Any) -> Any:

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -246,6 +246,28 @@ _RESULT: Fields = {
     "tokens_per_second": _optional(_number),
     "peak_memory_bytes": _optional(_integer),
 }
+
+
+def misfit(file: str, content: Mapping[str, Any]) -> str | None:
+    """Return a sentence on the first field of `content` that a reader would refuse; None where it takes all of them.
+
+    Args:
+        file: "config.json", "epochs.jsonl" or "result.json", which `content` (of an epoch, a row) is to be written to.
+        content: as JSON gives it back.
+    """
+    parts: dict[str, list[tuple[Any, Fields]]] = {
+        "config.json": [(content, _CONFIG | _SAID), (content.get("precision"), _PRECISION)],
+        "epochs.jsonl": [(content, _EPOCH)],
+        "result.json": [(content, _RESULT)],
+    }
+    for part, fields in parts[file]:
+        for name, check in fields.items():
+            value = part.get(name)
+            try:
+                check(value)
+            except _MismatchError as error:
+                return f"{name} is {printable(reprlib.repr(value))}, where {error} belongs"
+    return None
 
 
 def read_run(path: Path | str) -> Run:

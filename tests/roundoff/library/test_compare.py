@@ -1,12 +1,15 @@
 """`compare`: a training function is run in each mode with each seed, recorded, and judged."""
 
+import argparse
 import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,10 +134,13 @@ def test_finished_runs_are_kept_and_others_are_trained(tmp_path: Path) -> None:
     assert len(trained_now) == 4
     again = roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 1})
     assert len(trained_now) == 4
-    assert again.comparison == first.comparison
+    said = "4 of 4 runs were kept from before. They show what `train` did then, with this `job`."
+    assert again.comparison == replace(first.comparison, covers=[said, *first.comparison.covers])
+    assert (said in str(again), "from before" in str(first)) == (True, False)
     (tmp_path / "fp32-1" / "result.json").unlink()  # as of a process that was killed
     (tmp_path / "amp-bf16-0" / "steps.jsonl").write_text("")
-    roundoff.compare(train, [*MODES, "masters-bf16"], 3, folder=tmp_path, job={"lr": 1})
+    more = roundoff.compare(train, [*MODES, "masters-bf16"], 3, folder=tmp_path, job={"lr": 1})
+    assert more.comparison.covers[0].startswith("2 of 9 runs were kept from before.")
     assert trained_now[4:] == [0, 0, 1, 1, 2, 2, 2]
     with pytest.raises(UsageError, match=r"fp32-0 holds a run of another job; give the same again, or another folder"):
         roundoff.compare(train, MODES, 2, folder=tmp_path, job={"lr": 2})
@@ -180,12 +186,17 @@ RETURNS: dict[str, tuple[Callable[[list[Any]], Any], list[float], float | None]]
     "a tensor": (torch.stack, [0.5, 0.25], None),
     "a tuple of two": (tuple, [0.5, 0.25], None),
     "a pair": (lambda losses: (losses, torch.tensor(0.125)), [0.5, 0.25], 0.125),
+    "a graph": (
+        lambda losses: (torch.stack(losses) * torch.ones((), requires_grad=True), torch.ones(1, requires_grad=True)),
+        [0.5, 0.25], 1.0,
+    ),
     "a pair of a tensor": (lambda losses: (torch.stack(losses), 0.125), [0.5, 0.25], 0.125),
     "a test loss beyond fp32": (lambda losses: (losses, 1e300), [0.5, 0.25], math.inf),
     "a pair with None": (lambda losses: (losses, None), [0.5, 0.25], None),
-}
+}  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", RETURNS)
 def test_what_train_may_return(case: str) -> None:
     make, losses, test_loss = RETURNS[case]
@@ -200,6 +211,11 @@ def test_what_train_may_return(case: str) -> None:
 
 def one_more(build: Build, seed: int) -> list[float]:
     return [*untested(build, seed), 1.0]  # type: ignore[list-item]
+
+
+def never(build: Build, seed: int) -> Any:
+    """A mistake that can be seen before is seen before: nobody waits for a training."""
+    raise AssertionError
 
 
 SHOULD = r"; return the losses of its steps, or a pair \(losses, test_loss\)$"
@@ -217,6 +233,22 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no seeds": (with_test, {"seeds": 0}, "seeds=0: give their number, or a list of different whole numbers"),
     "a seed twice": (with_test, {"seeds": [1, 1]}, r"seeds=\[1, 1\]: give their number"),
     "a negative seed": (with_test, {"seeds": [-1]}, r"seeds=\[-1\]: give"),
+    "seeds as a float": (with_test, {"seeds": 3.0}, r"seeds=3\.0: give their number, or a list of different whole numbers"),
+    "seeds that are true": (with_test, {"seeds": True}, "seeds=True: give their number, or a list of"),
+    "a seed that is true": (with_test, {"seeds": [True]}, r"seeds=\[True\]: give their number, or a list of"),
+    "a seed in words": (with_test, {"seeds": "12"}, "seeds='12': give their number, or a list of"),
+    "a test loss by name": (
+        lambda build, seed: ([1.0], {"loss": 1.0}), {}, "train returned a test loss that is a dict" + SHOULD,
+    ),
+    "a test loss of two": (
+        lambda build, seed: ([1.0], torch.ones(2)), {},
+        r"train returned a test loss that is a tensor of shape \(2,\)" + SHOULD,
+    ),
+    "options": (never, {"job": argparse.Namespace(lr=1)}, r"job is a Namespace; give a mapping, such as vars\(args\)$"),
+    "a set": (never, {"job": {"layers": {1}}}, r"job\.layers is a set; give a list$"),
+    "a list": (never, {"job": [1]}, "job is a list; give a mapping$"),
+    "a unit that is a number": (never, {"unit": 3}, "unit is 3; give a text, such as"),
+    "a margin that is true": (with_test, {"margin": True}, "margin=True: give a number above 0"),
     "no margin": (with_test, {"margin": 0}, "margin=0: give a number above 0"),
     "an unknown reference": (with_test, {"reference": "manual"}, "reference='manual' is none of the modes; there"),
     "a file": (with_test, {"folder": __file__}, "folder=.*: cannot write there"),
@@ -229,6 +261,15 @@ def test_a_mistake_is_one_line(case: str) -> None:
     with pytest.raises(UsageError, match=said) as error:
         roundoff.compare(train, **{"modes": MODES, "seeds": 1} | options)
     assert str(error.value).isprintable()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given: dict[str, Any] = {"seeds": np.int64(2), "margin": np.float32(0.5)}
+    comparison = roundoff.compare(with_test, ["fp32"], **given).comparison
+    assert ([run.seed for run in comparison.modes[0].runs], comparison.margin) == ([0, 1], 0.5)
+    given["seeds"] = np.arange(3, 5)
+    comparison = roundoff.compare(with_test, ["fp32"], **given).comparison
+    assert [run.seed for run in comparison.modes[0].runs] == [3, 4]
 
 
 def test_labels_that_are_no_names_of_folders(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The record of any training loop: a table of loops, each with at most four lines for its record."""
 
+import argparse
+import functools
 import json
 import math
 import re
@@ -7,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -365,3 +368,229 @@ def test_errors_name_the_arguments_of_python(tmp_path: Path, case: str) -> None:
     assert str(error.value) == said.format(path, parent=tmp_path, size=size)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     RunDirectory.resume(path, None).close()
+
+
+FIGURES: dict[str, tuple[dict[str, Any], str]] = {
+    "a matrix": (
+        {"confusion": torch.eye(2)}, "figure confusion is a tensor of shape (2, 2); give numbers",
+    ),
+    "one within": ({"by": {"class": [torch.ones(3)]}}, "figure by.class[0] is a tensor of shape (3,); give numbers"),
+    "a set": ({"classes": {1}}, "figure classes is a set; give a list"),
+    "a speed in words": (
+        {"tokens_per_second": "fast"},
+        "figure tokens_per_second is 'fast', where a number, \"inf\", \"-inf\" or \"nan\", or null belongs",
+    ),
+    "half a byte": (
+        {"peak_memory_bytes": 0.5}, "figure peak_memory_bytes is 0.5, where a whole number, or null belongs",
+    ),
+    "the status": ({"status": "x"}, "figure status is one that the record has itself; give another name"),
+    "the count": ({"steps": 100}, "figure steps is one that the record has itself; give another name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIGURES)
+def test_a_figure_that_no_result_can_hold_is_refused(tmp_path: Path, case: str) -> None:
+    """The run can be finished without it. A loop that ends there is interrupted, with its test loss."""
+    figures, said = FIGURES[case]
+
+    def train(path: Path) -> None:
+        with RunDirectory(path) as run:
+            run.step(2.0)
+            try:
+                run.finish(test_loss=0.5, **figures)
+            except UsageError:
+                if path.name == "again":
+                    run.finish(0.25, top1=0.5)
+                raise
+
+    for name in ("again", "ends"):
+        with pytest.raises(UsageError) as error:
+            train(tmp_path / name)
+        assert str(error.value) == said
+    ended = read_run(tmp_path / "ends")
+    assert (ended.status, ended.test_loss, ended.problems) == ("interrupted", 0.5, [])
+    finished = read_run(tmp_path / "again")
+    assert (finished.status, finished.test_loss) == ("finished", 0.25)
+    result = json.loads((tmp_path / "again/result.json").read_text())
+    assert (result["top1"], result["steps"]) == (0.5, 1)
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a negative seed": ({"seed": -1}, "seed is -1, where a whole number belongs"),
+    "a seed in words": ({"seed": "x"}, "seed is 'x', where a whole number belongs"),
+    "a seed that is true": ({"seed": True}, "seed is True, where a whole number belongs"),
+    "no mode": ({"mode": None}, "mode is None, where a text belongs"),
+    "a unit that is a number": ({"unit": 3}, 'unit is 3; give a text, such as "nats a word"'),
+    "a length that is a text": ({"length": "steps"}, "length is 'steps'; give a list of names, such as ['steps']"),
+    "a length that is a number": ({"length": 3}, "length is 3; give a list of names"),
+    "a length of numbers": ({"length": [3]}, "length is [3], where a list of texts, or null belongs"),
+    "modes that are a text": ({"equals": "manual"}, "equals is 'manual'; give a list of names, such as ['manual']"),
+    "a scale that is true": (
+        {"loss_scale": True}, 'loss_scale is True, where a number, "inf", "-inf" or "nan", or null belongs',
+    ),
+    "a dtype that is a type": (
+        {"dtype": float}, "dtype is a type; give a number, a text, a list or a mapping",
+    ),
+    "options": ({"job": argparse.Namespace(lr=1)}, "job is a Namespace; give a mapping, such as vars(args)"),
+    "options within": (
+        {"job": {"args": argparse.Namespace(lr=1)}}, "job.args is a Namespace; give a mapping, such as vars(args)",
+    ),
+    "a job that is a list": ({"job": [1]}, "job is [1], where an object belongs"),
+    "a set": ({"job": {"layers": {1}}}, "job.layers is a set; give a list"),
+    "an array": ({"job": {"w": [np.ones((2, 2))]}}, "job.w[0] is an array of shape (2, 2); give numbers"),
+    "an array as a job": ({"job": np.ones(2)}, "job is an array of shape (2,); give numbers"),
+    "a deep job": (
+        {"job": {"a": functools.reduce(lambda inner, _: [inner], range(19), [])}},
+        f"job.a{'[0]' * 19} is nested more than 20 deep; give a flatter one",
+    ),
+    "a long job": (
+        {"job": {"text": "x" * 2**20}}, "job and what else config.json holds takes more than 524288 bytes; give less",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_run_that_could_not_be_read_is_not_begun(tmp_path: Path, case: str) -> None:
+    given, said = CONFIGS[case]
+    with pytest.raises(UsageError) as error:
+        RunDirectory(tmp_path / "run", **given)
+    assert str(error.value) == said
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_are_refused_as_a_job_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run", job={"lr": 1}).close()
+    with pytest.raises(UsageError, match=r": job is a Namespace; give a mapping, such as vars\(args\)$"):
+        RunDirectory.resume(tmp_path / "run", None, job=argparse.Namespace(lr=1))
+
+
+def test_what_numpy_and_torch_count_is_taken(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run", seed=np.int64(3), loss_scale=np.float32(2)) as run:  # type: ignore[arg-type]
+        run.step(1.0)
+        run.epoch(np.ones(1), epoch=np.int64(2), seconds=torch.tensor(3))  # type: ignore[arg-type]
+        run.step(1.0)
+        run.finish(np.float32(0.5))  # type: ignore[arg-type]
+    read = read_run(tmp_path / "run")
+    assert (read.seed, read.loss_scale, read.test_loss, read.steps["epoch"]) == (3, 2.0, 0.5, [1, 3])
+    assert [(row["epoch"], row["valid_loss"], row["seconds"]) for row in read.epochs] == [(2, 1.0, 3.0)]
+
+
+EPOCHS: dict[str, tuple[dict[str, Any], str]] = {
+    "half an epoch": ({"epoch": 0.5}, "epoch is 0.5; give a whole number"),
+    "no loss": ({"valid_loss": None}, "valid_loss is None; give one number"),
+    "two losses": ({"valid_loss": torch.ones(2)}, "valid_loss is a tensor of shape (2,); give one number"),
+    "a rate in words": ({"lr": "fast"}, "lr is 'fast'; give one number"),
+    "a time in words": ({"seconds": "long"}, "seconds is 'long'; give one number"),
+}
+
+
+@pytest.mark.parametrize("case", EPOCHS)
+def test_an_epoch_that_could_not_be_read_is_refused(tmp_path: Path, case: str) -> None:
+    given, said = EPOCHS[case]
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(1.0)
+        with pytest.raises(UsageError) as error:
+            run.epoch(**{"valid_loss": 1.0} | given)
+        run.epoch(0.5)
+        run.finish()
+    assert str(error.value) == said
+    assert [(row["epoch"], row["valid_loss"]) for row in read_run(tmp_path / "run").epochs] == [(1, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "read"),
+    [(1e39, math.inf), (-(10**400), -math.inf), (math.nan, math.nan)],
+    ids=["1e39", "an integer", "nan"],
+)
+def test_a_loss_that_fp32_cannot_hold_is_infinite(tmp_path: Path, loss: float, read: float) -> None:
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(1.0)
+        run.epoch(loss)
+        run.finish(test_loss=loss)
+    record = read_run(tmp_path / "run")
+    assert [record.test_loss, record.epochs[0]["valid_loss"]] == pytest.approx([read] * 2, nan_ok=True)
+
+
+STEP_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "two losses": ({"loss": torch.ones(2)}, "loss is a tensor of shape (2,); give one number"),
+    "no loss": ({"loss": None}, "loss is None; give one number"),
+    "a complex loss": ({"loss": torch.tensor(1j)}, "loss is a complex tensor; give one number"),
+    "a complex number": ({"loss": 1j}, "loss is 1j; give one number"),
+    "a text": ({"loss": "0.5"}, "loss is '0.5'; give one number"),
+    "an array": ({"loss": np.ones((1, 2))}, "loss is an array of shape (1, 2); give one number"),
+    "norms": ({"grad_norm": torch.ones(3)}, "grad_norm is a tensor of shape (3,); give one number"),
+    "no scale": ({"loss_scale": None}, "loss_scale is None; give one number"),
+    "nothing of whether": ({"applied": None}, "applied is None; give one number"),
+    "a rate in words": ({"lr": "fast"}, "lr is 'fast'; give one number"),
+    "half an epoch": ({"epoch": 0.5}, "epoch is 0.5; give a whole number"),
+    "tokens in words": ({"tokens": "many"}, "tokens is 'many'; give one number"),
+    "a further loss of none": ({"losses": {"kl": None}}, "losses['kl'] is None; give one number"),
+    "further losses without names": ({"losses": [1.0]}, 'losses is a list; give a mapping, such as {"kl": kl}'),
+    "a norm as the result": (
+        {"result": torch.tensor(1.0)},
+        "result is a tensor of shape (); give what precision.step returned, or grad_norm=...",
+    ),
+    "a result of two norms": (
+        {"result": StepResult(torch.tensor(True), torch.ones(2), torch.tensor(1.0))},
+        "grad_norm is a tensor of shape (2,); give one number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEP_ARGUMENTS)
+def test_a_step_that_cannot_be_recorded_is_refused_whole(tmp_path: Path, case: str) -> None:
+    given, said = STEP_ARGUMENTS[case]
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(2.0)
+        with pytest.raises(UsageError) as error:
+            run.step(**{"loss": 1.0} | given)
+        run.step(0.5)
+        run.finish()
+    assert str(error.value) == said
+    record = read_run(tmp_path / "run")
+    assert (record.steps["loss"], record.losses, record.problems) == ([2.0, 0.5], {}, [])
+
+
+def test_a_norm_may_be_none(tmp_path: Path) -> None:
+    """As trainers log it where nothing was clipped."""
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(2.0, grad_norm=None)
+    assert read_run(tmp_path / "run").steps["grad_norm"] == pytest.approx([math.nan], nan_ok=True)
+
+
+def test_a_step_takes_numbers_of_any_kind(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as run:
+        given: dict[str, Any] = {"lr": np.float64(0.25), "epoch": np.int64(2), "applied": np.bool_(False)}
+        run.step(np.float32(0.5), **given)  # type: ignore[arg-type]
+        run.step(torch.ones(1, 1, requires_grad=True), losses={"kl": np.ones(1), "n": 2**70})  # type: ignore[dict-item]
+        run.step(1e39, losses={"kl": 1, "n": True})
+    record = read_run(tmp_path / "run")
+    assert record.steps["loss"] == [0.5, 1.0, math.inf]
+    assert (record.steps["applied"], record.steps["epoch"]) == ([False, True, True], [2, 1, 1])
+    assert record.steps["lr"][0] == 0.25
+    assert (record.losses["kl"][1:], record.losses["n"][1:]) == ([1.0, 1.0], [2.0**70, 1.0])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_after_its_end_a_run_records_nothing_more(tmp_path: Path, finished: bool) -> None:
+    """Steps that nobody would fetch are refused, not lost. `go_back` begins anew."""
+    with RunDirectory(tmp_path / "run") as run:
+        run.step(2.0)
+        state = run.state()
+        if finished:
+            run.finish(0.5)
+    for more in (lambda: run.step(1.0), lambda: run.epoch(1.0), lambda: run.finish(0.25)):
+        with pytest.raises(
+            UsageError, match=r"^the run has ended; a new RunDirectory, or RunDirectory\.resume, records"
+        ):
+            more()
+    read = read_run(tmp_path / "run")
+    assert (read.steps["loss"], read.test_loss, read.problems) == ([2.0], 0.5 if finished else None, [])
+    with RunDirectory.resume(tmp_path / "run", state) as again:
+        again.step(1.0)
+        again.finish()
+        again.go_back(state)
+        again.step(1.5)
+        again.finish(0.125)
+    read = read_run(tmp_path / "run")
+    assert (read.steps["loss"], read.test_loss, read.problems) == ([2.0, 1.5], 0.125, [])

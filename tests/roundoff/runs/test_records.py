@@ -144,7 +144,8 @@ def test_steps_that_wait_are_one_tensor(tmp_path):
 
 
 def test_epochs_and_result(tmp_path):
-    config = {"clip": math.inf, "save": Path("model.safetensors")}
+    config: dict[str, Any] = {"job": {}, "precision": {"mode": "fp32"}, "seed": 1, "environment": {}}
+    config |= {"clip": math.inf, "save": Path("model.safetensors")}
     records = new(tmp_path / "run", config=config, derived={"ppl": perplexity})
     for epoch, loss in enumerate((5.0, 1000.0, math.nan), 1):
         records.epoch(loss, epoch=epoch, lr=20.0, seconds=1.5)
@@ -156,7 +157,7 @@ def test_epochs_and_result(tmp_path):
         [3, "nan", "nan", 20.0, 1.5],
     ]
     assert list(run.epochs[0]) == ["epoch", "valid_loss", "valid_ppl", "lr", "seconds"]
-    assert run.config == {"clip": "inf", "save": "model.safetensors"}
+    assert run.config == config | {"clip": "inf", "save": "model.safetensors"}
     assert run.result == {
         "status": "finished", "test_loss": 1000.0, "test_ppl": "inf", "steps": 0, "skipped": 0,
         "tokens_per_second": None, "peak_memory_bytes": 7,
