@@ -32,7 +32,7 @@ def model_content(**replaced: Any) -> dict[str, Any]:
 def test_no_file_and_a_folder(programs: Programs) -> None:
     assert "--checkpoint model.safetensors: there is no such file" in programs.refuse("generate")
     error = programs.refuse("generate", "--checkpoint", "corpus")
-    assert "--checkpoint corpus: this is no file" in error
+    assert "--checkpoint corpus: corpus/config.json: there is no such file; give a run directory" in error
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])

@@ -68,14 +68,14 @@ def test_all_that_is_recorded_is_heard(programs):
     for row, first, end in zip(heard.intervals, [0, *ends], ends, strict=False):
         assert row.pop("tokens_per_second") > 0
         assert row.pop("ms_per_batch") > 0
-        assert row == summary(run.steps[first:end], batch=(end - 1) % BATCHES + 1, batches=89 // 5)
+        assert row == summary(run.steps[first:end], batch=(end - 1) % BATCHES + 1, batches=BATCHES)
     assert [row["step"] for row in heard.intervals] == ends
     assert [row["skipped"] for row in heard.intervals] == [2, 0, 0, 0, 0, 0]
     counts = [{"step": BATCHES}, {"step": 2 * BATCHES}]
     assert heard.epochs == [row | count for row, count in zip(run.epochs, counts, strict=True)]
     assert heard.results == [run.result]
 
-    lines = [line for line in run.out.splitlines() if "/   17 batches | lr 20.00 | ms/batch " in line]
+    lines = [line for line in run.out.splitlines() if "/   18 batches | lr 20.00 | ms/batch " in line]
     assert [line.partition("/")[0] for line in lines] == [f"| epoch   {e} | {b:5d}" for e in (1, 2) for b in (7, 14)]
     assert ["skipped 2 | loss scale 128" in line for line in lines] == [True, False, False, False]
 
