@@ -23,7 +23,7 @@ def number(name: str, value: Any) -> Tensor | float:
     """
     if isinstance(value, Tensor):
         if value.numel() == 1 and not value.is_complex():
-            return value.detach()
+            return value.detach() if value.requires_grad else value
     elif hasattr(value, "item") and getattr(value, "size", 0) == 1:  # an array or a number of NumPy
         value = value.item()
     if isinstance(value, numbers.Real):
