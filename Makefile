@@ -11,8 +11,8 @@ demo: .venv/.report
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The slowest too.
-test-all: lint
+# The slowest too, and those of other frameworks.
+test-all: lint .venv/.frameworks
 	$(BIN)/python -m pytest -n 2 --dist worksteal --slow
 
 # On a machine with a GPU, in the environment of $(PYTHON) as it is. Another torch may warn of other things.

@@ -84,6 +84,7 @@ def test_a_doubt_that_is_right_and_one_that_is_not(settings, capsys) -> None:
     assert len(command.lessons(content)) == 3
 
 
+@pytest.mark.slow
 def test_tests(settings) -> None:
     (counts,) = run(settings, "tests")["figures"]
     assert counts["passed"] > 5
@@ -139,6 +140,7 @@ def test_kernels_are_counted_without_what_annotates_them() -> None:
     assert speed.count([], 2, speed.ON_A_GPU)["kernels"] is None
 
 
+@pytest.mark.slow
 def test_commands(settings) -> None:
     content = run(settings, "commands")
     assert len(content["figures"]) == len(commands.ON_A_CPU)
@@ -288,6 +290,7 @@ def test_without_a_gpu_the_command_names_the_way_to_try_it(tmp_path, capsys, fla
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_where_a_forked_process_cannot_use_the_device_each_run_starts_afresh(settings, monkeypatch) -> None:
     assert Trainers(settings).method == "forkserver"
     monkeypatch.setattr("benchmarks.gpu.trainers._try", sys.exit)  # with a text, which is exit code 1

@@ -6,11 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from jobs import mostly_slow
 from programs import ROOT
 from roundoff import read_run
 
@@ -59,6 +59,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, run("A plain PyTorch loop", folder)
 
 
+PACKAGES = {"Hugging Face Trainer": ["transformers", "accelerate"]}
+
+
+def needs(*packages: str) -> None:
+    """Skip the test where the extra `frameworks` is not installed; without an import, which takes seconds."""
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"this environment lacks {package}, of the extra frameworks: make test-all installs it")
+
+
 def test_every_part_is_run() -> None:
     with_code = {name for name, part in PARTS.items() if "```" in part}
     assert with_code == {"A plain PyTorch loop", "What a probe takes", *FRAMEWORKS}
@@ -85,6 +95,7 @@ def test_a_plain_loop(plain) -> None:
 
 
 def test_what_a_probe_takes(tmp_path) -> None:
+    needs("transformers")
     printed = run("What a probe takes", tmp_path)
     assert re.search(r"log-probability +\S*\d", printed)
     assert [line for line in printed.splitlines() if "parameters; 8 batches" in line] == [
@@ -129,6 +140,7 @@ def overflow(gradient):
 
 @pytest.mark.parametrize("name", ["Lightning", "Accelerate"])
 def test_the_same_job_has_the_same_record(name, plain, tmp_path) -> None:
+    needs(name.lower())
     run(name, tmp_path)
     expected, found = read_run(plain[0] / "runs" / "bf16-1"), read_run(tmp_path / "runs" / name.lower())
     for column in ("step", "loss", "grad_norm", "loss_scale", "applied"):
@@ -139,6 +151,7 @@ def test_the_same_job_has_the_same_record(name, plain, tmp_path) -> None:
 
 
 def test_a_trainer_has_the_record_of_its_log(tmp_path) -> None:
+    needs("transformers", "accelerate")
     printed = run("Hugging Face Trainer", tmp_path, after="import json\nprint(json.dumps(trainer.state.log_history))\n")
     logged = json.loads(printed.splitlines()[-1])
     steps = [row for row in logged if "loss" in row]
@@ -150,9 +163,10 @@ def test_a_trainer_has_the_record_of_its_log(tmp_path) -> None:
     assert found.steps["epoch"] == [1] * 8 + [2] * 8
 
 
-@pytest.mark.parametrize("name", mostly_slow(FRAMEWORKS, "Accelerate"))
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_step_that_is_skipped_is_recorded_with_its_scale(name, tmp_path) -> None:
     """The third step overflows."""
+    needs(*PACKAGES.get(name, [name.lower()]))
     run(name, tmp_path, *FRAMEWORKS[name], before=OVERFLOW)
     steps = read_run(tmp_path / "runs" / name.split()[-1].lower()).steps
     after = len(steps["step"]) - 3
