@@ -151,7 +151,7 @@ def test_the_metadata_say_what_the_base_needs_and_what_each_extra_brings(about):
     assert extras.keys() == {"report", "sacred", "tensorboard", "onnx", "completion", "frameworks", "dev"}
     assert extras["report"] == {"matplotlib", "plotly", "scipy", "tabulate"}
     (own,) = (r for r in requirements if r.name == "roundoff")
-    assert own.extras == extras.keys() - {"dev"}
+    assert own.extras == extras.keys() - {"dev", "frameworks"}
     assert extras["dev"] > {"roundoff", "mypy", "pytest", "ruff"}
     assert [(e.group, e.name) for e in about.entry_points] == [("console_scripts", "roundoff")]
 
