@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 import jobs
 from jobs import on
 from lm.data.corpus import Corpus, batchify, get_batch
+from lm.model.model_file import load_model
 from lm.options.modes import DEFAULT_MODES
 from lm.training.checkpoint import FILE
 from programs import TINY
@@ -94,8 +96,11 @@ def plain_positions(words: int) -> Tensor:
 TRANSFORMER = ["--model", "Transformer", "--nhead", "4", "--nhid", "24"]
 
 
-def plain_loop(folder: Path, device: str, kind: type[nn.Module] = PlainLSTM) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of ordinary fp32 training."""
+def plain_loop(
+    folder: Path, device: str, kind: type[nn.Module] = PlainLSTM, rates: list[float] | None = None
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of ordinary fp32 training, at these learning rates."""
+    rates = rates or [LR] * STEPS
     corpus = Corpus(folder)
     torch.manual_seed(1111)
     model = kind(corpus.vocab_size).to(device)
@@ -111,10 +116,11 @@ def plain_loop(folder: Path, device: str, kind: type[nn.Module] = PlainLSTM) -> 
         loss = F.cross_entropy(logits.flatten(0, 1), targets)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.param_groups[0]["lr"] = rates[len(history)]
         optimizer.step()
         hidden = tuple(h.detach() for h in hidden)
         history.append((loss.item(), norm.item()))
-        if len(history) == STEPS:
+        if len(history) == len(rates):
             break
     return history
 
@@ -161,6 +167,59 @@ def test_a_scale_that_is_no_power_of_two_rounds(train, corpus) -> None:
     assert history(train("run", "main", "--static-loss-scale=1000", f"--max-steps={STEPS}")) != plain_loop(
         corpus, "cpu"
     )
+
+
+SCHEDULES: dict[str, tuple[str, list[str], Callable[[Any], list[LRScheduler]]]] = {
+    "anneal, warmup": ("main", ["--warmup", "9"], lambda o: [LinearLR(o, 1 / 9, 1.0, 8)]),
+    "constant": ("main_amp", ["--lr-schedule", "constant"], lambda o: []),
+    "cosine": ("main_fp16_optimizer", ["--lr-schedule", "cosine"], lambda o: [CosineAnnealingLR(o, 30)]),
+    "cosine, warmup": (
+        "main_amp",
+        ["--lr-schedule", "cosine", "--warmup", "9"],
+        lambda o: [LinearLR(o, 1 / 9, 1.0, 8), CosineAnnealingLR(o, 30)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_a_schedule_is_that_of_torch(train, corpus, case) -> None:
+    """The rates that are recorded, and those that the steps take."""
+    script, flags, of_torch = SCHEDULES[case]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
+    schedulers, expected = of_torch(optimizer), []
+    for _ in range(30):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    run = train("run", script, *FP32[script], *flags, "--max-steps=30")
+    rates = [row["lr"] for row in jobs.rows(run)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert history(run) == plain_loop(corpus, "cpu", rates=rates)
+
+
+PARTS = {  # -> relative error of a loss at the first step and after 20, of a weight after 20
+    "fp32": (2e-7, 1e-6, 1e-6),
+    "manual": (2e-4, 2e-3, 2e-3),
+    "fp16-optimizer-dynamic": (2e-4, 2e-3, 2e-3),
+    "amp-fp16": (2e-4, 2e-3, 2e-3),
+    "amp-bf16": (2e-3, 2e-2, 2e-2),
+}
+
+
+@pytest.mark.parametrize("mode", jobs.mostly_slow(PARTS, "fp32", "manual", "amp-bf16"))
+def test_the_parts_of_a_batch_train_what_the_whole_trains(train, mode) -> None:
+    """Without dropout, of which each part draws its own. Three parts of four columns have 2, 1 and 1."""
+    flags = [*jobs.MODES[mode], "--dropout=0", "--max-steps=20"]
+    whole, parts = train("whole", *flags), train("parts", *flags, "--accumulate=3")
+    errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(jobs.rows(parts), jobs.rows(whole), strict=True)]
+    weights = [load_model(Path(f"{run}.pt"))[0].state_dict() for run in (parts, whole)]
+    moved = max(float((weights[0][n] - w).abs().max() / w.abs().max()) for n, w in weights[1].items())
+    print(mode, errors[0], max(errors), moved)
+    first, last, weight = PARTS[mode]
+    assert errors[0] <= first
+    assert 0 < max(errors) <= last, "rounding alone differs, and it does"
+    assert 0 < moved <= weight
 
 
 class ClipsScaledGradients(MasterWeights):  # type: ignore[misc]

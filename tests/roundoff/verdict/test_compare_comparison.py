@@ -222,12 +222,13 @@ SETTINGS = {
     "processes": ("environment", [1, 2], "processes is 1 in"),
     "tf32": ("environment", [False, True], "tf32 is false in"),
     "deterministic": ("environment", [False, True], "deterministic is false in"),
+    "accumulate": ("environment", [1, 2], "accumulate is 1 in"),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_runs_of_other_settings_are_not_pooled(run, name: str) -> None:
-    """Nor are those told apart that do not say the setting, as older ones."""
+    """Nor are those told apart that do not say the setting, as older ones; these had one part for each batch."""
     part, values, said = SETTINGS[name]
     config = make_config("manual", 1)[part]
     runs = [run("fp32", seed) for seed in (1, 2)]
@@ -236,6 +237,8 @@ def test_runs_of_other_settings_are_not_pooled(run, name: str) -> None:
     assert compare_runs(runs + others, anyway=True).differences
     same = [run("manual", seed, **{part: config | {name: values[0]}}) for seed in (1, 2)]
     assert words(compare_runs(runs + same)) == ["reference", "described"]
+    same = [run("manual", seed, **{part: config | {name: values[1]}}) for seed in (1, 2)]
+    assert (name == "accumulate") is bool(compare_runs(runs + same, anyway=True).differences)
 
 
 def test_a_finished_run_may_have_no_test_loss(run) -> None:
@@ -331,6 +334,7 @@ def test_when_loss_scales_let_modes_agree(run, case: str) -> None:
     [
         {"environment": {"device": "B"}}, {"environment": {"torch": "2.6.0"}}, {"environment": {"threads": 3}},
         {"environment": {"cudnn": "91002"}}, {"environment": {"tf32": True}}, {"environment": {"processes": 2}},
+        {"environment": {"accumulate": 2}},
         {"job": {"lr": 5.0}}, {"job": {"corpus": {"sha256": {"valid": "ff" * 32}}}},
     ],
 )  # fmt: skip
