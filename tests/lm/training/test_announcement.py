@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from jobs import mostly_slow
 from programs import BATCHES, HALF, SCRIPTS, TINY, Programs, read_run
 from runs import act_at
 
@@ -69,9 +70,15 @@ ENDS = {  # flags of a run with 2 epochs -> those that are said to train on, and
     "--dry-run": (None, 1),
     "--max-steps 3 --lr-schedule cosine": (None, 3),
 }
+QUICK = (
+    "--max-steps 3",
+    f"--max-steps {BATCHES + 2}",
+    "--epochs 1 --max-steps 99",
+    "--max-steps 3 --lr-schedule cosine",
+)
 
 
-@pytest.mark.parametrize("flags", ENDS)
+@pytest.mark.parametrize("flags", mostly_slow(ENDS, *QUICK))
 def test_how_to_train_on_is_what_moves_the_end_of_the_run(programs, flags) -> None:
     said, steps = ENDS[flags]
     found = commands(programs.train("main", *flags.split()).out)

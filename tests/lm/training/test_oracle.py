@@ -199,11 +199,11 @@ def test_a_schedule_is_that_of_torch(train, corpus, case) -> None:
 
 
 PARTS = {  # -> relative error of a loss at the first step and after 20, of a weight after 20
-    "fp32": (2e-7, 1e-6, 1e-6),
-    "manual": (2e-4, 2e-3, 2e-3),
-    "fp16-optimizer-dynamic": (2e-4, 2e-3, 2e-3),
-    "amp-fp16": (2e-4, 2e-3, 2e-3),
-    "amp-bf16": (2e-3, 2e-2, 2e-2),
+    "fp32": (2e-7, 1e-6, 2e-6),
+    "manual": (2e-4, 5e-4, 3e-3),
+    "fp16-optimizer-dynamic": (2e-4, 5e-4, 3e-3),
+    "amp-fp16": (2e-4, 5e-4, 3e-3),
+    "amp-bf16": (2e-3, 4e-3, 2e-2),
 }
 
 
@@ -215,7 +215,6 @@ def test_the_parts_of_a_batch_train_what_the_whole_trains(train, mode) -> None:
     errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(jobs.rows(parts), jobs.rows(whole), strict=True)]
     weights = [load_model(Path(f"{run}.pt"))[0].state_dict() for run in (parts, whole)]
     moved = max(float((weights[0][n] - w).abs().max() / w.abs().max()) for n, w in weights[1].items())
-    print(mode, errors[0], max(errors), moved)
     first, last, weight = PARTS[mode]
     assert errors[0] <= first
     assert 0 < max(errors) <= last, "rounding alone differs, and it does"
