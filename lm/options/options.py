@@ -128,7 +128,7 @@ class Options:
         str,
         "anneal",
         "divide --lr by 4 after each validation that brings nothing (anneal), let it fall to 0 along a cosine over "
-        "all steps of the run, or keep it constant",
+        "all steps that --epochs and --max-steps set, which a resumed run then keeps, or leave it constant",
         choices=SCHEDULES,
     )
     warmup: int = option(
