@@ -17,26 +17,24 @@ def steps_of_run(args: Options, batches: int) -> int:
     return int(min(args.epochs * batches, limit))
 
 
-def rate_of_step(args: Options, annealed: float, step: int, batches: int) -> float:
+def rate_of_step(args: Options, lr: float, step: int, batches: int) -> float:
     """Return the learning rate of a step: a function of the options, of validations so far, and of nothing else.
 
     --warmup W multiplies the rates of the first W steps by 1/W, 2/W, and so on. The rest depends on --lr-schedule:
 
-    anneal    `annealed`
-    constant  --lr
-    cosine    --lr times (1 + cos(pi * step / steps)) / 2, with all `steps_of_run`: --lr at first, 0 after the last
+    anneal    `lr`
+    constant  `lr`
+    cosine    `lr` times (1 + cos(pi * step / steps)) / 2, with all `steps_of_run`: `lr` at first, 0 after the last
               step (Loshchilov and Hutter, "SGDR", 2017, eq. 5)
 
     Args:
         args: the options.
-        annealed: --lr, divided after each validation that brought nothing.
+        lr: --lr; with anneal, divided after each validation that brought nothing.
         step: from 0; skipped ones count. After the last step of a run, its rate stays.
         batches: of an epoch.
     """
     warmup = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    if args.lr_schedule == "anneal":
-        return annealed * warmup
-    if args.lr_schedule == "constant":
-        return args.lr * warmup
+    if args.lr_schedule != "cosine":
+        return lr * warmup
     steps = steps_of_run(args, batches)
-    return args.lr * warmup * (1.0 + math.cos(math.pi * min(step, steps - 1) / steps)) / 2.0
+    return lr * warmup * (1.0 + math.cos(math.pi * min(step, steps - 1) / steps)) / 2.0
