@@ -222,6 +222,7 @@ def test_other_schedules_heed_no_validation(programs, schedule, monkeypatch):
 def test_the_job_names_a_schedule_that_is_not_the_default(programs):
     """So that a run is compared with those from before there was a choice. The length of a cosine changes its steps."""
     job = programs.train("main", "--dry-run").config["job"]
+    assert not {"lr_schedule", "warmup"} & job.keys()
     flags = ["--dry-run", "--lr-schedule", "cosine", "--warmup", "3", "--accumulate", "2"]
     config = programs.train("main", *flags, name="b").config
     assert config["job"] == job | {"lr_schedule": "cosine", "warmup": 3}
