@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from roundoff.errors import RunError, UsageError, described, printable
 from roundoff.extras import require_report
@@ -330,6 +331,10 @@ class _Recorded:
     def __init__(self, precision: Precision, recorder: _Recorder) -> None:
         self._precision = precision
         self._recorder = recorder
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._precision.optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
