@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device is None and WITHOUT_CUDA.search(str(error)) and not torch.cuda.is_available():
         again = shlex.join([options.script, *options.args])
         print(
-            "apex_compat: this script asks for CUDA, which is not here; try: python -m apex_compat --device cpu " + again,
+            "apex_compat: this script asks for CUDA, which is not here; try: python -m apex_compat --device cpu "
+            + again,
             file=sys.stderr,
         )
     return 130 if isinstance(error, KeyboardInterrupt) else 1

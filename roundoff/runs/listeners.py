@@ -12,7 +12,11 @@ from typing import Any, Protocol
 class Listener(Protocol):
     """Hears of the rows of a run once they have been written, and of its end just before. Only rank 0 calls it.
 
-    Every value in a row is a plain bool, int, float or str.
+    Every value in a row is a plain bool, int, float or str; None stands in `result` where nothing is known.
+
+    A subclass may leave out methods. A method that raises costs neither the record nor other listeners their news:
+    files are written first, and all listeners are told. Then the call of `RunDirectory` raises that error, with a note
+    on whose it is.
     """
 
     def start(self, directory: Path, config: dict[str, Any], step: int) -> None:

@@ -23,7 +23,7 @@ from lm.options.resolve import resolve
 from programs import ROOT, TINY, read_run
 from roundoff.cli import nearest
 from roundoff.errors import UsageError
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 from runs import kill_at, outcome, resume
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)

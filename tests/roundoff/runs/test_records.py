@@ -25,7 +25,7 @@ from roundoff.runs import directory, reading
 from roundoff.runs.config_file import describe_device
 from roundoff.runs.directory import START, RunDirectory
 from roundoff.runs.files import lock, unlock
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import perplexity
 
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
