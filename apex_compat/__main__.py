@@ -59,17 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("apex_compat: running on the CPU what the script does on CUDA (--device cpu)", file=sys.stderr)
             stack.enter_context(cuda_on_cpu())
         module = stack.enter_context(_as_main(options.script, options.args))
-        error = _run(source, options.script, module)
-    if error is None:
+        raised = _run(source, options.script, module)
+    if raised is None:
         return 0
-    if options.device is None and WITHOUT_CUDA.search(str(error)) and not torch.cuda.is_available():
+    if options.device is None and WITHOUT_CUDA.search(str(raised)) and not torch.cuda.is_available():
         again = shlex.join([options.script, *options.args])
         print(
             "apex_compat: this script asks for CUDA, which is not here; try: python -m apex_compat --device cpu "
             + again,
             file=sys.stderr,
         )
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 130 if isinstance(raised, KeyboardInterrupt) else 1
 
 
 @contextmanager

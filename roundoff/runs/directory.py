@@ -278,11 +278,13 @@ class RunDirectory:
         After an error of one of several processes, steps that were not flushed are lost: to flush takes all of them.
         """
         hidden = OSError if error is None else Exception
-        flush = [self.flush] if error is None or processes.world_size() == 1 else []
-        write = partial(self.write_result, "interrupted", self._test_loss)
-        with ExitStack() as last:  # the reverse of this order, each whatever the others raise
+        ends: list[Callable[[], object]] = []
+        if not self.ended:
+            ends = [partial(self.write_result, "interrupted", self._test_loss), self.end_interval]
+            ends += [self.flush] if error is None or processes.world_size() == 1 else []
+        with ExitStack() as last:  # from the last to the first, each whatever the others raise
             last.callback(self.close)
-            for do in () if self.ended else (write, self.end_interval, *flush):
+            for do in ends:
                 last.enter_context(suppress(hidden))
                 last.callback(do)
 

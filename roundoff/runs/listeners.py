@@ -20,7 +20,10 @@ class Listener(Protocol):
     """
 
     def start(self, directory: Path, config: dict[str, Any], step: int) -> None:
-        """Hear that training begins, or goes on after `step` steps; `config` is that of `config.json`."""
+        """Hear that training begins, or goes on after `step` steps; `config` is `config.json`.
+
+        In a new run that was not told its device, the first step adds that.
+        """
 
     def interval(self, row: dict[str, Any]) -> None:
         """Hear that an interval has ended: so many steps as were asked for, or fewer at the end of an epoch.
