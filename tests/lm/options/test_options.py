@@ -121,6 +121,11 @@ def test_an_option_without_effect_is_refused_wherever_one_trainer_is_given_it(tm
     assert getattr(parse_args("main", None, ["--resume", str(tmp_path)]), name) == 4
 
 
+def test_the_learning_rate_follows_from_optimizer_and_model() -> None:
+    rates = {("sgd", "GRU"): 20.0, ("sgd", "Transformer"): 5.0} | {("adamw", m): 0.001 for m in ("GRU", "Transformer")}
+    assert {(o, m): make_args("main", optimizer=o, model=m).lr for o, m in rates} == rates
+
+
 @every_script
 def test_defaults_are_the_documented_ones(script) -> None:
     documented = {

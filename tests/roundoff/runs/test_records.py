@@ -135,6 +135,13 @@ def test_rows_are_in_the_file_after_flush_and_counted(tmp_path):
     assert [row["step"] for row in written] == list(range(1, 331))
 
 
+def test_further_losses_are_means_over_processes_too(tmp_path):
+    records = new(tmp_path / "run", average=lambda values: values + 0.5)
+    records.step(1.0, grad_norm=2.0, losses={"kl": 3.0})
+    (row,) = records.flush()
+    assert (row["loss"], row["grad_norm"], row["losses"]) == (1.5, 2.0, {"kl": 3.5})
+
+
 def test_steps_that_wait_are_one_tensor(tmp_path):
     records = new(tmp_path / "run")
     before = count_tensors()
