@@ -4,6 +4,8 @@ python -m apex_compat [--device cpu] SCRIPT [ARGS...]
 """
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,8 +13,16 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from unittest import mock
 
+import torch
+
 from apex_compat.cuda_on_cpu import cuda_on_cpu
 from apex_compat.provide import provide_apex
+
+WITHOUT_CUDA = re.compile(
+    "Torch not compiled with CUDA enabled|Found no NVIDIA driver|No CUDA GPUs are available|no CUDA-capable device"
+    "|Cannot access accelerator device when none is available|Cannot initialize CUDA without|_cuda_setDevice"
+)
+"""What torch says, in its several builds, where a script asks for CUDA that is not there and `cuda_on_cpu` helps."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code. It is 0, or 2 if the script cannot be read. It is 1 if the script raised and 130 after
-        Ctrl-C, both after the script's traceback. A script's own SystemExit passes through.
+        Ctrl-C, both after the script's traceback; a line tells of `--device cpu` where CUDA was missing. A script's
+        own SystemExit passes through.
     """
     parser = argparse.ArgumentParser(
         prog="python -m apex_compat",
@@ -48,7 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("apex_compat: running on the CPU what the script does on CUDA (--device cpu)", file=sys.stderr)
             stack.enter_context(cuda_on_cpu())
         module = stack.enter_context(_as_main(options.script, options.args))
-        return _run(source, options.script, module)
+        raised = _run(source, options.script, module)
+    if raised is None:
+        return 0
+    if options.device is None and WITHOUT_CUDA.search(str(raised)) and not torch.cuda.is_available():
+        again = shlex.join([options.script, *options.args])
+        print(
+            "apex_compat: this script asks for CUDA, which is not here; try: python -m apex_compat --device cpu "
+            + again,
+            file=sys.stderr,
+        )
+    return 130 if isinstance(raised, KeyboardInterrupt) else 1
 
 
 @contextmanager
@@ -68,7 +89,8 @@ def _as_main(script: str, args: list[str]) -> Iterator[ModuleType]:
         sys.modules["__main__"] = main_before
 
 
-def _run(source: bytes, script: str, module: ModuleType) -> int:
+def _run(source: bytes, script: str, module: ModuleType) -> BaseException | None:
+    """Run the script; show the traceback of what it raises, and return that."""
     try:
         code: CodeType = compile(source, script, "exec")
         exec(code, vars(module))  # noqa: S102  the purpose of this program
@@ -76,8 +98,8 @@ def _run(source: bytes, script: str, module: ModuleType) -> int:
         # The first frame is this function; the rest, none for a syntax error, is the script's own traceback.
         trace = error.__traceback__.tb_next if error.__traceback__ else None
         sys.excepthook(type(error), error.with_traceback(trace), trace)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
-    return 0
+        return error
+    return None
 
 
 if __name__ == "__main__":

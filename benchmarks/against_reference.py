@@ -21,7 +21,7 @@ from lm.data import corpora
 from lm.options.device import find_device
 from lm.options.modes import MODES
 from roundoff.cli import OneLineParser, whole
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 
 PARTS = ("step", "eval", "precision", "memory", "reading", "start", "peaks")
 DEFAULT_MODES = ["fp32", "manual", "fp16-optimizer", "amp-fp16", "amp-bf16"]

@@ -41,8 +41,7 @@ def fp32(model: RNNModel, lr: float) -> Precision:
 
 def amp(model: RNNModel, lr: float) -> Precision:
     """Keep weights in fp32, and multiply in bfloat16, which needs no loss scale."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-    return Autocast(torch.optim.SGD(model.parameters(), lr=lr), scaler, "cpu", torch.bfloat16, static_scale=1.0)
+    return Autocast(torch.optim.SGD(model.parameters(), lr=lr), dtype=torch.bfloat16)
 
 
 def train(name: str, script: str, build: Callable[[RNNModel, float], Precision], **options: Any) -> None:

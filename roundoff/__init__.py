@@ -1,8 +1,9 @@
 """Mixed-precision training: the seam, the record of a run, and what a precision does to it, for any model and any loop.
 
 `MasterWeights`, `WrappedOptimizer` and `Autocast` are each a `Precision`, whose `step` returns a `StepResult`.
-`RunDirectory` writes the record of a run, and `read_run` reads one. `compare_runs` puts runs side by side, and
-`compare` trains them first. Each name is imported when it is first asked for, so that `import roundoff` takes no time.
+`RunDirectory` writes the record of a run and tells each `Listener` of it. `read_run` reads a record. `compare_runs`
+puts runs side by side, and `compare` trains them first. Each name is imported when it is first asked for, so that
+`import roundoff` takes no time.
 """
 
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from roundoff.precision import StepResult as StepResult
     from roundoff.precision import WrappedOptimizer as WrappedOptimizer
     from roundoff.runs.directory import RunDirectory as RunDirectory
+    from roundoff.runs.listeners import Listener as Listener
     from roundoff.runs.reading import read_run as read_run
     from roundoff.verdict.comparison import compare_runs as compare_runs
 
@@ -39,6 +41,7 @@ _HOMES = {
         "WrappedOptimizer",
     ),
     "roundoff.runs.directory": ("RunDirectory",),
+    "roundoff.runs.listeners": ("Listener",),
     "roundoff.runs.reading": ("read_run",),
     "roundoff.verdict.comparison": ("compare_runs",),
 }

@@ -33,7 +33,6 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 LR = 0.1
 STATIC_SCALE = 128.0
-INITIAL_SCALE = 2.0**16
 
 
 def sgd(params: list[nn.Parameter]) -> Optimizer:
@@ -60,12 +59,9 @@ def _bf16_weights(model: nn.Module, optimizer: MakeOptimizer = sgd) -> Precision
     return MasterWeights(params, optimizer(params))
 
 
-def _amp(dtype: torch.dtype, static_scale: float | None) -> Build:
+def _amp(dtype: torch.dtype) -> Build:
     def build(model: nn.Module, optimizer: MakeOptimizer = sgd) -> Precision:
-        params = _trained(model)
-        device = params[0].device.type
-        scaler = torch.amp.GradScaler(device, init_scale=static_scale or INITIAL_SCALE)
-        return Autocast(optimizer(params), scaler, device, dtype, static_scale)
+        return Autocast(optimizer(_trained(model)), dtype=dtype)
 
     return build
 
@@ -74,8 +70,8 @@ STOCK: Mapping[str, Build] = {
     "fp32": _fp32,
     "masters-fp16": _masters(torch.float16, STATIC_SCALE),
     "masters-bf16": _masters(torch.bfloat16, 1.0),
-    "amp-fp16": _amp(torch.float16, None),
-    "amp-bf16": _amp(torch.bfloat16, 1.0),
+    "amp-fp16": _amp(torch.float16),
+    "amp-bf16": _amp(torch.bfloat16),
     "bf16-weights": _bf16_weights,
 }
 SHORT = {"fp16": "amp-fp16", "bf16": "amp-bf16"}

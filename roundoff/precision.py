@@ -22,6 +22,9 @@ from apex_compat.fp16_utils import (
     model_grads_to_master_grads,
 )
 
+INITIAL_SCALE = 2.0**16
+"""Where the loss scale of the GradScaler that `Autocast` makes starts."""
+
 
 class StepResult(NamedTuple):
     """The outcome of one optimizer step: tensors of shape () on the model's device, so that nothing waits for it."""
@@ -43,6 +46,13 @@ class Precision(Protocol):
 
     The caller clears the model's gradients, then calls `forward`, `backward` (again, to accumulate) and `step`.
     """
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Return what a learning rate scheduler of torch takes; `step` is what steps it.
+
+        A skipped step counts as one of the optimizer, so that no scheduler warns of it.
+        """
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -85,13 +95,16 @@ class MasterWeights:
         params: the model's parameters.
         optimizer: over the masters of `params`, in the same order, or over `params` themselves, in any order.
         loss_scale: S, above 0. A power of two makes steps 2 and 3 exact.
+
+    Attributes:
+        optimizer: that of the arguments.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], optimizer: Optimizer, loss_scale: float = 1.0) -> None:
         self._params = list(params)
         self._masters: list[nn.Parameter] = _parameters(optimizer)
         self._has_copies = set(self._params) != set(self._masters)
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._set_loss_scale(loss_scale)
 
     def _set_loss_scale(self, loss_scale: float) -> None:
@@ -103,7 +116,7 @@ class MasterWeights:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups."""
-        return self._optimizer.param_groups
+        return self.optimizer.param_groups
 
     def forward(self) -> AbstractContextManager[Any]:
         """Return a context that does nothing: the weights' dtype decides."""
@@ -120,7 +133,7 @@ class MasterWeights:
         if self._scaled:
             torch._foreach_mul_([m.grad for m in self._masters if m.grad is not None], self._inverse_scale)
         norm, found_inf = _clip_if_finite(self._masters, max_norm)
-        _step_unless(found_inf, self._optimizer)
+        _step_unless(found_inf, self.optimizer)
         if self._has_copies:
             master_params_to_model_params(self._params, self._masters)
         return StepResult(~found_inf, norm, self._loss_scale)
@@ -128,14 +141,14 @@ class MasterWeights:
     def state_dict(self) -> dict[str, Any]:
         """Return `optimizer`, `loss_scale`, and `masters` (not copied) in the order of the optimizer's groups."""
         return {
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "loss_scale": self._loss_scale.item(),
             "masters": [m.detach() for m in self._masters],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Precision.load_state_dict`."""
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self._set_loss_scale(state["loss_scale"])
         with torch.no_grad():
             for master, saved in zip(self._masters, state["masters"], strict=True):
@@ -157,23 +170,26 @@ class WrappedOptimizer:
 
     Args:
         optimizer: this project's FP16_Optimizer, or that of an old apex, over the model's parameters.
+
+    Attributes:
+        optimizer: that of the arguments. apex's is no torch optimizer, so with it this is the one that it wraps.
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
+        self._wrapper = optimizer
+        self.optimizer: Optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
         self._device = _parameters(optimizer)[0].device
         self._loss_scale = self._current_scale()
 
     def _current_scale(self) -> Tensor:
-        if isinstance(self._optimizer, FP16_Optimizer):
-            return self._optimizer.loss_scale_tensor
-        return torch.tensor(self._optimizer.loss_scale, dtype=torch.float32, device=self._device)
+        if isinstance(self._wrapper, FP16_Optimizer):
+            return self._wrapper.loss_scale_tensor
+        return torch.tensor(self._wrapper.loss_scale, dtype=torch.float32, device=self._device)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the wrapped optimizer's groups."""
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
+        return self.optimizer.param_groups
 
     def forward(self) -> AbstractContextManager[Any]:
         """Return a context that does nothing: the weights' dtype decides."""
@@ -182,30 +198,31 @@ class WrappedOptimizer:
     def backward(self, loss: Tensor) -> None:
         """See `Precision.backward`."""
         self._loss_scale = self._current_scale()  # update_master_grads moves it on before the step is reported
-        self._optimizer.backward(loss, update_master_grads=False)
+        self._wrapper.backward(loss, update_master_grads=False)
 
     def step(self, max_norm: float) -> StepResult:
         """See `Precision.step`."""
-        self._optimizer.update_master_grads()
+        self._wrapper.update_master_grads()
         # In apex finite gradients whose norm is inf are clipped to 0 by a finite max_norm, and to nan by inf.
         max_norm = min(max_norm, torch.finfo(torch.float32).max)
-        norm = torch.as_tensor(self._optimizer.clip_master_grads(max_norm), dtype=torch.float32, device=self._device)
+        norm = torch.as_tensor(self._wrapper.clip_master_grads(max_norm), dtype=torch.float32, device=self._device)
         applied = norm.isfinite() & (norm >= 0)  # clip_master_grads says -1 on overflow
-        self._optimizer.step()
+        self._wrapper.step()
+        _count_step(self.optimizer)
         return StepResult(applied, torch.where(applied, norm, torch.inf), self._loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the FP16_Optimizer, which holds the masters; apex's scaler object as its plain values."""
-        state: dict[str, Any] = self._optimizer.state_dict()
+        state: dict[str, Any] = self._wrapper.state_dict()
         scaler = state["loss_scaler"]
         return state if isinstance(scaler, dict) else state | {"loss_scaler": dict(vars(scaler))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Precision.load_state_dict`."""
-        if not isinstance(self._optimizer, FP16_Optimizer):
-            vars(scaler := self._optimizer.loss_scaler).update(state["loss_scaler"])
+        if not isinstance(self._wrapper, FP16_Optimizer):
+            vars(scaler := self._wrapper.loss_scaler).update(state["loss_scaler"])
             state = state | {"loss_scaler": scaler}
-        self._optimizer.load_state_dict(state)
+        self._wrapper.load_state_dict(state)
 
 
 @final
@@ -222,26 +239,35 @@ class Autocast:
 
     bfloat16 and float32 need no loss scale. They run at a static scale of 1, for the check of step 3.
 
+        Autocast(torch.optim.AdamW(model.parameters()), dtype=torch.bfloat16)
+
     Args:
         optimizer: over the model's fp32 parameters.
-        scaler: enabled, for the same device.
-        device: "cpu", "cuda" or another that autocast knows.
+        scaler: enabled, for the same device. By default one is made: with float16 its scale starts at 2**16.
+        device: "cpu", "cuda" or another that autocast knows; by default that of the parameters.
         dtype: torch.float16, torch.bfloat16, or torch.float32 for no autocast.
-        static_scale: the scaler's initial scale, kept for the whole run; None leaves it dynamic.
+        static_scale: the scaler's initial scale, kept for the whole run; None leaves it dynamic, but where `scaler` is
+            made for bfloat16 or float32.
+
+    Attributes:
+        optimizer: that of the arguments.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        scaler: torch.amp.GradScaler,
-        device: str,
-        dtype: torch.dtype,
+        scaler: torch.amp.GradScaler | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float16,
         static_scale: float | None = None,
     ) -> None:
         self._params = _parameters(optimizer)
-        self._optimizer = optimizer
+        self.optimizer = optimizer
+        self._device_type = torch.device(device or self._params[0].device).type
+        if scaler is None:
+            static_scale = 1.0 if static_scale is None and dtype is not torch.float16 else static_scale
+            scaler = torch.amp.GradScaler(self._device_type, init_scale=static_scale or INITIAL_SCALE)
         self._scaler = scaler
-        self._device_type = torch.device(device).type
         self._dtype = dtype
         self._static_scale = static_scale
         self._one = torch.ones((), device=self._params[0].device)
@@ -250,7 +276,7 @@ class Autocast:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups."""
-        return self._optimizer.param_groups
+        return self.optimizer.param_groups
 
     def forward(self) -> AbstractContextManager[Any]:
         """Return torch.autocast; for float32, disabled."""
@@ -263,12 +289,14 @@ class Autocast:
 
     def step(self, max_norm: float) -> StepResult:
         """See `Precision.step`."""
-        self._scaler.unscale_(self._optimizer)
+        self._scaler.unscale_(self.optimizer)
         norm, found_inf = _clip_if_finite(self._params, max_norm)
-        for flag in self._scaler._found_inf_per_device(self._optimizer).values():
+        for flag in self._scaler._found_inf_per_device(self.optimizer).values():
             # GradScaler tests before it multiplies by 1/S: with S < 1 the product can still become inf.
             torch.maximum(flag, found_inf.float(), out=flag)
-        self._scaler.step(self._optimizer)
+        with fused.momentum_starts_at_zero(self.optimizer, found_inf):
+            self._scaler.step(self.optimizer)
+        _count_step(self.optimizer)
         self._scaler.update(self._static_scale)
         if self._static_scale is None:
             self._scaler.update(self._scaler.scale(self._one).clamp_(SMALLEST_SCALE, LARGEST_SCALE))
@@ -276,11 +304,11 @@ class Autocast:
 
     def state_dict(self) -> dict[str, Any]:
         """Return `optimizer` and `scaler`; the fp32 weights are the model's own."""
-        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Precision.load_state_dict`."""
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
 
 
@@ -306,3 +334,12 @@ def _step_unless(found_inf: Tensor, optimizer: Optimizer) -> None:
         fused.step(optimizer, found_inf.float())
     elif not found_inf.item():
         optimizer.step()
+    _count_step(optimizer)
+
+
+def _count_step(optimizer: Optimizer) -> None:
+    """Let a scheduler know of a step that was skipped. It would warn of a loop that forgot `optimizer.step()`.
+
+    torch has no call for this. A scheduler sets the flag where it sees `optimizer.step()`.
+    """
+    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -6,8 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -53,9 +56,54 @@ def run(part: str, folder: Path, *changes: tuple[str, str], before: str = "", af
     return printed
 
 
+TRACKERS = {
+    "wandb": """
+        class Summary:
+            def update(self, d):
+                say("summary", d)
+
+        class Run:
+            summary = Summary()
+
+            def log(self, data, step=None, commit=None):
+                say("log", data, step)
+
+            def finish(self, exit_code=None, quiet=None):
+                say("finish", exit_code)
+
+        def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None, config=None):
+            say("init", project, name, config)
+            return Run()
+    """,
+    "mlflow": """
+        def start_run(run_id=None, experiment_id=None, run_name=None, nested=False):
+            say("start_run", run_name)
+
+        def log_params(params, synchronous=None, run_id=None):
+            say("log_params", params)
+
+        def log_metrics(metrics, step=None, synchronous=None, run_id=None):
+            say("log", {name: float(value) for name, value in metrics.items()}, step)
+
+        def end_run(status="FINISHED"):
+            say("end_run", status)
+    """,
+}
+"""In place of packages that take hundreds of megabytes: their calls with their arguments, which go into a file."""
+SAY = """
+import json
+
+def say(*what):
+    with open(__name__ + ".jsonl", "a") as file:
+        print(json.dumps(what), file=file)
+"""
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("plain")
+    for name, code in TRACKERS.items():
+        (folder / f"{name}.py").write_text(SAY + textwrap.dedent(code), encoding="utf-8")
     return folder, run("A plain PyTorch loop", folder)
 
 
@@ -92,6 +140,28 @@ def test_a_plain_loop(plain) -> None:
     assert set(fp16.steps["loss_scale"]) == {65536.0}
     for mode in ("masters-fp16", "amp-bf16", "bf16", "fp16"):
         assert re.search(rf"^{mode} .*\d", printed, re.MULTILINE), mode
+
+
+def test_trackers_hear_what_the_record_says(plain) -> None:
+    folder, _ = plain
+    record = read_run(folder / "runs" / "heard-1")
+    (row,) = record.epochs
+    lines = {name: (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in TRACKERS}
+    heard = {name: [json.loads(line) for line in lines[name]] for name in TRACKERS}
+    for said in heard.values():
+        *intervals, epoch = [(data, step) for call, *rest in said if call == "log" for data, step in [rest]]
+        assert [step for _, step in intervals] == [5, 10, 15, 16]
+        ends = [0, *(step for _, step in intervals)]
+        means = [fmean(record.steps["loss"][first:end]) for first, end in pairwise(ends)]
+        assert [data["train/loss"] for data, _ in intervals] == pytest.approx(means)
+        assert epoch == ({"valid/loss": row["valid_loss"]}, 16)
+    result = json.loads((folder / "runs/heard-1/result.json").read_text(encoding="utf-8"))
+    call, project, name, config = heard["wandb"][0]
+    assert (call, project, name) == ("init", "mlp", "heard-1")
+    assert (config["job"], config["precision"], config["seed"]) == (record.job, {"mode": "fp32"}, 1)
+    assert heard["wandb"][-2:] == [["summary", result], ["finish", 0]]
+    assert heard["mlflow"][:2] == [["start_run", "heard-1"], ["log_params", {"model": "mlp", "lr": 0.1, "seed": 1}]]
+    assert heard["mlflow"][-1] == ["end_run", "FINISHED"]
 
 
 def test_what_a_probe_takes(tmp_path) -> None:

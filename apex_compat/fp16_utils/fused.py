@@ -1,5 +1,7 @@
 """Takes the steps of fused optimizers, which read the found-inf tensor and skip on the device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,25 +30,37 @@ def step(optimizer: Optimizer, found_inf: Tensor) -> Any:
     Returns:
         The return value of `optimizer.step()`.
     """
-    without_momentum = _params_without_momentum(optimizer)
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     try:
-        result = optimizer.step()
+        with momentum_starts_at_zero(optimizer, found_inf):
+            return optimizer.step()
     finally:
         del optimizer.grad_scale  # type: ignore[attr-defined]
         del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+@contextmanager
+def momentum_starts_at_zero(optimizer: Optimizer, found_inf: Tensor) -> Iterator[None]:
+    """Let a first step within the block that is skipped leave a momentum of 0.
+
+    A skipped first step of fused SGD leaves the momentum as it was allocated, uninitialised.
+
+    Args:
+        optimizer: any. The host skips the step of one that is not fused, and nothing is left to do.
+        found_inf: bool or float32, shape (); 1 or True where the step is skipped.
+    """
+    without_momentum = _params_without_momentum(optimizer)
+    yield
     with torch.no_grad():
         for param in without_momentum:
-            # A skipped first step of fused SGD leaves this buffer as it was allocated, uninitialised.
             buffer = optimizer.state[param]["momentum_buffer"]
             buffer.masked_fill_(found_inf.to(buffer.device, non_blocking=True).bool(), 0.0)
-    return result
 
 
 def _params_without_momentum(optimizer: Optimizer) -> list[Tensor]:
-    """Return the parameters to which the next step of an SGD optimizer will give a momentum buffer."""
-    if not isinstance(optimizer, SGD):
+    """Return the parameters to which the next step of a fused SGD optimizer will give a momentum buffer."""
+    if not (isinstance(optimizer, SGD) and getattr(optimizer, "_step_supports_amp_scaling", False)):
         return []
     return [
         param

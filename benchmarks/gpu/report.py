@@ -1,7 +1,6 @@
 """The report of one part: what was found against what was expected, as lines on stdout and as a JSON file."""
 
 import json
-import math
 import os
 import sys
 import time
@@ -10,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from roundoff.runs.json_text import to_json
 
 UNFINISHED = "it has not ended"
 
@@ -125,9 +126,9 @@ def one_line(error: BaseException) -> str:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as JSON, whole or not at all. `roundoff.runs` would do it, but imports more than torch brings."""
+    """Write `content` as JSON, whole or not at all. `roundoff.runs.jsonfile` would do it, but needs filelock."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    beside.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)  # noqa: PTH105
 
 
@@ -138,13 +139,3 @@ def mark(path: Path, error: str) -> dict[str, Any]:
     content["error"] = error if before in (None, UNFINISHED) else f"{before}; {error}"
     write(path, content)
     return content
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

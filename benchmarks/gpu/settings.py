@@ -11,7 +11,7 @@ LINES = {"train": 100, "valid": 20, "test": 20}
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the parts run and write.
+    """Says where the parts run and write.
 
     Attributes:
         out: folder of the reports.

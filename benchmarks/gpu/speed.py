@@ -57,7 +57,7 @@ GPU, CPU = Plan((200, 1500), 15, 20, 20, 3), Plan((8,), 2, 1, 1, 1)
 
 @dataclass(frozen=True)
 class Variant:
-    """What is measured beside others.
+    """Holds one program that is measured beside others.
 
     Attributes:
         step: trains on the next batch.

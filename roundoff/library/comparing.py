@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from roundoff.errors import RunError, UsageError, described, printable
 from roundoff.extras import require_report
@@ -37,7 +38,7 @@ Train = Callable[[Build, int], Any]
 
 
 class ComparisonReport:
-    """What a comparison found.
+    """Holds the figures of a comparison, and shows them.
 
     Attributes:
         comparison: its figures.
@@ -143,6 +144,7 @@ def compare(
                     failures.append(ended)
                 else:
                     runs.append(ended)
+                    _refuse_mixed(runs)
     if not runs:
         raise RunError(
             f"every run failed; the first one, {failures[0].label} with seed {failures[0].seed}: {failures[0].message}"
@@ -289,6 +291,23 @@ def _losses_of(returned: Any) -> tuple[list[float], float | None]:
         raise UsageError(f"train returned a test loss that is {described(test_loss)}; {wanted}") from None
 
 
+def _refuse_mixed(runs: list[Run]) -> None:
+    """Refuse a mode that took its steps by `precision` with one seed and not with another: it is two modes."""
+    last = runs[-1]
+    for run in runs:
+        if run.label == last.label and _by_precision(run) != _by_precision(last):
+            did, did_not = (run, last) if _by_precision(run) else (last, run)
+            raise UsageError(
+                f"train called precision.step in {printable(last.label)} with seed {did.seed}, and not with seed "
+                f"{did_not.seed}; step by precision with every seed, or with none"
+            )
+
+
+def _by_precision(run: Run) -> bool:
+    """Return whether the steps of `run` are those of a `Precision`, which knows the norm of each."""
+    return not all(math.isnan(norm) for norm in run.steps["grad_norm"])
+
+
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
 
@@ -330,6 +349,10 @@ class _Recorded:
     def __init__(self, precision: Precision, recorder: _Recorder) -> None:
         self._precision = precision
         self._recorder = recorder
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._precision.optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from roundoff.gradients.module import Loss, ModuleMode, ModuleReference, Task, c
 from roundoff.gradients.result import FORMAT, write_probe
 from roundoff.modes import Build, named, stock
 from roundoff.runs.config_file import describe_device, versions
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 from roundoff.terminal import progress_bar, say
 
 COVERS = [
@@ -41,7 +41,7 @@ PROBED = ("fp32", "amp-fp16", "amp-bf16")
 
 
 class ProbeReport:
-    """What a probe found.
+    """Holds the figures of a probe, shows them, and holds them to bounds.
 
     Attributes:
         result: all of probe.json, as `roundoff.gradients.result` describes it.

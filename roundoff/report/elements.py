@@ -17,7 +17,7 @@ from roundoff.extras import needs
 from roundoff.report import page, plotly_painter
 from roundoff.report.panels import Panel, style
 from roundoff.runs.files import write_atomically
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 
 
 def text(value: object, limit: int = 1000) -> str:

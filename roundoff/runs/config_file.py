@@ -19,7 +19,8 @@ from roundoff.device import (
     tf32_allowed,
 )
 from roundoff.errors import UsageError, printable
-from roundoff.runs.jsonfile import MAX_BYTES, read_object, to_json, unwritable
+from roundoff.runs.json_text import to_json
+from roundoff.runs.jsonfile import MAX_BYTES, read_object, unwritable
 from roundoff.runs.reading import misfit
 
 

@@ -10,7 +10,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -24,7 +25,8 @@ from roundoff.precision import StepResult
 from roundoff.runs.config_file import check_config, describe_device, describe_run, guess_device, read_config
 from roundoff.runs.files import LOCK, lock, naming, remove_leftovers, sync, unlock
 from roundoff.runs.given import loss_number, number, whole_number
-from roundoff.runs.jsonfile import as_read_back, scalar, to_json, unwritable, write_json
+from roundoff.runs.json_text import scalar, to_json
+from roundoff.runs.jsonfile import as_read_back, unwritable, write_json
 from roundoff.runs.listeners import Listener, current_listeners
 from roundoff.runs.meter import Derived, Meter, losses
 from roundoff.runs.reading import MAX_LINE_BYTES, MOST_LOSSES, misfit
@@ -80,7 +82,7 @@ class RunDirectory:
         config: the whole of `config.json`, in place of all from `job` to `length`.
         name: of a directory without a path; by default the mode.
         resume: go on with the run that the directory holds. `go_back` must follow; `RunDirectory.resume` does both.
-        listeners: hear of all that is recorded, before those of the `listening` blocks around `start`.
+        listeners: hear of all that is recorded, before those of the `listening` blocks around `start`. See `Listener`.
         derived: figures that follow from a mean loss, to be recorded beside it, such as {"ppl": perplexity}.
         average: returns the mean over all processes of each of the losses (fp32, shape (steps,)) that it is given.
         names: how errors name the arguments.
@@ -126,13 +128,17 @@ class RunDirectory:
         self._names = names or Names()
         self._names_device = config is None and not resume
         if self._names_device and device is not None:
-            self._name_device(device)
+            try:
+                self._name_device(torch.device(device))
+            except (RuntimeError, AssertionError, TypeError, ValueError):
+                here = 'give one that torch finds here, such as "cpu" or "cuda:0"'
+                raise UsageError(f"device is {described(device)}; {here}") from None
         self.path: Path | None = None
         self.steps = self.skipped = 0
         self.ended = self._has_result = False
         self._test_loss: float | None = None
         self._lock: int | None = None
-        self._listeners = list(listeners)
+        self._listeners = _checked_listeners(listeners)
         self._derived = derived or {}
         self._average = average
         self._interval = interval
@@ -241,8 +247,20 @@ class RunDirectory:
             return
         self._listeners += current_listeners()
         with self._closing_on_error():
-            for listener in self._listeners:
-                listener.start(self.path, self.config, self.steps)
+            self._tell("start", self.path, self.config, self.steps)
+
+    def _tell(self, event: str, *said: Any) -> None:
+        """Call a method of every listener; then raise the first error of theirs, with a note that says whose it is."""
+        errors = []
+        for listener in self._listeners if self.path is not None else ():
+            try:
+                getattr(listener, event)(*said)
+            except Exception as error:
+                name = type(listener).__name__
+                error.add_note(f"The listener {name} raised this in `{event}`. The record in {self.path} is whole.")
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Let others write to the directory."""
@@ -255,21 +273,20 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Record a run as interrupted that ends without `finish`; a full disk does not hide its reason.
+        """Record a run as interrupted that ends without `finish`; no full disk and no listener hides its reason.
 
         After an error of one of several processes, steps that were not flushed are lost: to flush takes all of them.
         """
-        try:
-            if not self.ended:
-                if error is None or processes.world_size() == 1:
-                    with suppress(OSError):
-                        self.flush()
-                with suppress(OSError):
-                    self.end_interval()
-                with suppress(OSError):
-                    self.write_result("interrupted", self._test_loss)
-        finally:
-            self.close()
+        hidden = OSError if error is None else Exception
+        ends: list[Callable[[], object]] = []
+        if not self.ended:
+            ends = [partial(self.write_result, "interrupted", self._test_loss), self.end_interval]
+            ends += [self.flush] if error is None or processes.world_size() == 1 else []
+        with ExitStack() as last:  # from the last to the first, each whatever the others raise
+            last.callback(self.close)
+            for do in ends:
+                last.enter_context(suppress(hidden))
+                last.callback(do)
 
     def state(self) -> dict[str, int]:
         """Flush, and return how much has been recorded, for `go_back`; by then it is on the disk.
@@ -401,10 +418,7 @@ class RunDirectory:
         """Tell the listeners of the steps that were flushed since the last call, if there are any, and of `more`."""
         if self._meter.steps == 0:
             return
-        row = self._meter.end() | more
-        if self.path is not None:
-            for listener in self._listeners:
-                listener.interval(row)
+        self._tell("interval", self._meter.end() | more)
 
     def epoch(
         self,
@@ -432,16 +446,17 @@ class RunDirectory:
         _refuse_misfit("epochs.jsonl", row)
         if self._interval:
             self.flush()
-            self.end_interval()
         now = time.monotonic()
         if seconds is None:
             row["seconds"] = now - self._epoch_start
         self._append("epochs.jsonl", [row])
-        if self.path is not None:
-            for listener in self._listeners:
-                listener.epoch(row | {"step": self.steps})
         self._epoch, self._epoch_start = row["epoch"] + 1, now
-        self.begin_interval()
+        try:
+            if self._interval:
+                self.end_interval()
+            self._tell("epoch", row | {"step": self.steps})
+        finally:
+            self.begin_interval()
 
     def finish(self, test_loss: Tensor | float | None = None, **figures: Any) -> None:
         """Record that the run has come to its end, with its loss on the test data and other figures.
@@ -451,8 +466,10 @@ class RunDirectory:
         """
         self._refuse_after_end()
         self.flush()
-        self.end_interval()
-        self.write_result("finished", test_loss, **figures)
+        try:
+            self.end_interval()
+        finally:  # no listener makes a run that has finished an interrupted one
+            self.write_result("finished", test_loss, **figures)
 
     def write_result(self, status: str, test_loss: Tensor | float | None, /, **figures: Any) -> None:
         """Tell the listeners of the end, once, and write `result.json`, unless an earlier call has written it.
@@ -478,8 +495,8 @@ class RunDirectory:
         if self.path is None or self._has_result:
             return
         try:
-            for listener in () if told else self._listeners:
-                listener.result(row)
+            if not told:
+                self._tell("result", row)
         finally:  # last: a disk that is full hides the result from nobody
             write_json(self.path / "result.json", row, indent=2)
             self._has_result = True
@@ -506,6 +523,21 @@ def _names_in(argument: str, given: Any) -> list[str]:
         example = f", such as [{printable(repr(given), 60)}]" if isinstance(given, str) else ""
         raise UsageError(f"{argument} is {described(given)}; give a list of names{example}")
     return list(given)
+
+
+def _checked_listeners(given: Any) -> list[Listener]:
+    """Return `given` as a list; refuse what could not be told of every event, before it is too late."""
+    events = ("start", "interval", "epoch", "result")
+    if not isinstance(given, Iterable):
+        raise UsageError(f"listeners is {described(given)}; give a list of objects with {', '.join(events)}")
+    found = list(given)
+    for listener in found:
+        name = listener.__name__ if isinstance(listener, type) else type(listener).__name__
+        lacks = [event for event in events if not callable(getattr(listener, event, None))]
+        if lacks or isinstance(listener, type):
+            what = f"lacks {', '.join(lacks)}" if lacks else "is a class"
+            raise UsageError(f"listener {printable(name)} {what}; give an object of a subclass of roundoff.Listener")
+    return found
 
 
 def _refuse_misfit(file: str, row: dict[str, Any], start: str = "") -> None:

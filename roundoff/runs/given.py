@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from roundoff.errors import UsageError, described
-from roundoff.runs.jsonfile import scalar
+from roundoff.runs.json_text import scalar
 from roundoff.runs.reading import LARGEST_FLOAT32
 
 

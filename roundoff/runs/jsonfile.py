@@ -1,7 +1,6 @@
 """Read and write files that hold a JSON object, such as config.json. The reader trusts none."""
 
 import json
-import math
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from roundoff.errors import UsageError, described, printable
 from roundoff.runs.files import write_atomically
+from roundoff.runs.json_text import scalar, to_json
 
 MAX_BYTES = 2**20
 """Limit for config.json and result.json, which hold a few kilobytes. Parsed, JSON can take 70 times its size."""
@@ -83,25 +83,6 @@ def as_read_back(value: Any) -> Any:
     return json.loads(to_json(value))
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Return `value` as JSON; floats keep every bit, and those that JSON lacks become "inf", "-inf" and "nan".
-
-    A tensor or array without dimensions is its number, and a dtype of torch its name, such as "float16".
-    """
-    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    value = scalar(value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value
-
-
 def unwritable(value: Any, name: str, depth: int = 1) -> str | None:
     """Return a sentence on what in `value` no file of a run can hold, and what to give; None where all of it can be.
 
@@ -132,12 +113,3 @@ def _instead(value: Any) -> str:
     if hasattr(value, "__dict__") and not callable(value):  # such as an argparse.Namespace
         return "a mapping, such as vars(args)"
     return "a number, a text, a list or a mapping"
-
-
-def scalar(value: Any) -> Any:
-    """Return the number of a tensor or array that has no dimensions, and the name of a dtype; else `value`."""
-    if type(value).__name__ == "dtype":
-        return str(value).removeprefix("torch.")
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # asked so, since torch takes seconds to import
-        return value.item()
-    return value

@@ -12,11 +12,18 @@ from typing import Any, Protocol
 class Listener(Protocol):
     """Hears of the rows of a run once they have been written, and of its end just before. Only rank 0 calls it.
 
-    Every value in a row is a plain bool, int, float or str.
+    Every value in a row is a plain bool, int, float or str; None stands in `result` where nothing is known.
+
+    A subclass may leave out methods. A method that raises costs neither the record nor other listeners their news:
+    files are written first, and all listeners are told. Then the call of `RunDirectory` raises that error, with a note
+    on whose it is.
     """
 
     def start(self, directory: Path, config: dict[str, Any], step: int) -> None:
-        """Hear that training begins, or goes on after `step` steps; `config` is that of `config.json`."""
+        """Hear that training begins, or goes on after `step` steps; `config` is `config.json`.
+
+        In a new run that was not told its device, the first step adds that.
+        """
 
     def interval(self, row: dict[str, Any]) -> None:
         """Hear that an interval has ended: so many steps as were asked for, or fewer at the end of an epoch.

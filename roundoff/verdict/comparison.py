@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from roundoff.errors import UsageError, printable
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import Run, machine, perplexity
 from roundoff.verdict.statistics import judge
 from roundoff.verdict.types import (

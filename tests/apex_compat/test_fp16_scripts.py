@@ -121,6 +121,41 @@ def test_an_error_is_the_scripts_own(script, capsys, text, first, last):
     assert "apex_compat" not in error
 
 
+TRY = "apex_compat: this script asks for CUDA, which is not here; try: python -m apex_compat --device cpu {} --lr '1 2'"
+
+
+@pytest.mark.parametrize(
+    ("text", "helps"),
+    [
+        ("import torch\ntorch.zeros(1).cuda()", True),
+        ("import torch\ntorch.nn.Linear(1, 1).to('cuda:0')", True),
+        ("import torch\ntorch.zeros(1).pin_memory()", True),
+        ("import torch\ntorch.cuda.HalfTensor(2)", True),
+        ("import torch\ntorch.cuda.set_device(0)", True),
+        ("raise RuntimeError('Found no NVIDIA driver on your system.')", True),
+        ("raise RuntimeError('No CUDA GPUs are available')", True),
+        ("import torch\ntorch.zeros(1, device='cudda')", False),
+        ("raise ValueError('CUDA')", False),
+    ],
+)
+def test_a_script_for_cuda_is_told_of_the_cpu_where_there_is_no_gpu(script, monkeypatch, capsys, text, helps):
+    """Last, after its own traceback; and nobody is where there is a GPU, or on the CPU already."""
+    if torch.cuda.is_available() and "import torch" in text:
+        pytest.skip("this machine has CUDA: torch does what the script asks")
+    path = script(text)
+
+    def lines(*options, available):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        main([*options, path, "--lr", "1 2"])
+        return capsys.readouterr().err.splitlines()
+
+    here = lines(available=False)
+    assert [line for line in here if line.startswith("apex_compat: ")] == [TRY.format(path)] * helps
+    assert here[0] == "Traceback (most recent call last):"
+    assert "Error: " in here[-1 - helps]
+    assert TRY.format(path) not in lines(available=True) + lines("--device", "cpu", available=False)
+
+
 def test_a_script_that_cannot_be_read(tmp_path, capsys):
     assert main([str(tmp_path / "missing.py")]) == 2
     error = capsys.readouterr().err

@@ -122,10 +122,10 @@ LAYOUTS: dict[str, Callable[[Any], None]] = {
 
 
 def unique_bytes(tensors: dict[str, Tensor]) -> int:
-    """The size of all tensors, of which those that share their memory count once."""
+    """Count the bytes of all tensors; those that share their memory count once."""
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors.values()}.values())
 
 
 def data_bytes(whole: bytes) -> int:
-    """What a tensor file takes for tensors, beside its header."""
+    """Count the bytes that a tensor file takes for tensors, beside its header."""
     return len(whole) - 8 - int.from_bytes(whole[:8], "little")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.options.modes import MODES, Mode
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import perplexity
 
 SEEDS = (1111, 1112, 1113, 1114, 1115)

@@ -15,6 +15,7 @@ from lm.model.language_model import KINDS, next_word_loss
 from lm.model.model_file import load_model
 from lm.training.evaluation import evaluate
 from lm.training.loop import Training
+from roundoff.precision import MasterWeights
 from roundoff.runs.tensor_file import load_tensors, save_tensors
 from runs import plain
 
@@ -365,3 +366,12 @@ def test_evaluation_keeps_no_tensor_of_a_batch(make) -> None:
     job, counts = make("fp32"), []
     evaluate(job.model, job.precision, job.valid_data, 2, 10, lambda: counts.append(jobs.count_tensors()))
     assert counts[1:] == counts[1:2] * 9
+
+
+def test_a_loss_scale_comes_from_the_state() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    saved, loaded = (MasterWeights([weight], torch.optim.SGD([weight], lr=1.0), scale) for scale in (8.0, 2.0))
+    loaded.load_state_dict(saved.state_dict())
+    loaded.backward(weight.sum())
+    assert weight.grad is not None
+    assert (weight.grad.item(), loaded.step(math.inf).loss_scale.item(), weight.item()) == (8.0, 8.0, 0.0)

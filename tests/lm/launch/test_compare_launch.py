@@ -21,7 +21,7 @@ from lm.options.config import make_args
 from lm.options.modes import MODES, Mode, mode_of
 from lm.options.options import as_values
 from roundoff.errors import UsageError
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 
 PLAN = {"modes": ["fp32"], "seeds": [1], "options": {}, "jobs": 1}
 

@@ -101,6 +101,32 @@ def test_autocast_gives_the_same_with_fp32_gradients(monkeypatch, kind, half) ->
         torch.testing.assert_close(mixed[name].to(half), value, rtol=tolerance, atol=tolerance)
 
 
+def test_sums_are_rounded_before_the_nonlinearities(monkeypatch, kind, half) -> None:
+    """So a cell does not tell its sums, which fp32 holds exactly here, from the nearest half numbers in their place."""
+    without_instructions(monkeypatch)
+    layers, options = KINDS[kind]
+    torch.manual_seed(1)
+    x, h, c, b_x, b_h = ((torch.randn(500).to(half) * 2**13).round() / 2**13 for _ in range(5))
+
+    def output(x: Tensor, h: Tensor, b_x: Tensor, b_h: Tensor) -> Tensor:
+        """That of the second of two units, which sees the state of the first one, and has none but c."""
+        rnn = layers(1, 2, 1, **options).to(half)
+        with torch.no_grad():
+            rnn.weight_ih_l0.fill_(1.0)
+            rnn.weight_hh_l0.copy_(torch.tensor([1.0, 0.0]).expand_as(rnn.weight_hh_l0))
+            rnn.bias_ih_l0.fill_(float(b_x[0]))
+            rnn.bias_hh_l0.fill_(float(b_h[0]))
+            state = torch.stack((h, torch.zeros_like(h)), 1)[None].to(half)
+            cell = torch.stack((c, c), 1)[None].to(half)
+            return rnn(x[None, :, None].to(half), (state, cell) if kind == "LSTM" else state)[0][0, :, 1]
+
+    none = torch.zeros_like(x)
+    in_x, in_h = x.float() + b_x[0].float(), h.float() + b_h[0].float()  # a GRU's are apart
+    sums = (in_x, in_h) if kind == "GRU" else (in_x + in_h, none)
+    assert sum(float(s) != float(s.to(half)) for s in sums[0]) > 100
+    assert torch.equal(output(x, h, b_x, b_h), output(*(s.to(half) for s in sums), none, none))
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"], indirect=True)
 def test_gradients_are_rounded_to_fp16_at_every_time_step(monkeypatch, kind) -> None:
     """Each of those summed into a bias's gradient is flushed where it is too small, before they add up to something."""

@@ -23,7 +23,7 @@ from lm.options.resolve import resolve
 from programs import ROOT, TINY, read_run
 from roundoff.cli import nearest
 from roundoff.errors import UsageError
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 from runs import kill_at, outcome, resume
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -119,6 +119,11 @@ def test_an_option_without_effect_is_refused_wherever_one_trainer_is_given_it(tm
     assert merge("main", {name: 4}).script == "main"
     (tmp_path / "config.json").write_text(to_json({"options": as_values(merge("main", {name: 4}))}))
     assert getattr(parse_args("main", None, ["--resume", str(tmp_path)]), name) == 4
+
+
+def test_the_learning_rate_follows_from_optimizer_and_model() -> None:
+    rates = {("sgd", "GRU"): 20.0, ("sgd", "Transformer"): 5.0} | {("adamw", m): 0.001 for m in ("GRU", "Transformer")}
+    assert {(o, m): make_args("main", optimizer=o, model=m).lr for o, m in rates} == rates
 
 
 @every_script

@@ -17,10 +17,13 @@ from faults import Faults, Plan, put_into
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.model.language_model import RNNModel, detach, next_word_loss
 from lm.model.model_file import load_model
+from lm.options.config import make_args
 from lm.options.modes import DEFAULT_MODES
+from lm.training.divergence import END, check
 from lm.training.loop import Training
 from moments import tensors_of
 from programs import BATCHES, HALF, MODEL, SCRIPTS, TINY, read_run
+from roundoff.errors import RunError
 from runs import act_at
 
 VALUES = (math.inf, -math.inf, math.nan)
@@ -429,3 +432,12 @@ def test_a_weight_that_is_not_finite_is_no_model_of_a_run_that_was_stopped(progr
     assert (done.code, read_run(programs.folder / "run").result["status"]) == (1, "diverged")
     assert "after step 2 a weight of decoder.bias is not finite" in done.err
     assert not (programs.folder / MODEL).exists()
+
+
+def test_ten_times_what_guessing_costs_is_the_bound_of_the_end_alone() -> None:
+    args, model = make_args("main"), RNNModel("GRU", 8, 4, 4, 1, 0.0)
+    check(args, model, None, END, 9.9 * math.log(8), 8)
+    check(args, model, None, "validation loss of epoch 1", 700.0, 8)
+    for name, loss in ((END, 10.1 * math.log(8)), ("validation loss of epoch 1", math.nan)):
+        with pytest.raises(RunError, match="has diverged"):
+            check(args, model, None, name, loss, 8)

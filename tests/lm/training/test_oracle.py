@@ -1,10 +1,13 @@
 """The trainers against a plain PyTorch loop, and against each other, bit by bit."""
 
+import copy
+import itertools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from jobs import on
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.options.modes import DEFAULT_MODES
 from lm.training.checkpoint import FILE
-from programs import TINY
+from programs import TINY, strict_json, write_corpus
 from ranks import torchrun
 from roundoff.precision import MasterWeights, StepResult
 from runs import outcome, state_bits
@@ -94,16 +97,21 @@ def plain_positions(words: int) -> Tensor:
 TRANSFORMER = ["--model", "Transformer", "--nhead", "4", "--nhid", "24"]
 
 
-def plain_loop(folder: Path, device: str, kind: type[nn.Module] = PlainLSTM) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of ordinary fp32 training."""
-    corpus = Corpus(folder)
+Rows = list[tuple[float, float]]
+"""Loss and gradient norm of each step."""
+
+
+def plain_start(corpus: Corpus, device: str, kind: type[nn.Module], lr: float) -> tuple[nn.Module, torch.optim.SGD]:
     torch.manual_seed(1111)
     model = kind(corpus.vocab_size).to(device)
     # On a GPU the trainers' fused kernel is the reference: how SGD rounds there is torch's choice of kernel.
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=device == "cuda")
-    data = batchify(corpus.train, BATCH, device)
+    return model, torch.optim.SGD(model.parameters(), lr=lr, fused=device == "cuda")
+
+
+def plain_epoch(model: nn.Module, optimizer: torch.optim.SGD, data: Tensor) -> Iterator[tuple[float, float]]:
+    """Take the steps of one pass of ordinary fp32 training."""
+    model.train()
     hidden = None
-    history = []
     for i in range(0, len(data) - 1, BPTT):
         tokens, targets = get_batch(data, i, BPTT)
         optimizer.zero_grad()
@@ -113,10 +121,54 @@ def plain_loop(folder: Path, device: str, kind: type[nn.Module] = PlainLSTM) -> 
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         hidden = tuple(h.detach() for h in hidden)
-        history.append((loss.item(), norm.item()))
-        if len(history) == STEPS:
-            break
-    return history
+        yield loss.item(), norm.item()
+
+
+def plain_loop(folder: Path, device: str, kind: type[nn.Module] = PlainLSTM) -> Rows:
+    """The first steps."""
+    corpus = Corpus(folder)
+    steps = plain_epoch(*plain_start(corpus, device, kind, LR), batchify(corpus.train, BATCH, device))
+    return list(itertools.islice(steps, STEPS))
+
+
+@torch.no_grad()
+def plain_test(model: nn.Module, data: Tensor) -> float:
+    """The mean over all words: each batch's fp32 mean by its number of words, summed without rounding."""
+    model.eval()
+    hidden, sums = None, []
+    for i in range(0, len(data) - 1, BPTT):
+        tokens, targets = get_batch(data, i, BPTT)
+        logits, hidden = model(tokens, hidden)
+        sums.append(Fraction(F.cross_entropy(logits.flatten(0, 1), targets).item()) * len(targets))
+    return float(sum(sums) / (len(data) - 1) / data.size(1))
+
+
+class PlainRun(NamedTuple):
+    steps: Rows
+    valid: list[float]
+    test: float
+
+
+def plain_run(folder: Path, device: str, kind: type[nn.Module], lr: float, epochs: int) -> PlainRun:
+    """Whole epochs: the best model is kept and tested, and the rate falls to a quarter where an epoch is no better."""
+    corpus = Corpus(folder)
+    model, optimizer = plain_start(corpus, device, kind, lr)
+    train, valid, test = (
+        batchify(text, size, device) for text, size in ((corpus.train, BATCH), (corpus.valid, 10), (corpus.test, 10))
+    )
+    steps: Rows = []
+    losses: list[float] = []
+    best: dict[str, Tensor] = {}
+    for _ in range(epochs):
+        steps += plain_epoch(model, optimizer, train)
+        loss = plain_test(model, valid)
+        if loss < min(losses, default=math.inf):
+            best = copy.deepcopy(model.state_dict())
+        else:
+            optimizer.param_groups[0]["lr"] /= 4
+        losses.append(loss)
+    model.load_state_dict(best)
+    return PlainRun(steps, losses, plain_test(model, test))
 
 
 @pytest.fixture
@@ -155,6 +207,20 @@ def test_fp32_equals_plain_pytorch_in_every_bit(train, corpus, device, script, c
     assert history(run) == plain_loop(corpus, device, kind)
     assert len(steps) == STEPS
     assert sum(row["loss"] for row in steps[-20:]) < 0.96 * sum(row["loss"] for row in steps[:20])
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("script", jobs.mostly_slow(FP32, "main"))
+def test_whole_epochs_equal_plain_pytorch_in_every_bit(train, tmp_path, device, script, epochs) -> None:
+    """Validation and test too; the last batch of each text is short. The first epoch of two is the best."""
+    kind = PlainLayers if device == "cuda" else PlainLSTM
+    corpus = write_corpus(tmp_path / "text", train=40, valid=30, test=24)
+    run = train("run", script, *FP32[script], f"--data={corpus}", "--lr=45", f"--epochs={epochs}", *on(device))
+    expected = plain_run(corpus, device, kind, 45.0, epochs)
+    assert (expected.valid[1] > expected.valid[0], min(expected.valid) == expected.valid[-1]) == (True, epochs == 3)
+    assert history(run) == expected.steps
+    assert [row["valid_loss"] for row in jobs.rows(run, "epochs.jsonl")] == expected.valid
+    assert strict_json((run / "result.json").read_text())["test_loss"] == expected.test
 
 
 def test_a_scale_that_is_no_power_of_two_rounds(train, corpus) -> None:

@@ -43,6 +43,7 @@ SCALES: dict[str, tuple[Result, tuple[int, int] | None, int | None, list[str]]] 
         ["No static loss scale but 2**16 flushes less than 0.001 of every gradient"],
     ),
     "a large limit": (made_up({"a": 5}, {"a": 18}, limit=0.2), (-8, 13), 3, []),
+    "the middle of two, below 0 too, is the larger": (made_up({"a": -8}, {"a": 1}), (-8, -4), -6, []),
     "a small limit": (made_up({"a": 5}, {"a": 18}, limit=1e-6), None, 13, []),
     "a layer to be kept in fp32": (
         made_up({"a": 2, "logits": 16, "b": 20}, {"a": 16, "logits": 30, "b": 30}), None, 11,

@@ -37,6 +37,14 @@ def test_what_does_not_exist_is_none() -> None:
     assert bias(gram(zero), gram(same)) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize(("apart", "seen"), [(1e-7, 0.0), (1e-4, 5e-5)])
+def test_rounding_alone_is_no_noise(apart: float, seen: float) -> None:
+    """Sketches are kept in fp32, so equal gradients may differ in its last bits; the deviation of 4 is half of one."""
+    gradients = torch.ones(4, 1)
+    gradients[0] += apart
+    assert noise(gram(gradients)).value == pytest.approx(seen, rel=1e-2)
+
+
 def test_a_small_tensor_is_kept_as_it_is() -> None:
     values = torch.randn(4, 3, 5, dtype=torch.float64).flatten(1)
     sketch = Sketch(torch.Size((4, 3, 5)), 32, torch.Generator())

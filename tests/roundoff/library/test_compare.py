@@ -213,6 +213,10 @@ def one_more(build: Build, seed: int) -> list[float]:
     return [*untested(build, seed), 1.0]  # type: ignore[list-item]
 
 
+def by_precision_with_seed_3(build: Build, seed: int) -> list[torch.Tensor] | list[float]:
+    return untested(build, seed) if seed == 3 else [1.0] * STEPS
+
+
 def never(build: Build, seed: int) -> Any:
     """A mistake that can be seen before is seen before: nobody waits for a training."""
     raise AssertionError
@@ -227,6 +231,11 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "vectors": (lambda build, seed: [torch.ones(2)], {}, "train returned losses that are no numbers" + ".*" + SHOULD),
     "another length": (
         one_more, {}, r"train returned 21 losses, and precision\.step was called 20 times; return one loss for each",
+    ),
+    "steps by precision with one seed of two": (
+        by_precision_with_seed_3, {"modes": ["masters-fp16"], "seeds": [2, 3]},
+        r"^train called precision\.step in masters-fp16 with seed 3, and not with seed 2; step by precision with every "
+        "seed, or with none$",
     ),
     "an unknown mode": (with_test, {"modes": ["fp32", "amp-fb16"]}, "'amp-fb16' is no stock mode; did you mean amp-"),
     "no modes": (with_test, {"modes": []}, r"modes is \[\]; give a list"),

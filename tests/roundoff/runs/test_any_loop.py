@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from pages import Page
-from roundoff import RunDirectory, StepResult, compare_runs, read_run
+from roundoff import Listener, RunDirectory, StepResult, compare_runs, read_run
 from roundoff.errors import UsageError
 from roundoff.report.comparison_panels import panels
 from roundoff.report.html import write_html
@@ -43,6 +44,10 @@ class PowerCutError(Exception):
     """Ends a loop."""
 
 
+def with_a_test(run: RunDirectory) -> None:
+    run.finish(test_loss=0.25)
+
+
 def with_the_seam(path: Path, mode: str) -> None:
     model = Training()
     with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
@@ -62,12 +67,12 @@ def by_name(path: Path, mode: str) -> None:
         run.finish(test_loss=0.25)
 
 
-def of_losses_alone(path: Path, mode: str) -> None:
+def of_losses_alone(path: Path, mode: str, end: Callable[[RunDirectory], None] = with_a_test) -> None:
     model = Training()
     with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
         for _ in range(STEPS):
             run.step(model.step())
-        run.finish(test_loss=0.25)
+        end(run)
 
 
 def of_several_losses(path: Path, mode: str) -> None:
@@ -108,23 +113,12 @@ def resumed(path: Path, mode: str) -> None:
         run.finish(test_loss=0.25)
 
 
-def without_a_test(path: Path, mode: str) -> None:
-    model = Training()
-    with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
-        for _ in range(STEPS):
-            run.step(model.step())
-        run.finish()
-
-
 def that_fails(path: Path, mode: str) -> None:
-    model = Training()
-    try:
-        with RunDirectory(path, job=JOB, mode=mode, seed=1) as run:
-            for _ in range(STEPS):
-                run.step(model.step())
-            raise PowerCutError
-    except PowerCutError:
-        pass
+    def end(run: RunDirectory) -> None:
+        raise PowerCutError
+
+    with suppress(PowerCutError):
+        of_losses_alone(path, mode, end)
 
 
 Loop = Callable[[Path, str], None]
@@ -145,7 +139,9 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
     ),
     "of epochs": (of_epochs, {"valid": [0.5, 0.0625], "end": "0.2500"}),
     "resumed": (resumed, {"end": "0.2500"}),
-    "without a test": (without_a_test, {"end": "0.0312"}),  # the last tenth is the last step
+    "without a test": (  # the last tenth is the last step
+        functools.partial(of_losses_alone, end=RunDirectory.finish), {"end": "0.0312"},
+    ),
     "that fails": (that_fails, {"end": "-", "status": "interrupted"}),
 }  # fmt: skip
 
@@ -415,8 +411,27 @@ def test_a_figure_that_no_result_can_hold_is_refused(tmp_path: Path, case: str) 
     assert (result["top1"], result["steps"]) == (0.5, 1)
 
 
+DEVICES = 'give one that torch finds here, such as "cpu" or "cuda:0"'
+EVENTS = "start, interval, epoch, result"
+
+
+class Heard(Listener):
+    """Hears, and does nothing."""
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a negative seed": ({"seed": -1}, "seed is -1, where a whole number belongs"),
+    "no device": ({"device": "cqu"}, f"device is 'cqu'; {DEVICES}"),
+    "a device that is not here": ({"device": "cuda:99"}, f"device is 'cuda:99'; {DEVICES}"),
+    "a device that is a model": ({"device": torch.nn.ReLU()}, f"device is a ReLU; {DEVICES}"),
+    "one listener": ({"listeners": Heard()}, f"listeners is a Heard; give a list of objects with {EVENTS}"),
+    "a function that listens": (
+        {"listeners": [print]},
+        f"listener builtin_function_or_method lacks {EVENTS}; give an object of a subclass of roundoff.Listener",
+    ),
+    "a class that listens": (
+        {"listeners": [Heard]}, "listener Heard is a class; give an object of a subclass of roundoff.Listener",
+    ),
     "a seed in words": ({"seed": "x"}, "seed is 'x', where a whole number belongs"),
     "a seed that is true": ({"seed": True}, "seed is True, where a whole number belongs"),
     "no mode": ({"mode": None}, "mode is None, where a text belongs"),

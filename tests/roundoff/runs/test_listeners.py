@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from programs import BATCHES, TINY, read_run
 from roundoff.runs.directory import RunDirectory
-from roundoff.runs.listeners import listening
+from roundoff.runs.listeners import Listener, listening
 from roundoff.runs.meter import curves
 from roundoff.runs.reading import perplexity
 from roundoff.terminal import Terminal
@@ -146,40 +147,125 @@ def test_a_loop_that_ends_no_interval_itself(tmp_path):
     assert set(curves(heard.intervals[0])) == {"lr", "loss_scale", "loss", "skipped"}  # and no norm that nobody knows
 
 
-class Failing(Heard):
-    """Raises when `at` comes."""
+class TrackerError(Exception):
+    """A tracker that cannot be reached."""
 
-    def __init__(self, at: str) -> None:
+
+class Failing(Heard):
+    """Raises whenever one of `events` comes."""
+
+    def __init__(self, *events: str) -> None:
         super().__init__()
-        self.at = at
+        self.events = events
 
     def start(self, *rest: Any) -> None:
         super().start(*rest)
-        if self.at == "start":
-            raise ZeroDivisionError
+        self.fail("start")
+
+    def interval(self, row: dict[str, Any]) -> None:
+        super().interval(row)
+        self.fail("interval")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        super().epoch(row)
+        self.fail("epoch")
 
     def result(self, row: dict[str, Any]) -> None:
         super().result(row)
-        if self.at == "result":
-            raise ZeroDivisionError
+        self.fail("result")
+
+    def fail(self, event: str) -> None:
+        if event in self.events:
+            raise TrackerError(event)
 
 
-def test_a_listener_that_fails_costs_neither_the_directory_nor_the_result(tmp_path):
-    """The run's own listeners are told before those of `listening`, and of the end once."""
+def two_epochs(path: Path, *listeners: Heard) -> None:
+    with RunDirectory(path, listeners=listeners, interval=2) as run:
+        for _ in range(2):
+            for _ in range(3):
+                run.step(1.0)
+            run.epoch(2.0)
+        run.finish(test_loss=0.5)
 
-    def train(path: Path, own: Heard, other: Heard) -> None:
-        with listening(other), RunDirectory(path, listeners=[own]) as run:
-            run.step(1.0)
+
+def one_step(path: Path, *events: str, error: Exception | None = None, finish: bool = False) -> None:
+    with RunDirectory(path, listeners=[Failing(*events)]) as run:
+        run.step(1.0)
+        if error is not None:
+            raise error
+        if finish:
             run.finish(test_loss=0.5)
 
-    for at in ("start", "result"):
-        own, failing = Heard(), Failing(at)
-        with pytest.raises(ZeroDivisionError):
-            train(tmp_path / at, own, failing)
-        assert (len(own.starts), len(own.results), len(failing.results)) == ((1, 0, 0) if at == "start" else (1, 1, 1))
-        RunDirectory(tmp_path / at, resume=True).close()
-    assert read_run(tmp_path / "result").result == own.results[0]
-    assert own.results[0]["status"] == "finished"
+
+COSTS = {
+    ("start",): (0, 0, "interrupted"),
+    ("interval",): (2, 0, "interrupted"),
+    ("epoch",): (3, 1, "interrupted"),
+    ("result",): (6, 2, "finished"),
+    ("interval", "epoch", "result"): (2, 0, "interrupted"),
+}
+"""What is in the record: steps, epochs, status."""
+
+
+@pytest.mark.parametrize("events", COSTS)
+def test_a_listener_that_raises_costs_nothing_that_came_before(tmp_path, events):
+    """One error, that of the event, with a note. The other listener hears what the record holds."""
+    steps, epochs, status = COSTS[events]
+    failing, other = Failing(*events), Heard()
+    with pytest.raises(TrackerError) as caught:
+        two_epochs(tmp_path / "run", failing, other)
+    note = f"The listener Failing raised this in `{events[0]}`. The record in {tmp_path / 'run'} is whole."
+    assert (str(caught.value), caught.value.__notes__, caught.value.__context__) == (events[0], [note], None)
+    assert len(other.starts) == 1
+    RunDirectory(tmp_path / "run", resume=True).close()  # nobody holds it
+    if events == ("start",):
+        return
+    run = read_run(tmp_path / "run")
+    assert (len(run.steps), len(run.epochs), run.result["status"]) == (steps, epochs, status)
+    assert (other.results, other.intervals[-1]["step"]) == ([run.result], steps)
+    assert len(other.epochs) == epochs
+
+
+@pytest.mark.parametrize("events", [("interval",), ("result",), ("interval", "result")])
+def test_the_end_of_a_run_is_recorded_though_a_listener_raises(tmp_path, events):
+    """As what it is. The error of the loop, if there is one, is the only one."""
+    with pytest.raises(TrackerError):
+        one_step(tmp_path / "a", *events)
+    with pytest.raises(TrackerError):
+        one_step(tmp_path / "b", *events, finish=True)
+    with pytest.raises(ZeroDivisionError) as caught:
+        one_step(tmp_path / "c", *events, error=ZeroDivisionError())
+    assert caught.value.__context__ is None
+    runs = [read_run(tmp_path / name) for name in "abc"]
+    assert [len(run.steps) for run in runs] == [1, 1, 1]
+    assert [run.result["status"] for run in runs] == ["interrupted", "finished", "interrupted"]
+    assert [run.result["test_loss"] for run in runs] == [None, 0.5, None]
+
+
+def test_a_loop_may_go_on_after_a_listener_has_failed(tmp_path):
+    failing = Failing("interval")
+    with RunDirectory(tmp_path, listeners=[failing], interval=1) as run:
+        for _ in range(3):
+            with suppress(TrackerError):
+                run.step(1.0)
+        run.finish()
+    assert [row["step"] for row in failing.intervals] == [1, 2, 3]
+    assert (len(read_run(tmp_path).steps), len(failing.results)) == (3, 1)
+
+
+def test_the_runs_own_listeners_hear_before_those_around(tmp_path):
+    order: list[str] = []
+
+    class Named(Listener):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def result(self, row: dict[str, Any]) -> None:
+            order.append(self.name)
+
+    with listening(Named("around")), RunDirectory(tmp_path, listeners=[Named("own")]) as run:
+        run.finish()
+    assert order == ["own", "around"]
 
 
 def test_the_terminal_shows_the_test_though_the_event_files_fail(programs, monkeypatch):

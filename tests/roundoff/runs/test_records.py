@@ -25,7 +25,7 @@ from roundoff.runs import directory, reading
 from roundoff.runs.config_file import describe_device
 from roundoff.runs.directory import START, RunDirectory
 from roundoff.runs.files import lock, unlock
-from roundoff.runs.jsonfile import to_json
+from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import perplexity
 
 every_half = pytest.mark.parametrize(("script", "flags"), [(s, HALF[s]) for s in SCRIPTS], ids=SCRIPTS)
@@ -133,6 +133,13 @@ def test_rows_are_in_the_file_after_flush_and_counted(tmp_path):
         assert read_rows(tmp_path / "run" / "steps.jsonl") == written
         assert (records.steps, records.skipped) == (len(written), sum(not row["applied"] for row in written))
     assert [row["step"] for row in written] == list(range(1, 331))
+
+
+def test_further_losses_are_means_over_processes_too(tmp_path):
+    records = new(tmp_path / "run", average=lambda values: values + 0.5)
+    records.step(1.0, grad_norm=2.0, losses={"kl": 3.0})
+    (row,) = records.flush()
+    assert (row["loss"], row["grad_norm"], row["losses"]) == (1.5, 2.0, {"kl": 3.5})
 
 
 def test_steps_that_wait_are_one_tensor(tmp_path):

@@ -311,6 +311,7 @@ MUST = {
     "two scales in fp32": (FP32[:2], {}, {"loss_scale": 1024.0}, True),
     "no power of two in fp32": (FP32[:2], {}, {"loss_scale": 1000.0}, False),
     "two scales in bf16": (FP32[:2], BFLOAT, BFLOAT | {"loss_scale": 1024.0}, False),
+    "two scales in fp32 and bf16": (FP32[:2], {}, BFLOAT | {"loss_scale": 1024.0}, False),
     "two scales in an unknown dtype": (FP32[:2], {"dtype": None}, {"dtype": None, "loss_scale": 2}, False),
     "one names the other": (FP32[:2], {"equals": []}, {}, False),
     "the other names one": (FP32[:2], {}, {"equals": []}, False),

@@ -206,6 +206,17 @@ def test_seeds_needed_is_the_least_that_reaches_the_power() -> None:
     assert statistics.seeds_needed(Paired(3, 0.0095, 0.005), 0.01) == (5, "a difference")  # the sooner of the two
 
 
+def test_seeds_needed_can_be_one_more_and_never_as_many_as_there_are() -> None:
+    """Where n pairs have just not decided, n pairs decide again in at most 62% of all cases."""
+    root = math.sqrt(3)
+    assert statistics.seeds_needed(Paired(3, 4.3 / root, 1.0), 0.01) == (4, "a difference")  # of t(0.975, 2) = 4.303
+    assert statistics.seeds_needed(Paired(3, 4.0 / root, 1.0), 6.9 / root) == (4, "equivalence")  # t(0.95, 2) = 2.92
+    for n in (3, 4, 5, 10, 30, 1000):
+        difference, equivalence = (float(stats.t.ppf(p, n - 1)) / math.sqrt(n) for p in (0.975, 0.95))
+        assert statistics.power_of_difference(Paired(n, difference, 1.0)) < 0.62
+        assert statistics.power_of_equivalence(Paired(n, difference, 1.0), difference + equivalence) < 0.62
+
+
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_false_verdicts_are_as_rare_as_promised(seeds: int) -> None:
     """Experiments without a difference, and with one of exactly the margin: the interval covers 95%, a test errs 5%."""
