@@ -6,7 +6,7 @@ It needs the pages' packages: pip install 'roundoff[report]'.
 """
 
 # %% [markdown]
-# In Colab, upload the wheel (`python -m build`), and run `%pip install "roundoff-0.2.0-py3-none-any.whl[report]"` first.
+# In Colab, upload the wheel (`python -m build`). Run `%pip install "roundoff-0.2.0-py3-none-any.whl[report]"` first.
 
 # %%
 import tempfile

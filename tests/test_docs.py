@@ -19,7 +19,11 @@ def test_the_page_of_flags_is_of_these_options() -> None:
 
 @pytest.mark.parametrize(
     ("file", "pattern"),
-    [("CITATION.cff", r"^version: (.*)$"), ("CHANGELOG.md", r"^## \[(\d.*?)\]"), ("examples/cnn.py", r"roundoff-([\d.]+)-")],
+    [
+        ("CITATION.cff", r"^version: (.*)$"),
+        ("CHANGELOG.md", r"^## \[(\d.*?)\]"),
+        ("examples/cnn.py", r"roundoff-([\d.]+)-"),
+    ],
 )
 def test_the_version_is_one(file: str, pattern: str) -> None:
     assert re.search(pattern, read(file), re.MULTILINE)[1] == __version__
