@@ -7,8 +7,8 @@ from lm.options.options import SCRIPTS, flag, option_of, options_of
 HEAD = """# Flags
 
 All three trainers take these flags, unless a script is named. A flag without a value is a switch. `--no-NAME` undoes
-it. The same names stand in a `--config` file. `python generate.py --help`, `compare.py --help` and `probe.py --help` have
-the flags of the other programs.
+it. The same names stand in a `--config` file. The other programs list theirs: `python generate.py --help`,
+`python compare.py --help`, `python probe.py --help`.
 """
 
 
