@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from apex_compat.fp16_utils.gradients import copy_values
 from apex_compat.parallel.flat import (
     apply_flat_dist_call,
     extract_tensors,
@@ -97,6 +98,7 @@ class DistributedDataParallel(nn.Module):
         self.world_size = dist.get_world_size()
         self._disable_allreduce = False
         self._queued = False
+        self._due = False
         self._touched: set[Tensor] = set()
         flat_dist_call([param.detach() for param in module.parameters()], dist.broadcast, (0,))
         _hook_parameters(self)
@@ -115,7 +117,7 @@ class DistributedDataParallel(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Return the module's output for these arguments."""
-        self._queued = False  # a backward that failed never came to its end
+        self._queued = self._due = False  # a backward that failed never came to its end
         output = self.module(*inputs, **kwargs)
         tensors: list[Tensor] = []
         extract_tensors(output, tensors)
@@ -132,15 +134,17 @@ class DistributedDataParallel(nn.Module):
 
     def _gradient_came(self, param: Tensor) -> None:
         self._touched.add(param)
+        self._due = not self._disable_allreduce
         self._queue(param)
 
     @torch.no_grad()
     def _end_backward(self) -> None:
         self._queued = False
+        if not self._due:  # torch.autograd.grad brings no parameter a gradient
+            return
+        self._due = False
         touched = {param for param in self._touched if param.grad is not None}
         self._touched = set()
-        if not touched:  # torch.autograd.grad gives no parameter a gradient
-            return
         for name, param in self.module.named_parameters():
             if param.grad is not None and param.grad.layout != torch.strided:
                 raise TypeError(f"{name} has a sparse gradient; it must be dense (for an embedding: sparse=False)")
@@ -166,12 +170,13 @@ class DistributedDataParallel(nn.Module):
         if self.gradient_average:
             values.mul_(self.gradient_predivide_factor / self.world_size)
         reduced = touched if all(touched) else users.bool().tolist()
-        for param, grad, is_reduced in zip(params, grads, reduced, strict=True):
+        targets, sources = [], []
+        for param, grad, value, is_reduced in zip(params, grads, unflatten(values, grads), reduced, strict=True):
             if is_reduced:
                 param.grad = grad
-        pairs = zip(grads, unflatten(values, grads), reduced, strict=True)
-        targets, sources = zip(*((grad, value) for grad, value, is_reduced in pairs if is_reduced), strict=True)
-        torch._foreach_copy_(targets, sources)
+                targets.append(grad)
+                sources.append(value)
+        copy_values(targets, sources)
 
 
 def _hook_parameters(parallel: DistributedDataParallel) -> None:

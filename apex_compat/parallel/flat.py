@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apex_compat.fp16_utils.gradients import copy_values
+
 _FLOATS = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -68,7 +70,7 @@ def apply_flat_dist_call(bucket: Sequence[Tensor], call: Callable[..., Any], ext
     call(flat, *(extra_args or ()))
     if call is dist.all_reduce:
         flat /= dist.get_world_size()
-    torch._foreach_copy_(list(bucket), unflatten(flat, bucket))
+    copy_values(bucket, unflatten(flat, bucket))
 
 
 def flat_dist_call(tensors: Iterable[Tensor], call: Callable[..., Any], extra_args: Any = None) -> None:

@@ -74,7 +74,7 @@ def reductions(rank, _):
 def unused(rank, world):
     """Gradients after three passes in which not every rank uses every parameter."""
     zeros = {f"of_{r}": torch.zeros(2) for r in range(world)}
-    module = Weights(**zeros, of_nobody=torch.zeros(2))
+    module = Weights(**zeros, of_nobody=torch.zeros(2, dtype=torch.float64))
     parallel = DistributedDataParallel(module)
     passes = [{f"of_{rank}": 6.0 * (rank + 1)}, {"of_0": 6.0 * rank}, {"of_0": 0.0} if rank else {"of_1": 6.0}]
     found = []
