@@ -15,6 +15,7 @@ from apex_compat.parallel.flat import (
     extract_tensors,
     flat_dist_call,
     flatten,
+    sendable,
     split_by_type,
     split_half_float_double,
     unflatten,
@@ -160,7 +161,7 @@ class DistributedDataParallel(nn.Module):
         grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
         # new_tensor waits for the device.
         users = grads[0].new_ones(len(params)) if all(touched) else grads[0].new_tensor(touched)
-        flat = flatten([*grads, users])
+        flat = sendable(flatten([*grads, users]))
         if self.allreduce_always_fp32:
             flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         values, users = torch.split(flat, [flat.numel() - len(params), len(params)])

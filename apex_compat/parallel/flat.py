@@ -27,6 +27,16 @@ def unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def sendable(flat: Tensor) -> Tensor:
+    """Return `flat` in a dtype that its backend can communicate: float32 for bfloat16 through gloo.
+
+    float32 holds every bfloat16. The gloo of older versions of torch knows no bfloat16.
+    """
+    if flat.dtype == torch.bfloat16 and (flat.device.type == "cpu" or dist.get_backend() == "gloo"):
+        return flat.float()
+    return flat
+
+
 def split_by_type(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
     """Sort `tensors` by `tensor.type()`, which names dtype and kind of device, in the order of first appearance."""
     lists: dict[str, list[Tensor]] = {}
@@ -66,7 +76,7 @@ def apply_flat_dist_call(bucket: Sequence[Tensor], call: Callable[..., Any], ext
             `torch.distributed.all_reduce` has summed is divided by the number of processes.
         extra_args: the arguments of `call` after the tensor, a tuple.
     """
-    flat = flatten(bucket)
+    flat = sendable(flatten(bucket))
     call(flat, *(extra_args or ()))
     if call is dist.all_reduce:
         flat /= dist.get_world_size()

@@ -7,7 +7,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -54,6 +53,7 @@ class SyncBatchNorm(_BatchNorm):
 
         Raises:
             ValueError: `input` has fewer than two dimensions or another number of channels.
+            RuntimeError: in backward, with `create_graph=True` and several processes.
         """
         x = input.movedim(-1, 1) if self.channel_last and input.dim() > 1 else input
         self._check_input_dim(x)
@@ -137,8 +137,9 @@ class _Normalize(Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # mean and inv_std are constants here: the second derivative would be wrong
+            raise RuntimeError("SyncBatchNorm over several processes has no second derivative; leave out create_graph")
         x, weight, mean, inv_std, count = ctx.saved_tensors
         dims, shape = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
         wide = grad.to(mean.dtype)

@@ -117,11 +117,6 @@ def test_training_is_that_of_one_process_with_the_whole_batch(found, optimizer):
         close(state, {name: value for name, value in expected.items() if name != "seed"})
 
 
-def test_a_sparse_gradient_is_refused(found):
-    for rank in found:
-        assert rank["sparse"] == "weight has a sparse gradient; it must be dense (for an embedding: sparse=False)"
-
-
 def test_reducer_averages_on_request(found):
     world = len(found)
     mean = sum(range(world)) / world
@@ -250,9 +245,16 @@ def test_batch_norm_in_groups(found):
     for name, partition in partitions.items():
         for ranks in partition:
             check_batch_norm(cases.BATCH_NORMS["unequal"], [rank["batch_norms"][name] for rank in found], ranks)
+
+
+def test_mistakes_of_several_ranks(found):
+    no_second = "SyncBatchNorm over several processes has no second derivative; leave out create_graph"
     for rank in found:
-        message = f"group_size is 5; it must be 0 or divide the number of processes, {world}"
-        assert rank["group_size"] == message
+        assert rank["mistakes"] == {
+            "second_derivative": f"RuntimeError: {no_second}",
+            "sparse": "TypeError: weight has a sparse gradient; it must be dense (for an embedding: sparse=False)",
+            "group_size": f"ValueError: group_size is 5; it must be 0 or divide the number of processes, {len(found)}",
+        }
 
 
 def test_alone_batch_norm_is_torchs_in_every_bit():

@@ -84,16 +84,6 @@ def unused(rank, world):
     return found
 
 
-def sparse(*_):
-    """The message of a sparse gradient."""
-    parallel = DistributedDataParallel(nn.Embedding(3, 2, sparse=True))
-    try:
-        parallel(torch.tensor([1])).sum().backward()
-    except TypeError as error:
-        return str(error)
-    return ""
-
-
 def reducers(rank, _):
     """What Reducer makes of a module and of gradients in lists."""
     module = Weights(a=torch.full((2,), float(rank)), b=torch.zeros(3, dtype=torch.float16), idle=torch.zeros(1))
@@ -370,16 +360,29 @@ def batch_norms(rank, world):
     return found | {name: batch_norm(BATCH_NORMS["unequal"], rank, group) for name, group in groups.items()}
 
 
-def group_size(*_):
-    """The message of a group size that does not fit."""
-    try:
+def mistakes(*_):
+    """The messages of what cannot be done."""
+
+    def second_derivative():
+        x = torch.ones(3, 2, requires_grad=True)
+        torch.autograd.grad(SyncBatchNorm(2)(x).sum(), x, create_graph=True)
+
+    def sparse():
+        DistributedDataParallel(nn.Embedding(3, 2, sparse=True))(torch.tensor([1])).sum().backward()
+
+    def group_size():
         create_syncbn_process_group(5)
-    except ValueError as error:
-        return str(error)
-    return ""
+
+    found = {}
+    for mistake in (second_derivative, sparse, group_size):
+        try:
+            mistake()
+        except (RuntimeError, TypeError, ValueError) as error:
+            found[mistake.__name__] = f"{type(error).__name__}: {error}"
+    return found
 
 
-CASES = (reductions, unused, sparse, reducers, ways, training, batch_norms, group_size)
+CASES = (reductions, unused, reducers, ways, training, batch_norms, mistakes)
 
 
 def run(folder):
