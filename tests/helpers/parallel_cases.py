@@ -328,8 +328,8 @@ BATCH_NORMS = {
     "untracked": BatchNorm(arguments={"track_running_stats": False}),
     "float": BatchNorm(dtype=F32, parameters=F32, tolerance=2e-6),
     "large mean": BatchNorm(dtype=F32, parameters=F32, mean=4096.0, rows=UNEQUAL, tolerance=1e-3),
-    "half": BatchNorm(dtype=F16, parameters=F32, rows=UNEQUAL, tolerance=2e-3),
-    "bfloat16": BatchNorm(dtype=BF16, parameters=F32, tolerance=2e-2),
+    "half": BatchNorm(dtype=F16, parameters=F32, rows=UNEQUAL, mean=16.0, tolerance=1e-3),
+    "bfloat16": BatchNorm(dtype=BF16, parameters=F32, mean=16.0, tolerance=8e-3),
     "all half": BatchNorm(dtype=F16, parameters=F16, tolerance=4e-3),
 }
 
