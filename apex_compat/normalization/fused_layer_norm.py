@@ -7,16 +7,13 @@ of 1e-6, the modules one of 1e-5, as in apex.
 
 import warnings
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shape = int | Sequence[int]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _shape(normalized_shape: Shape) -> list[int]:
@@ -26,11 +23,13 @@ def _shape(normalized_shape: Shape) -> list[int]:
 def _layer_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_shape: Shape, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    if any(tensor is not None and tensor.dtype != dtype for tensor in (input, weight, bias)):
+    given = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
+    if given != {dtype}:
         # torch's own takes few mixtures. It has fp32 statistics for half inputs too, so like dtypes need no copies.
-        input = _wide(input)
-        weight = None if weight is None else _wide(weight)
-        bias = None if bias is None else _wide(bias)
+        wide = reduce(torch.promote_types, given, torch.float32)
+        input = input.to(wide)
+        weight = None if weight is None else weight.to(wide)
+        bias = None if bias is None else bias.to(wide)
     return F.layer_norm(input, _shape(normalized_shape), weight, bias, eps).to(dtype)
 
 
@@ -46,7 +45,8 @@ def manual_rms_norm(input: Tensor, normalized_shape: Shape, weight: Tensor | Non
     Returns:
         The shape of `input`. The dtype is that of the product; without weight fp32, or float64 for such an input.
     """
-    normed = F.rms_norm(_wide(input), _shape(normalized_shape), eps=eps)
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    normed = F.rms_norm(wide, _shape(normalized_shape), eps=eps)
     if weight is None:
         return normed
     if weight.dtype.itemsize < 4:
