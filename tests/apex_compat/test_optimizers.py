@@ -5,6 +5,8 @@ import io
 import math
 import re
 import types
+from collections import defaultdict
+from functools import lru_cache
 
 import pytest
 import torch
@@ -34,12 +36,18 @@ def tensors(*shapes, dtype=torch.float32):
     return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
 
 
+@lru_cache
+def gradients(seed, count):
+    """Return the gradients of a step, of different sizes: shape (count, 16)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((count, 16), generator=generator) * 10 ** torch.rand((count, 1), generator=generator).sub(0.7)
+
+
 def fill(params, seed, missing=()):
     """Give parameters gradients that depend on `seed` and their index, None to those whose index is in `missing`."""
-    generator = torch.Generator().manual_seed(seed)
-    for i, param in enumerate(params):
-        values = torch.randn(param.shape, generator=generator) * 10 ** torch.rand((), generator=generator).sub(0.7)
-        param.grad = None if i in missing else values.to(param.device, param.dtype)
+    for i, (param, values) in enumerate(zip(params, gradients(seed, len(params)), strict=True)):
+        grad = values[: param.numel()].reshape(param.shape).to(param.device, param.dtype, copy=True)
+        param.grad = None if i in missing else grad
 
 
 def bits(optimizer):
@@ -145,27 +153,24 @@ IDS = [f"{cls.__name__}-{'-'.join(map(str, options)) or 'defaults'}" for cls, op
 ATTRIBUTES = {"adam_w_mode", "use_nvlamb", "reg_inside_moment", "adagrad_w_mode", "wd_after_momentum"}
 
 
-class Ulps:
-    """Collects pairs, and tells their largest distance in units of the last place of fp32.
+def worst_ulps(rows):
+    """Return the largest distance of a value from the wanted one in units of the last place of fp32.
 
     A unit is that of the largest number that was added up: a difference of close numbers has no digits of its own.
+
+    Args:
+        rows: value, wanted value, value before, and a tensor whose largest magnitude was added too, for each step.
     """
-
-    def __init__(self):
-        self.pairs = []
-
-    def add(self, got, wanted, *parts):
-        rows = [got.detach().double(), wanted, *parts, *[wanted] * (2 - len(parts))]
-        self.pairs.append(torch.stack([row.expand_as(got).reshape(-1) for row in rows]))
-
-    def worst(self):
-        got, wanted, *parts = torch.cat(self.pairs, dim=1)
-        size = torch.stack([wanted, *parts]).abs().amax(dim=0).clamp(min=2.0**-126)
-        return float(((got - wanted).abs() / torch.exp2(size.log2().floor() - 23)).max())
+    got, right, before, added = (
+        torch.stack([t.double().flatten() for t in column]) for column in zip(*rows, strict=True)
+    )
+    parts = [right.abs(), before.abs(), added.abs().amax(dim=1, keepdim=True).expand_as(right)]
+    unit = torch.exp2(torch.stack(parts).amax(dim=0).clamp(min=2.0**-126).log2().floor() - 23)
+    return float(((got - right).abs() / unit).max())
 
 
 def wanted(cls, optimizer, own, steps):
-    """Return for each parameter with a gradient what `step` should make of it and of its state, in float64."""
+    """Return for each parameter with a gradient what `step` should make of its state and, by the name '', of itself."""
     trained = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.stack([p.grad.double().norm() for _, p in trained]).norm()
     results = {}
@@ -174,7 +179,7 @@ def wanted(cls, optimizer, own, steps):
         for name in ("exp_avg", "exp_avg_sq", "sum"):
             state.setdefault(name, torch.zeros_like(p, dtype=torch.float64))
         new = FORMULAS[cls](p.detach().double(), p.grad.double(), state, group | own, steps[id(group)], norm)
-        results[p] = (new, state)
+        results[p] = state | {"": new}
     return results
 
 
@@ -187,26 +192,25 @@ def test_each_of_100_steps_is_the_formula_to_4_ulp(cls, options, device):
     groups = [{"params": params[:2]}, {"params": params[2:3], "lr": 0.01, "weight_decay": 0.2}]
     optimizer = make(cls, groups, **options)
     own = {name: value for name, value in options.items() if name in ATTRIBUTES}
-    ulps, steps = Ulps(), {}
+    rows, steps = defaultdict(list), {}
     for step in range(100):
         if step == 30:
             optimizer.add_param_group({"params": params[3:], "lr": 0.02})
         fill(params, step, missing=[1] if step < 20 else [])
         steps = {id(group): steps.get(id(group), 0) + 1 for group in optimizer.param_groups}
-        expected = wanted(cls, optimizer, own, steps)
-        before = bits(optimizer)
-        grads = {p: p.grad.clone() for p in expected}
+        expected, before = wanted(cls, optimizer, own, steps), bits(optimizer)
+        grads = [None if p.grad is None else p.grad.clone() for p in params]
         optimizer.step()
-        for i, p in enumerate(params):
-            if p not in expected:
-                assert (i, "") not in before or torch.equal(p, before[i, ""])
-                continue
-            new, state = expected[p]
-            ulps.add(p, new, before[i, ""].double())
-            for name, value in optimizer.state.get(p, {}).items():
-                ulps.add(value, state[name], before.get((i, name), value).double(), grads[p].double().abs().max())
-            assert torch.equal(p.grad, grads[p])  # apex's LAMB left its update there
-    assert ulps.worst() <= 4
+        for key, value in bits(optimizer).items():
+            p, grad = params[key[0]], grads[key[0]]
+            if p in expected:
+                old = before.get(key, torch.zeros_like(value))
+                added = grad if key[1] else grad * (0.1 if cls is FusedSGD else 0.0)  # 0.1: the learning rate
+                rows[key].append((value, expected[p][key[1]], old, added))
+                assert torch.equal(p.grad, grad)  # apex's LAMB left its update there
+            else:
+                assert torch.equal(value, before[key])
+    assert max(map(worst_ulps, rows.values())) <= 4
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
