@@ -105,20 +105,25 @@ def mixed_dtype_fused_rms_norm_affine(
 
 
 class _Norm(nn.Module):
-    """Holds the weight, and the bias of a layer norm, of shape `normalized_shape`: ones and zeros at first."""
+    """Holds parameters of shape `normalized_shape`, the weight ones and the bias zeros at first."""
 
+    names: tuple[str, ...] = ("weight",)
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
-        self, normalized_shape: Shape, eps: float, elementwise_affine: bool, memory_efficient: bool, bias: bool
+        self,
+        normalized_shape: Shape,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         self.normalized_shape = shape = torch.Size(_shape(normalized_shape))
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self.memory_efficient = memory_efficient
-        for name in ("weight", "bias") if bias else ("weight",):
+        for name in self.names:
             self.register_parameter(name, nn.Parameter(torch.empty(shape)) if elementwise_affine else None)
         self.reset_parameters()
 
@@ -131,9 +136,12 @@ class _Norm(nn.Module):
         """Return the settings, for `repr`."""
         return f"{tuple(self.normalized_shape)}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
 
+    def _dtype(self, input: Tensor) -> torch.dtype:
+        return input.dtype
+
 
 class FusedLayerNorm(_Norm):
-    """Layer norm that returns the dtype of its input, whatever that of its weights is.
+    """Layer norm that returns the dtype of its input, whatever that of its parameters is.
 
     Args:
         normalized_shape: the last dimensions of the input.
@@ -142,18 +150,11 @@ class FusedLayerNorm(_Norm):
         memory_efficient: changes nothing.
     """
 
-    def __init__(
-        self,
-        normalized_shape: Shape,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        memory_efficient: bool = False,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, memory_efficient, bias=True)
+    names = ("weight", "bias")
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer norm of `input`, floating, of shape (..., *normalized_shape)."""
-        return _layer_norm(input, self.weight, self.bias, self.normalized_shape, self.eps, input.dtype)
+        return _layer_norm(input, self.weight, self.bias, self.normalized_shape, self.eps, self._dtype(input))
 
 
 class FusedRMSNorm(_Norm):
@@ -166,74 +167,46 @@ class FusedRMSNorm(_Norm):
         memory_efficient: changes nothing.
     """
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the RMS norm of `input`, floating, of shape (..., *normalized_shape)."""
+        return manual_rms_norm(input, self.normalized_shape, self.weight, self.eps).to(self._dtype(input))
+
+
+class _Mixed(_Norm):
+    """Returns the dtype of its weight, and always has one."""
+
+    weight: nn.Parameter
+
     def __init__(
         self,
         normalized_shape: Shape,
         eps: float = 1e-5,
-        elementwise_affine: bool = True,
+        *,
         memory_efficient: bool = False,
+        elementwise_affine: bool | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, memory_efficient, bias=False)
+        name = type(self).__name__
+        if elementwise_affine is not None:
+            if not elementwise_affine:
+                raise RuntimeError(f"{name} always has weights: use FusedLayerNorm or FusedRMSNorm without Mixed")
+            warnings.warn(f"{name} always has weights: leave out elementwise_affine", stacklevel=2)
+        super().__init__(normalized_shape, eps, True, memory_efficient)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the RMS norm of `input`, floating, of shape (..., *normalized_shape)."""
-        return manual_rms_norm(input, self.normalized_shape, self.weight, self.eps).to(input.dtype)
+    def _dtype(self, input: Tensor) -> torch.dtype:
+        return self.weight.dtype
 
 
-class MixedFusedLayerNorm(FusedLayerNorm):
+class MixedFusedLayerNorm(_Mixed, FusedLayerNorm):
     """FusedLayerNorm that returns the dtype of its weight.
 
     Raises:
         RuntimeError: elementwise_affine is False.
     """
 
-    weight: nn.Parameter
 
-    def __init__(
-        self,
-        normalized_shape: Shape,
-        eps: float = 1e-5,
-        *,
-        memory_efficient: bool = False,
-        elementwise_affine: bool | None = None,
-    ) -> None:
-        _check_affine(self, elementwise_affine)
-        super().__init__(normalized_shape, eps, True, memory_efficient)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the layer norm of `input`, floating, of shape (..., *normalized_shape)."""
-        return _layer_norm(input, self.weight, self.bias, self.normalized_shape, self.eps, self.weight.dtype)
-
-
-class MixedFusedRMSNorm(FusedRMSNorm):
+class MixedFusedRMSNorm(_Mixed, FusedRMSNorm):
     """FusedRMSNorm that returns the dtype of its weight.
 
     Raises:
         RuntimeError: elementwise_affine is False.
     """
-
-    weight: nn.Parameter
-
-    def __init__(
-        self,
-        normalized_shape: Shape,
-        eps: float = 1e-5,
-        *,
-        memory_efficient: bool = False,
-        elementwise_affine: bool | None = None,
-    ) -> None:
-        _check_affine(self, elementwise_affine)
-        super().__init__(normalized_shape, eps, True, memory_efficient)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the RMS norm of `input`, floating, of shape (..., *normalized_shape)."""
-        return manual_rms_norm(input, self.normalized_shape, self.weight, self.eps).to(self.weight.dtype)
-
-
-def _check_affine(module: nn.Module, elementwise_affine: bool | None) -> None:
-    if elementwise_affine is None:
-        return
-    name = type(module).__name__
-    if not elementwise_affine:
-        raise RuntimeError(f"{name} always has weights: use {name.removeprefix('Mixed')}(elementwise_affine=False)")
-    warnings.warn(f"{name} always has weights: leave out elementwise_affine", stacklevel=3)

@@ -20,6 +20,8 @@ class FusedAdagrad(FusedOptimizer):
         adagrad_w_mode: decoupled weight decay. False adds it to the gradient.
     """
 
+    instead = "torch.optim.Adagrad"
+
     def __init__(
         self,
         params: ParamsT,
@@ -31,8 +33,6 @@ class FusedAdagrad(FusedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, set_grad_none)
         self.adagrad_w_mode = int(adagrad_w_mode)
-
-    instead = "torch.optim.Adagrad"
 
     def _update(self, work: list[Work]) -> None:
         for group, params, grads in work:

@@ -102,12 +102,14 @@ def test_statistics_are_fp32_where_those_of_float16_overflow(cls):
         assert torch.equal(cls(4).half()(x), x / 300)
 
 
-def test_a_half_weight_multiplies_the_rounded_quotient():
+def test_a_half_weight_multiplies_the_rounded_quotient_and_an_fp32_one_the_fp32_quotient():
     torch.manual_seed(3)
     x, weight = torch.randn(64, 16).half(), torch.rand(16).half()
-    rounded = (x.float() / (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).half() * weight
-    agree = functions.fused_rms_norm_affine(x, weight, 16) == rounded
-    assert agree.float().mean() > 0.99  # a quotient at half a unit may round either way
+    quotient = x.float() / (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    for w, wanted in ((weight, quotient.half() * weight), (weight.float(), (quotient * weight.float()).half())):
+        agree = functions.fused_rms_norm_affine(x, w, 16) == wanted
+        assert agree.float().mean() > 0.99  # a number between two of float16 may round either way
+    torch.testing.assert_close(functions.manual_rms_norm(x, 16, None, 1e-6), quotient)
 
 
 @pytest.mark.parametrize("cls", [FusedLayerNorm, FusedRMSNorm])
@@ -121,7 +123,7 @@ def test_without_parameters(cls):
 
 @pytest.mark.parametrize("cls", [MixedFusedLayerNorm, MixedFusedRMSNorm])
 def test_mixed_modules_always_have_weights(cls):
-    with pytest.raises(RuntimeError, match=rf"use {cls.__name__[5:]}\(elementwise_affine=False\)"):
+    with pytest.raises(RuntimeError, match=f"{cls.__name__} always has weights: use FusedLayerNorm or"):
         cls(5, elementwise_affine=False)
     with pytest.warns(UserWarning, match="leave out elementwise_affine") as caught:
         module = cls(5, elementwise_affine=True)
