@@ -18,7 +18,7 @@ from amp_cases import (  # noqa: F401
     o1,
     torch_as_it_was,
 )
-from amp_table import IN_PLACE, TABLE, arguments, is_floating, with_dtypes
+from amp_table import BY_NAME, IN_PLACE, TABLE, arguments, is_floating, with_dtypes
 from fp16_cases import same
 
 HALF, FLOAT, DOUBLE, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
@@ -66,11 +66,11 @@ def cases(table):
     return [pytest.param(rule, owner, id=f"{rule} {owner}") for rule, owners in table.items() for owner in owners]
 
 
-def by_keyword(owner, given):
-    """Return the arguments of a call with all that can be given by keyword."""
-    positional = 1 if owner == "Tensor" else 0
+def split(given, positional):
+    """Return the first `positional` of the arguments, and the rest by name."""
     items = list(given.items())
-    return [value for _, value in items[:positional]], dict(items[positional:])
+    args = [value for name, value in items[:positional] if name not in BY_NAME]
+    return args, dict(items[len(args) :])
 
 
 @pytest.mark.parametrize(("rule", "owner"), cases({k: v for k, v in TABLE.items() if k != "sequence"}))
@@ -82,14 +82,16 @@ def test_every_name_gives_what_a_cast_by_hand_gives(rule, owner, device):
             given = with_dtypes(arguments(name, device), dtypes)
             dtype = target(rule, given.values())
             by_hand = [cast(value, dtype) for value in given.values()]
-            calls.append((name, mix, given, outcome(ORIGINAL[owner, name], *by_hand)))
+            args, kwargs = split(dict(zip(given, by_hand, strict=True)), len(given))
+            calls.append((name, mix, given, outcome(ORIGINAL[owner, name], *args, **kwargs)))
     o1(device)
     for name, mix, given, expected in calls:
-        found = {"positional": outcome(now(owner, name), *given.values())}
+        ways = {"positional": len(given)}
         if not name.startswith("__") and name != "cpu":
-            args, kwargs = by_keyword(owner, given)
-            found["keyword"] = outcome(now(owner, name), *args, **kwargs)
-        for way, value in found.items():
+            ways["keyword"] = 1 if owner == "Tensor" else 0
+        for way, positional in ways.items():
+            args, kwargs = split(given, positional)
+            value = outcome(now(owner, name), *args, **kwargs)
             if not same([value], [expected]):
                 wrong.append((name, mix, way, brief(value), "expected", brief(expected)))
     assert wrong == []

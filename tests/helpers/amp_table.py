@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from amp_cases import OWNERS
 
@@ -33,7 +32,7 @@ NOTHING = "softmax sigmoid tanh mean relu cos sin sqrt abs clamp_min"
 TABLE = {
     "half": {
         "torch": HALF.split(),
-        "F": HALF_F.split(),
+        "F": [*HALF_F.split(), "prelu"],  # torch's functional module has some functions of torch, for its layers
         "Tensor": names(HALF + " __matmul__"),
     },
     "float": {
@@ -43,7 +42,8 @@ TABLE = {
     },
     "promote": {
         "torch": PROMOTE.split(),
-        "Tensor": names(PROMOTE + PROMOTE_OPERATORS),
+        "F": ["bilinear"],
+        "Tensor": names(f"{PROMOTE} {PROMOTE_OPERATORS}"),
     },
     "sequence": {"torch": SEQUENCE.split()},
     "nothing": {"torch": NOTHING.split(), "Tensor": names(NOTHING), "F": ["relu", "dropout", "sigmoid", "tanh"]},
@@ -126,6 +126,9 @@ CALLS = {
 }
 """Name -> arguments in order. A tuple is a tensor of that shape, a list holds a plain value."""
 
+BY_NAME = {"align_corners", "reduction", "scale_factor"}
+"""Arguments that stand behind others in their function's signature."""
+
 
 def arguments(name, device):
     """Return the arguments of a call of `name` in order: fp32 tensors that half holds exactly, and other values."""
@@ -156,6 +159,3 @@ def with_dtypes(given, dtypes):
         else:
             result[key] = value
     return result
-
-
-__all__ = ["IN_PLACE", "TABLE", "F", "arguments", "is_floating", "with_dtypes"]
