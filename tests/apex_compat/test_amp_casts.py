@@ -44,7 +44,7 @@ def widest(dtypes):
 def target(rule, given):
     """Return the dtype that `rule` casts floating arguments to, or None."""
     dtypes = [value.dtype for value in given if is_floating(value)]
-    return {"half": HALF, "float": FLOAT, "promote": widest(dtypes), "nothing": None}[rule]
+    return {"half": HALF, "promote": widest(dtypes), "nothing": None}.get(rule, FLOAT)
 
 
 def cast(value, dtype):
@@ -79,6 +79,8 @@ def test_every_name_gives_what_a_cast_by_hand_gives(rule, owner, device):
     calls = []
     for name in listed:
         for mix, dtypes in MIXES.items():
+            if rule == "reciprocal" and widest(dtypes) is None:
+                continue
             given = with_dtypes(arguments(name, device), dtypes)
             dtype = target(rule, given.values())
             by_hand = [cast(value, dtype) for value in given.values()]
@@ -128,7 +130,8 @@ def test_functions_in_place(rule, owner, device):
         for mix in ("half", "float", "half, float", "float, half"):
             given = with_dtypes(arguments(name, device), MIXES[mix])
             first, *others = given.values()
-            if rule == "banned" and any(is_floating(v) and v.dtype == HALF for v in given.values()):
+            looked_at = [first] if owner == "Tensor" else list(given.values())
+            if rule == "banned" and any(is_floating(v) and v.dtype == HALF for v in looked_at):
                 with pytest.raises(NotImplementedError, match=f"(?s)in-place.*{name}"):
                     now(owner, name)(*given.values())
                 continue
@@ -315,10 +318,10 @@ class TestUserFunctions:
         amp.register_float_function(torch, "sigmoid")
         o1()
         assert torch.sigmoid(torch.ones(2, dtype=HALF)).dtype == FLOAT
+        o1()  # a second initialize keeps it
+        assert torch.sigmoid(torch.ones(2, dtype=HALF)).dtype == FLOAT
         amp._amp_state.handle._deactivate()
         assert changed() == []
-        o1()  # a registration serves once
-        assert torch.sigmoid(torch.ones(2, dtype=HALF)).dtype == HALF
 
     def test_a_registration_stands_inside_the_list(self):
         a, b = torch.full((1, 1), 1.0001), torch.ones(1, 1)
@@ -352,7 +355,7 @@ def test_the_optimizer_steps_without_casts():
     network, twin = mlp(), mlp()
     x = torch.randn(3, 4)
     optimizers = [OPTIMIZERS["adam"](net.parameters()) for net in (network, twin)]
-    network, first = initialize(network, optimizers[0])
+    network, first = initialize(network, optimizers[0], loss_scale=128.0)
     backward(network(x).float().sum(), first)
     for param, other in zip(network.parameters(), twin.parameters(), strict=True):
         other.grad = param.grad.clone()

@@ -16,8 +16,8 @@ each_level = pytest.mark.parametrize("level", LEVELS)
 
 LETTER = "(?s)optimization level.*O0.*O1.*O2.*O3.*letter O"
 INSERTS = r"(?s)O1 inserts casts around Torch functions rather than model weights.*cast_model_type was torch\.float"
-SELECT = "should only be set by selecting O1"
-BATCHNORM = "(?s)With O1, batchnorm functions are automatically patched.*should be None"
+SELECT = "should only be set by selecting.*O1"
+BATCHNORM = "(?s)With.*O1, batchnorm functions are automatically patched.*should be None"
 MASTERS = "(?s)doesn't make sense to use master_weights with O1"
 
 OVERRIDES = [
@@ -221,14 +221,15 @@ def test_models_and_optimizers_come_back_as_they_were_given(level):
 
     a, b = mlp(), mlp()
     assert give(a) is a
-    assert give([a, b]) == [a, b]
+    assert give([b]) == [b]
+    a, b = mlp(), mlp()
     first, second = sgd(a), sgd(b)
     result = give(a, first)
     assert result[0] is a
     assert result[1] is first
-    result = give([a], [second])
+    result = give([b], [second])
     assert [type(part) for part in result] == [list, list]
-    assert (result[0][0], result[1][0]) == (a, second)
+    assert (result[0][0], result[1][0]) == (b, second)
     model, optimizers = give(mlp(), [])
     assert isinstance(model, nn.Module)
     assert optimizers == []

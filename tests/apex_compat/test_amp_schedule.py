@@ -22,7 +22,7 @@ FEW = [PATTERNS[0], PATTERNS[6], *PATTERNS[-3:]]
 
 
 class Weight(nn.Module):
-    """One weight of 1; the gradient of the output is the input."""
+    """One weight of 1, and no bias."""
 
     def __init__(self):
         super().__init__()
@@ -44,6 +44,7 @@ def build(level, way, device):
         num_losses=LOSSES if way.own_scalers else 1,
         min_loss_scale=SMALLEST,
         max_loss_scale=LARGEST,
+        verbosity=1,
     )
     for scaler in amp._amp_state.loss_scalers:
         scaler._unskipped = START
@@ -65,14 +66,16 @@ def follow(level, way, pattern, device, capsys):
     """Assert that amp does what the model says, at each backward pass and step of a pattern of overflows."""
     models, optimizers = build(level, way, device)
     expected = Model(way)
+    capsys.readouterr()
     for i in range(ITERATIONS):
         for optimizer in optimizers:
             optimizer.zero_grad()
         for loss in range(LOSSES):
             factor = pattern.get((i, loss), 1.0)
             used = way.optimizers(loss)
-            x = torch.full((1, 1), GRADIENTS[loss], device=device)
-            value = sum(models[k](x).sum() for k in used) * factor
+            # Not the input but the loss has the factor: at 2**16 a gradient of 1 would overflow in half.
+            x = torch.ones(1, 1, device=device)
+            value = sum(models[k](x).float().sum() for k in used) * GRADIENTS[loss] * factor
             delay = {way.delayed: True} if way.is_delayed(loss) else {}
             listed = [optimizers[k] for k in used]
             backward(value, listed[0] if len(listed) == 1 else listed, loss_id=way.scaler(loss), **delay)
@@ -111,7 +114,7 @@ def test_a_static_scale_counts_and_applies_inf(level):
     model, optimizer = initialize(model, torch.optim.SGD(model.parameters(), lr=LR), opt_level=level, loss_scale=128.0)
     for i in range(3):
         optimizer.zero_grad()
-        backward(model(torch.full((1, 1), GRADIENTS[0])).sum(), optimizer)
+        backward(model(torch.ones(1, 1)).float().sum() * GRADIENTS[0], optimizer)
         optimizer.step()
         assert model.layer.weight.item() == 1.0 - LR * GRADIENTS[0] * (i + 1)
     assert state([model])[0] == [(128.0, 3)]

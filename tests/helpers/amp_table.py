@@ -25,7 +25,8 @@ FLOAT_F = """interpolate grid_sample softplus softmin log_softmax softmax gelu l
     soft_margin_loss triplet_margin_loss ctc_loss"""
 PROMOTE = "addcdiv addcmul atan2 cross bilinear dot add div mul eq equal ge gt le lt ne"
 PROMOTE_OPERATORS = """__add__ __div__ __eq__ __ge__ __gt__ __iadd__ __idiv__ __imul__ __isub__ __itruediv__ __le__
-    __lt__ __mul__ __ne__ __radd__ __rdiv__ __rmul__ __rsub__ __rtruediv__ __sub__ __truediv__"""
+    __lt__ __mul__ __ne__ __radd__ __rmul__ __rsub__ __sub__ __truediv__"""
+DIVISIONS = "__rdiv__ __rtruediv__"
 SEQUENCE = "cat stack"
 NOTHING = "softmax sigmoid tanh mean relu cos sin sqrt abs clamp_min"
 
@@ -45,6 +46,7 @@ TABLE = {
         "F": ["bilinear"],
         "Tensor": names(f"{PROMOTE} {PROMOTE_OPERATORS}"),
     },
+    "reciprocal": {"Tensor": names(DIVISIONS)},  # a promoting function whose Python calls a float function
     "sequence": {"torch": SEQUENCE.split()},
     "nothing": {"torch": NOTHING.split(), "Tensor": names(NOTHING), "F": ["relu", "dropout", "sigmoid", "tanh"]},
 }
@@ -120,7 +122,7 @@ CALLS = {
     "cross": {**BINARY, "dim": 1},
     "bilinear": {"input1": (2, 3), "input2": (2, 4), "weight": (5, 3, 4), "bias": (5,)},
     "dot": {"input": (3,), "tensor": (3,)},
-    **dict.fromkeys((PROMOTE_OPERATORS + " __pow__ __ipow__ __rpow__").split(), BINARY),
+    **dict.fromkeys((f"{PROMOTE_OPERATORS} {DIVISIONS} __pow__ __ipow__ __rpow__").split(), BINARY),
     "clamp_min": {**UNARY, "min": 0.5},
     "dropout": {**UNARY, "p": 0.0},
 }
@@ -128,6 +130,10 @@ CALLS = {
 
 BY_NAME = {"align_corners", "reduction", "scale_factor"}
 """Arguments that stand behind others in their function's signature."""
+
+
+def call_of(name):
+    return CALLS.get(name) or CALLS.get(name.removesuffix("_"), UNARY)
 
 
 def arguments(name, device):
@@ -141,7 +147,7 @@ def arguments(name, device):
             return (torch.randint(8, 56, spec, generator=generator) / 64).to(device)
         return spec[0] if isinstance(spec, list) else spec
 
-    return {key: make(spec) for key, spec in CALLS.get(name.removesuffix("_") or name, UNARY).items()}
+    return {key: make(spec) for key, spec in call_of(name).items()}
 
 
 def is_floating(value):
