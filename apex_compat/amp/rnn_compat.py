@@ -43,7 +43,21 @@ def half_rnn(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return wrapper
 
 
+def check_any_dtype(check: Callable[..., None]) -> Callable[..., None]:
+    """Let the check of a recurrent module accept an input of another dtype than its weights': both will be cast."""
+
+    @wraps(check)
+    def wrapper(self: Any, input: Any, batch_sizes: Any) -> None:
+        if casts.on:
+            weight = self._flat_weights[0]
+            input = weight.new_empty(()).expand(input.shape)  # checked in its shape alone
+        check(self, input, batch_sizes)
+
+    return wrapper
+
+
 def patch_rnns(handle: "AmpHandle") -> None:
     """Let the recurrent modules of torch.nn find the wrappers until `handle` is deactivated."""
     module: Any = torch.nn.modules.rnn
     handle.patch(module, "_VF", VariableFunctionsShim(module._VF))
+    handle.patch(torch.nn.RNNBase, "check_input", check_any_dtype(torch.nn.RNNBase.check_input))

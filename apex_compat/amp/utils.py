@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch import is_grad_enabled as has_grad
 from torch.nn import Parameter
 
 if TYPE_CHECKING:
@@ -66,16 +67,14 @@ def maybe_half(value: Any, name: str = "") -> Any:
         value: any argument of a function.
         name: the function, for the line that verbose=True prints.
     """
-    dtype = getattr(value, "dtype", None)
-    if dtype is casts.half:
-        return value
-    if dtype is None:
-        return _each(value, maybe_half, name) if isinstance(value, (list, tuple)) else value
-    if dtype not in FLOATING or value.device.type not in casts.device_types:
-        return value
-    if type(value) is Parameter and dtype is torch.float32:
-        return _cached_half(value, name)
-    return _cast(value, casts.half, name)
+    if type(value) is Parameter:
+        entry = casts.cache.get(value)
+        if entry and entry[0] == value._version and entry[1].requires_grad == value.requires_grad and has_grad():
+            return entry[1]
+        return _new_half(value, name)
+    if isinstance(value, (list, tuple)):
+        return _each(value, maybe_half, name)
+    return _cast(value, casts.half, name) if _is_cast_from(value, casts.half) else value
 
 
 def uncached_half(value: Any, name: str = "") -> Any:
@@ -87,17 +86,14 @@ def uncached_half(value: Any, name: str = "") -> Any:
 
 def maybe_float(value: Any, name: str = "") -> Any:
     """Return `value` in float32. Otherwise as `maybe_half`, without a cache."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is torch.float32:
-        return value
-    if dtype is None:
-        return _each(value, maybe_float, name) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return _each(value, maybe_float, name)
     return _cast(value, torch.float32, name) if _is_cast_from(value, torch.float32) else value
 
 
 def maybe_like(value: Any, dtype: torch.dtype, name: str = "") -> Any:
-    """Return `value` in `dtype`, if it is a floating point tensor on the devices in question."""
-    return _cast(value, dtype, name) if _is_cast_from(value, dtype) else value
+    """Return `value` in `dtype`, if both are floating point and `value` is a tensor on the devices in question."""
+    return _cast(value, dtype, name) if dtype in FLOATING and _is_cast_from(value, dtype) else value
 
 
 def _is_cast_from(value: Any, dtype: torch.dtype) -> bool:
@@ -112,15 +108,13 @@ def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return value.to(dtype)
 
 
-def _cached_half(param: Parameter, name: str) -> Tensor:
-    # Without gradients a weight may be changed through `.data`, which its version does not show: moving averages are.
-    if not casts.caching or not torch.is_grad_enabled():
-        return _cast(param, casts.half, name)
-    entry = casts.cache.get(param)
-    if entry is not None and entry[0] == param._version and entry[1].requires_grad == param.requires_grad:
-        return entry[1]
+def _new_half(param: Parameter, name: str) -> Tensor:
+    if not _is_cast_from(param, casts.half):
+        return param
     cast = _cast(param, casts.half, name)
-    casts.cache[param] = (param._version, cast)
+    # In evaluation the cache is not used. Moving averages swap weights there through `.data`, which leaves no trace.
+    if casts.caching and has_grad():
+        casts.cache[param] = (param._version, cast)
     return cast
 
 

@@ -1,14 +1,16 @@
 """Holds the rules of O1. Each takes a function and its name, and returns the function that casts its arguments first.
 
 A rule keys on dtypes alone, and does nothing to arguments that are cast already. A wrapper may therefore be entered
-twice in one call.
+twice in one call. A model calls wrappers all the time: what most calls need is in the wrapper itself, without a call.
 """
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from apex_compat.amp.utils import FLOATING, casts, has_half, is_mixed, maybe_float, maybe_half, maybe_like
+import torch
+
+from apex_compat.amp.utils import casts, has_half, is_mixed, maybe_float, maybe_half, maybe_like
 
 Function = Callable[..., Any]
 Rule = Callable[[Function, str], Function]
@@ -20,7 +22,11 @@ def half(function: Function, name: str) -> Function:
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if casts.on:
-            args = tuple([maybe_half(arg, name) for arg in args])
+            dtype = casts.half
+            for arg in args:
+                if getattr(arg, "dtype", None) is not dtype:
+                    args = tuple([a if getattr(a, "dtype", None) is dtype else maybe_half(a, name) for a in args])
+                    break
             if kwargs:
                 kwargs = _cast_kwargs(maybe_half, kwargs, name)
         return function(*args, **kwargs)
@@ -34,7 +40,10 @@ def floating(function: Function, name: str) -> Function:
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if casts.on:
-            args = tuple([maybe_float(arg, name) for arg in args])
+            for arg in args:
+                if getattr(arg, "dtype", None) is not torch.float32:
+                    args = tuple([maybe_float(a, name) for a in args])
+                    break
             if kwargs:
                 kwargs = _cast_kwargs(maybe_float, kwargs, name)
         return function(*args, **kwargs)
@@ -78,10 +87,14 @@ def match_self(method: Function, name: str) -> Function:
 
     @wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        dtype = self.dtype
-        if casts.on and dtype in FLOATING:
-            args = tuple([maybe_like(arg, dtype, name) for arg in args])
-            kwargs = {key: maybe_like(value, dtype, name) for key, value in kwargs.items()}
+        if casts.on:
+            dtype = self.dtype
+            for arg in args:
+                if getattr(arg, "dtype", dtype) is not dtype:
+                    args = tuple([maybe_like(a, dtype, name) for a in args])
+                    break
+            if kwargs:
+                kwargs = {key: maybe_like(value, dtype, name) for key, value in kwargs.items()}
         return method(self, *args, **kwargs)
 
     return wrapper
