@@ -113,7 +113,7 @@ def _new_half(param: Parameter, name: str) -> Tensor:
         return param
     cast = _cast(param, casts.half, name)
     # In evaluation the cache is not used. Moving averages swap weights there through `.data`, which leaves no trace.
-    if casts.caching and has_grad():
+    if casts.caching and has_grad() and not param.is_inference():
         casts.cache[param] = (param._version, param.requires_grad, cast)
     return cast
 
