@@ -39,6 +39,9 @@ def _initialize(
     deactivate()
     for model in listed_models:
         _cast_model(model, properties, cast_model_outputs)
+        if properties.master_weights and listed_optimizers:
+            for module in model.modules():
+                module.register_load_state_dict_pre_hook(_remember_fp32)  # type: ignore[no-untyped-call]
     for optimizer in listed_optimizers:
         if _casts_weights(properties) and not properties.master_weights:
             # Loading casts existing state to the new dtype of its parameter. Masters take state in fp32.
@@ -144,7 +147,6 @@ def _cast_model(model: nn.Module, properties: "Properties", outputs: torch.dtype
     model.register_forward_hook(CastOutputs(outputs or torch.float32))
     for module in model.modules():
         module.register_state_dict_post_hook(_save_fp32)  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_pre_hook(_remember_fp32)  # type: ignore[no-untyped-call]
 
 
 def _remove_hooks(model: nn.Module) -> None:
@@ -230,13 +232,15 @@ def _save_fp32(module: nn.Module, state_dict: dict[str, Any], prefix: str, local
 
 @torch.no_grad()
 def _remember_fp32(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ignored: Any) -> None:
-    """Give the masters what is loaded into their half-precision parameters, or keep it for masters to come."""
+    """Give the masters what is loaded into their half-precision parameters, or keep it for masters to come.
+
+    It is not kept for frozen parameters: no step has given their masters digits that half precision lacks.
+    """
     for key, half in _half_tensors(module, prefix):
         loaded = state_dict.get(key)
         if not isinstance(half, nn.Parameter) or not isinstance(loaded, Tensor) or loaded.shape != half.shape:
             continue
-        master = fp32_values.get(half)
-        if master is None:
+        if half in fp32_values:
+            fp32_values[half].copy_(loaded)
+        elif half.requires_grad:
             fp32_values[half] = loaded.detach().to(half.device, torch.float32, copy=True)
-        else:
-            master.copy_(loaded)

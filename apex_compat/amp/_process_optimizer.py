@@ -29,14 +29,14 @@ class AmpOptimizerState:
     """What amp keeps of one optimizer.
 
     Attributes:
-        lazy_init_called: True once the lists are made. Without masters the first three pairs are empty.
+        lazy_init_called: True once the lists below are made.
         already_patched: True if the next step will be skipped.
         params_have_scaled_gradients: True after a `scale_loss` with delay_unscale=True.
         overflowed: the number and the scaler of the loss whose overflow will skip the next step.
         fp16_groups, fp32_from_fp16_groups: parameters in half precision and their masters, group by group.
         fp32_from_fp32_groups: the parameters of each group that are their own masters.
         all_fp16_params, all_fp32_from_fp16_params, all_fp32_from_fp32_params: the same without groups.
-        all_fp32_params: without masters, the parameters that are not in half precision.
+        all_fp32_params: without masters, where the lists with "from" are empty, what `all_fp16_params` has not.
         earlier_grads: within `scale_loss`, by parameter, the gradients from before it that no master has.
         frozen: half-precision parameters that did not require grad when their masters were made, nor since.
     """

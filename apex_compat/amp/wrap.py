@@ -23,10 +23,7 @@ def half(function: Function, name: str) -> Function:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if casts.on:
             dtype = casts.half
-            for arg in args:
-                if getattr(arg, "dtype", None) is not dtype:
-                    args = tuple([a if getattr(a, "dtype", None) is dtype else maybe_half(a, name) for a in args])
-                    break
+            args = tuple([a if getattr(a, "dtype", None) is dtype else maybe_half(a, name) for a in args])
             if kwargs:
                 kwargs = _cast_kwargs(maybe_half, kwargs, name)
         return function(*args, **kwargs)
