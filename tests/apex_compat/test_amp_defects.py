@@ -167,6 +167,7 @@ def nothing_is_banned_where_casts_are_disabled():
     with amp.disable_casts():
         assert F.binary_cross_entropy(x, x).dtype == torch.float16
         x.exp_()
+        torch.exp_(x)
 
 
 def a_second_initialize_starts_afresh():
