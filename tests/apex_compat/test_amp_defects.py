@@ -195,6 +195,9 @@ def another_level_takes_the_casts_away():
     o1()
     set_up("O2")
     assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+    o1()
+    amp.initialize(mlp(), enabled=False)
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
 
 
 def a_penalty_on_gradients_works_with_batchnorm():
