@@ -143,7 +143,7 @@ def _cast_model(model: nn.Module, properties: Any, outputs: torch.dtype | None) 
     model.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
     # The user's hooks see what the model returns: cast outputs.
     model.register_forward_hook(CastOutputs(outputs or torch.float32), prepend=True)
-    for module in model.modules():
+    for module in model.modules() if dtype in HALF_DTYPES else ():
         module.register_state_dict_post_hook(_save_fp32)  # type: ignore[no-untyped-call]
 
 
