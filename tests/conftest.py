@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fuzzing
 import jobs
 import ranks as several
 from lm.model.model_file import save_model
@@ -24,6 +25,12 @@ os.environ.setdefault(CUBLAS, ":16:8")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --slow."""
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the tests that change files at random, which are imported later, try all of their examples with --slow."""
+    if config.getoption("--slow"):
+        fuzzing.share = 1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

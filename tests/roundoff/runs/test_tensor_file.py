@@ -266,7 +266,7 @@ def test_any_json_is_a_tree_or_refused(tmp_path: Path) -> None:
             assert same(load_tensors(tmp_path / "again", FORMAT), found)
 
     check()
-    assert min(accepted.count(True), accepted.count(False)) > 10
+    assert min(accepted.count(True), accepted.count(False)) > len(accepted) / 20
 
 
 # --- the machine
