@@ -1,5 +1,6 @@
 """Set-up shared by all tests."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     for kind in (torch.cuda, torch.xpu, torch.mtia):
         kind.manual_seed_all = lambda seed: None
+
+# Sacred gives the root logger a handler if it has none, and that one would write to the standard error of one test.
+logging.getLogger().addHandler(logging.NullHandler())
 
 # torch reads it at the first product of a process on a GPU, and never again: a test with --deterministic comes later.
 os.environ.setdefault(CUBLAS, ":16:8")
