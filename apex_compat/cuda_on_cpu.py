@@ -58,7 +58,8 @@ def cuda_on_cpu() -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **replaced))
-        stack.enter_context(mock.patch.multiple(torch.cuda.nvtx, **dict.fromkeys(NVTX, _do_nothing)))
+        for name in NVTX:
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, _do_nothing))
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "cuda", _same))
         stack.enter_context(mock.patch.object(torch.TypedStorage, "cuda", _same))
         stack.enter_context(mock.patch.object(torch, "load", _loads_on_cpu(torch.load)))

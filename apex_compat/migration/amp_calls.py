@@ -109,13 +109,13 @@ class AmpCalls:
 
     def _learn_names(self, call: ast.Call) -> None:
         """Take the names of models and optimizers, of what goes in and of what comes out."""
-        pairs = [call.args[0:2] or [_keyword(call, "models")]]
+        pairs: list[list[ast.expr]] = [call.args[0:2]]
         statement = self._source.parents[call]
         if isinstance(statement, ast.Assign):
             target = statement.targets[0]
             two = isinstance(target, (ast.Tuple, ast.List)) and len(target.elts) == 2
             pairs.append(target.elts if two else [target])  # type: ignore[attr-defined]
-        for models, *optimizers in pairs:
+        for models, *optimizers in filter(None, pairs):
             self._models |= _flat(models)
             self._optimizers |= {name for optimizer in optimizers for name in _flat(optimizer)}
         self._optimizers |= _flat(_keyword(call, "optimizers"))
@@ -309,11 +309,8 @@ class AmpCalls:
 
     def _after_all_optimizers(self, statement: ast.stmt, step: ast.Call) -> ast.stmt:
         """Return the loop over the optimizers that a step is in, or else the statement of the step itself."""
-        names = {node.id for node in ast.walk(step.func) if isinstance(node, ast.Name)}
         for around in self._source.above(statement):
-            if isinstance(around, ast.For) and names & {
-                n.id for n in ast.walk(around.target) if isinstance(n, ast.Name)
-            }:
+            if isinstance(around, ast.For) and _names(around.target) & _names(step.func):
                 return around
         return statement
 
@@ -355,6 +352,10 @@ def _flat(node: ast.expr | None) -> set[str]:
     if isinstance(node, (ast.Tuple, ast.List)):
         return {name for element in node.elts for name in _flat(element)}
     return {ast.unparse(node)} if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) else set()
+
+
+def _names(node: ast.expr) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def _last_name(node: ast.expr) -> str:

@@ -145,7 +145,7 @@ def _problem(call: ast.Call, rule: Rule) -> str:
     if len(call.args) > rule.positional or any(isinstance(arg, ast.Starred) for arg in call.args):
         return f"only the first {rule.positional} positional arguments mean the same: name the others"
     for keyword in call.keywords:
-        if keyword.arg in rule.only and _literal(call, keyword.arg) != rule.only[keyword.arg]:
+        if keyword.arg and keyword.arg in rule.only and _literal(call, keyword.arg) != rule.only[keyword.arg]:
             return f"it has only what {keyword.arg}={rule.only[keyword.arg]} means"
     return ""
 
