@@ -202,6 +202,8 @@ def initialize(
             scaled_loss.backward()
         optimizer.step()
 
+    Under O1 the functions of torch.compile run uncompiled, since the casts change from call to call.
+
     Call it once, with all models and optimizers, and before any DistributedDataParallel. A further call, say for
     another fold of a cross validation, replaces the loss scales and the casts of the one before.
 

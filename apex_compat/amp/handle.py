@@ -70,7 +70,7 @@ def scale_loss(
 
 
 def _scaler(loss_id: int) -> LossScaler:
-    scalers = _amp_state.loss_scalers
+    scalers: list[LossScaler] = _amp_state.loss_scalers
     if not 0 <= loss_id < len(scalers):
         raise RuntimeError(
             f"loss_id is {loss_id}; amp.initialize had num_losses={len(scalers)}, which allows 0 to {len(scalers) - 1}"
@@ -153,6 +153,7 @@ class AmpHandle:
         casts.caching, casts.verbose = enable_caching, verbose
         casts.device_types = _accelerator_or_cpu() if device_types is None else device_types
         self._call_at_end(_without_fast_path_of_attention())
+        self._call_at_end(_without_compiler())
 
     def is_active(self) -> bool:
         """Return True while the patched functions cast."""
@@ -252,6 +253,15 @@ class NoOpHandle:
 def _accelerator_or_cpu() -> frozenset[str]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return frozenset({accelerator.type if accelerator else "cpu"})
+
+
+def _without_compiler() -> Callable[[], None]:
+    """Run functions of torch.compile as plain Python; return the way back.
+
+    A compiled function would depend on the cache of casts, and be compiled again at each step.
+    """
+    stance: Any = torch.compiler.set_stance("force_eager")
+    return lambda: stance.__exit__(None, None, None)
 
 
 def _without_fast_path_of_attention() -> Callable[[], None]:

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import is_grad_enabled as has_grad
 from torch.nn import Parameter
-
-if TYPE_CHECKING:
-    from apex_compat.amp.handle import AmpHandle
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """The dtypes that O1 casts from."""
@@ -27,8 +24,8 @@ class Casts:
         half: the dtype of half precision, float16 or bfloat16.
         device_types: the types of the devices whose tensors are cast.
         caching: True keeps the casts of weights.
-        cache: for a parameter, its version when it was cast, and the cast. A weight that is used twice is cast
-            once, and its two gradients are summed before they are cast back.
+        cache: by parameter, its version and requires_grad when it was cast, and the cast. A weight that is used twice
+            is cast once, and its two gradients are summed before they are cast back.
         verbose: True prints each cast.
     """
 
@@ -36,11 +33,11 @@ class Casts:
 
     def __init__(self) -> None:
         self.on = False
-        self.handle: AmpHandle | None = None
+        self.handle: object = None
         self.half = torch.float16
         self.device_types: frozenset[str] = frozenset()
         self.caching = True
-        self.cache: dict[Tensor, tuple[int, Tensor]] = {}
+        self.cache: dict[Tensor, tuple[int, bool, Tensor]] = {}
         self.verbose = False
 
 
@@ -69,8 +66,8 @@ def maybe_half(value: Any, name: str = "") -> Any:
     """
     if type(value) is Parameter:
         entry = casts.cache.get(value)
-        if entry and entry[0] == value._version and entry[1].requires_grad == value.requires_grad and has_grad():
-            return entry[1]
+        if entry and entry[0] == value._version and entry[1] is value.requires_grad and has_grad():
+            return entry[2]
         return _new_half(value, name)
     if isinstance(value, (list, tuple)):
         return _each(value, maybe_half, name)
@@ -113,8 +110,8 @@ def _new_half(param: Parameter, name: str) -> Tensor:
         return param
     cast = _cast(param, casts.half, name)
     # In evaluation the cache is not used. Moving averages swap weights there through `.data`, which leaves no trace.
-    if casts.caching and has_grad():
-        casts.cache[param] = (param._version, cast)
+    if casts.caching and has_grad() and not param.is_inference():
+        casts.cache[param] = (param._version, param.requires_grad, cast)
     return cast
 
 

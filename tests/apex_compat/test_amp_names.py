@@ -181,6 +181,11 @@ def test_a_frozen_weight_stays_and_may_be_unfrozen():
     before = network[0].weight.detach().clone()
     step(network, optimizer)
     assert torch.equal(before, network[0].weight)
+    before.copy_(before * 0.5)  # a moving average, or pretrained weights
+    network[0].weight.data.copy_(before)
+    optimizer.zero_grad()
+    step(network, optimizer)
+    assert torch.equal(before, network[0].weight)
     network[0].requires_grad_(True)
     amp._amp_state.loss_scalers[0]._loss_scale = 1024.0
     optimizer.zero_grad()

@@ -47,6 +47,7 @@ def deactivate():
     handle = getattr(amp._amp_state, "handle", None)
     if handle is not None:
         handle._deactivate()
+    amp.amp._registered.clear()  # registrations last, and there is no public way to take one back
     vars(amp._amp_state).clear()
     vars(amp._amp_state).update(STATE)
 

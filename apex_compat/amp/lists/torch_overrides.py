@@ -18,7 +18,8 @@ FP32_FUNCS = """
 """.split()  # noqa: SIM905  readable
 """Functions that leave the range of half precision, or sum in it."""
 
-CASTS = "addcdiv addcmul atan2 cross bilinear dot add div mul eq equal ge gt le lt ne".split()  # noqa: SIM905  readable
+# vdot came after apex. Spectral norm takes it of a half and an fp32 vector, where it took dot.
+CASTS = "addcdiv addcmul atan2 cross bilinear dot vdot add div mul eq equal ge gt le lt ne".split()  # noqa: SIM905  readable
 """Functions whose arguments are promoted to the widest dtype."""
 
 SEQUENCE_CASTS = ["cat", "stack"]
