@@ -1,5 +1,9 @@
-"""apex_compat's mlp, fused_dense, RNN and not_offered: plain compositions, and a line for what is missing."""
+"""apex_compat's mlp, fused_dense, RNN and not_offered: plain compositions, and a line for what is missing.
 
+The signatures of optimizers and norms are here too.
+"""
+
+import inspect
 import re
 from functools import partial
 
@@ -8,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from apex_compat import RNN, fused_dense, not_offered
+from apex_compat import RNN, amp_C, fused_dense, normalization, not_offered, optimizers
 from apex_compat.mlp import MLP
+from apex_compat.normalization import fused_layer_norm
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "sigmoid": torch.sigmoid}
 
@@ -110,3 +115,41 @@ def test_what_is_offered_or_unheard_of_is_not_refused():
 def test_mistakes_are_one_line(call, kind, line):
     with pytest.raises(kind, match=re.escape(line)):
         call()
+
+
+BETAS = "betas=(0.9, 0.999)"
+OPS = "chunk_size, noop_flag, tensor_lists"
+SIGNATURES = [
+    (optimizers.FusedAdam, f"params, lr=0.001, bias_correction=True, {BETAS}, eps=1e-08, adam_w_mode=True, "
+     "weight_decay=0.0, amsgrad=False, set_grad_none=True, capturable=False, master_weights=False"),
+    (optimizers.FusedAdam.step, "self, closure=None, grads=None, output_params=None, scale=None, grad_norms=None, "
+     "grad_scaler=None"),
+    (optimizers.FusedLAMB, f"params, lr=0.001, bias_correction=True, {BETAS}, eps=1e-06, weight_decay=0.01, "
+     "amsgrad=False, adam_w_mode=True, grad_averaging=True, set_grad_none=True, max_grad_norm=1.0, use_nvlamb=False"),
+    (optimizers.FusedSGD, "params, lr=<required parameter>, momentum=0.0, dampening=0.0, weight_decay=0.0, "
+     "nesterov=False, wd_after_momentum=False, materialize_master_grads=True, set_grad_none=False"),
+    (optimizers.FusedNovoGrad, f"params, lr=0.001, bias_correction=True, {BETAS}, eps=1e-08, weight_decay=0.0, "
+     "amsgrad=False, reg_inside_moment=False, grad_averaging=True, norm_type=2, init_zero=False, set_grad_none=True"),
+    (optimizers.FusedAdagrad, "params, lr=0.01, eps=1e-10, weight_decay=0.0, set_grad_none=True, adagrad_w_mode=False"),
+    *[(getattr(normalization, name), "normalized_shape, eps=1e-05, elementwise_affine=True, memory_efficient=False")
+      for name in ("FusedLayerNorm", "FusedRMSNorm")],
+    *[(getattr(normalization, name), "normalized_shape, eps=1e-05, *, memory_efficient=False, elementwise_affine=None")
+      for name in ("MixedFusedLayerNorm", "MixedFusedRMSNorm")],
+    (fused_layer_norm.fused_layer_norm, "input, normalized_shape, eps=1e-06, memory_efficient=False"),
+    *[(getattr(fused_layer_norm, f"{mixed}fused_{name}_affine"),
+       f"input, weight, {bias}normalized_shape, eps=1e-06, memory_efficient=False")
+      for mixed in ("", "mixed_dtype_") for name, bias in (("layer_norm", "bias, "), ("rms_norm", ""))],
+    (fused_layer_norm.manual_rms_norm, "input, normalized_shape, weight, eps"),
+    (MLP, "mlp_sizes, bias=True, activation='relu'"),
+    (fused_dense.FusedDense, "in_features, out_features, bias=True"),
+    (fused_dense.FusedDenseGeluDense, "in_features, intermediate_features, out_features, bias=True"),
+    (amp_C.multi_tensor_scale, f"{OPS}, scale"),
+    (amp_C.multi_tensor_axpby, f"{OPS}, a, b, arg_to_check=-1"),
+    (amp_C.multi_tensor_l2norm, f"{OPS}, per_tensor=False"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "signature"), SIGNATURES, ids=[call.__name__ for call, _ in SIGNATURES])
+def test_signatures_are_apexs(call, signature):
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in inspect.signature(call).parameters.values()]
+    assert str(inspect.Signature(bare)) == f"({signature})"
