@@ -119,7 +119,9 @@ class ApexFinder:
         """Return how to import `fullname`, or None if it does not concern apex."""
         if fullname.partition(".")[0] not in ("apex", *EXTENSIONS):
             return None
-        spec = find_installed(fullname, path)
+        parent = sys.modules.get(fullname.rpartition(".")[0])
+        # In a package of this project others would find its files, and load them a second time under apex's name.
+        spec = None if parent and parent.__name__.startswith("apex_compat.") else find_installed(fullname, path)
         if fullname == "apex":
             spec = spec or ModuleSpec("apex", None, is_package=True)
             loader: Any = _ApexLoader(spec.loader)
@@ -157,10 +159,12 @@ class _AliasLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self._spec  # import has put that of the alias in its place
-        # Import binds a submodule to its name in the package when it loads it. `amp._amp_state` is no module but an
-        # object that shall keep the name: what is loaded already must not be loaded again.
-        for name in [name for name in sys.modules if name.startswith(f"{self._ours}.")]:
-            sys.modules.setdefault(name.replace("apex_compat", "apex", 1), sys.modules[name])
+        # Import binds a submodule to its name in the package when it loads it. `amp._amp_state` and `parallel.LARC` are
+        # no modules but shall keep their names: their modules, loaded already, must not be loaded again.
+        for child, value in list(vars(module).items()):
+            loaded = sys.modules.get(f"{self._ours}.{child}")
+            if loaded and loaded is not value:
+                sys.modules[f"{self._ours}.{child}".replace("apex_compat", "apex", 1)] = loaded
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Return the code for `python -m apex.parallel.multiproc`."""
