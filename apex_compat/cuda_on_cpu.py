@@ -62,6 +62,7 @@ def cuda_on_cpu() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, _do_nothing))
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "cuda", _same))
         stack.enter_context(mock.patch.object(torch.TypedStorage, "cuda", _same))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream", _do_nothing))
         stack.enter_context(mock.patch.object(torch, "load", _loads_on_cpu(torch.load)))
         if torch.distributed.is_available():
             _patch_distributed(stack)
@@ -181,8 +182,6 @@ class _CudaToCpu(TorchFunctionMode):
     ) -> Any:
         if func in (Tensor.cuda, Tensor.pin_memory):
             return args[0]
-        if func is Tensor.record_stream:
-            return None
         if func is Tensor.to and len(args) > 1 and type(args[1]) is int:
             args = (args[0], "cpu", *args[2:])  # a bare number means a CUDA device
         changed = {key: _on_cpu(value) for key, value in (kwargs or {}).items()}

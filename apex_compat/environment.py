@@ -23,10 +23,16 @@ def pth_file() -> Path:
     return Path(sysconfig.get_path("purelib")) / NAME
 
 
+def is_installed() -> bool:
+    """Return True if a process finds apex_compat without this folder and this PYTHONPATH."""
+    command = [sys.executable, "-E", "-P", "-c", "import apex_compat"]
+    return subprocess.run(command, check=False, capture_output=True, cwd=sys.prefix).returncode == 0  # noqa: S603
+
+
 def enable() -> int:
     """Write the file and say so. Return the exit code: 1 if that cannot be done."""
     path = pth_file()
-    if not _importable():
+    if not is_installed():
         here = Path(__file__).parents[1]
         line = f"apex_compat is not installed in {sys.prefix}, it was found in {here}; install it there first"
         print(f"error: {line}", file=sys.stderr)
@@ -89,9 +95,3 @@ def _refused(what: str, error: OSError) -> int:
         file=sys.stderr,
     )
     return 1
-
-
-def _importable() -> bool:
-    """Return True if a process finds apex_compat without this folder and this PYTHONPATH."""
-    command = [sys.executable, "-E", "-P", "-c", "import apex_compat"]
-    return subprocess.run(command, check=False, capture_output=True, cwd=sys.prefix).returncode == 0  # noqa: S603

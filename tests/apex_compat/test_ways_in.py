@@ -1,16 +1,18 @@
-"""Scripts that import apex.fp16_utils run unchanged, and nothing of it stays behind."""
+"""Scripts that import apex run unchanged, in every process that they start, and nothing of it stays behind."""
 
-import importlib
+import os
+import re
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 
-import apex_compat
-from apex_compat import fp16_utils
+from apex_compat import environment
 from apex_compat.__main__ import main
 from apex_compat.cuda_on_cpu import cuda_on_cpu
 
@@ -165,65 +167,183 @@ def test_a_script_that_cannot_be_read(tmp_path, capsys):
         main(["--device", "tpu", "x.py"])
 
 
-def test_apex_is_provided_until_it_is_restored():
-    def imports_apex():
-        apex = importlib.import_module("apex")
-        assert importlib.import_module("apex.fp16_utils") is apex.fp16_utils is fp16_utils
-        for name in ("fp16_optimizer", "fp16util", "loss_scaler"):
-            ours = importlib.import_module(f"apex_compat.fp16_utils.{name}")
-            assert importlib.import_module(f"apex.fp16_utils.{name}") is ours
-        assert importlib.util.find_spec("apex").name == "apex"
-        with pytest.raises(ModuleNotFoundError, match=r"apex\.amp"):
-            importlib.import_module("apex.amp")
-
-    def finds_none():
-        for name in ("apex", "apex.fp16_utils"):
-            with pytest.raises(ModuleNotFoundError):
-                importlib.import_module(name)
-
-    finds_none()
-    with apex_compat.provide_apex():
-        imports_apex()
-    finds_none()
-    provided = apex_compat.provide_apex()
-    imports_apex()
-    provided.restore()
-    provided.restore()
-    finds_none()
-
-
-@pytest.mark.parametrize("own", ["", "from apex import fp16_utils"], ids=["without", "with its own"])
-@pytest.mark.parametrize("imported", [False, True])
-def test_an_installed_apex_keeps_the_rest(tmp_path, monkeypatch, own, imported):
-    package = tmp_path / "apex"
-    (package / "amp").mkdir(parents=True)
-    (package / "__init__.py").write_text(own)
-    (package / "amp" / "__init__.py").write_text("initialize = 1")
-    (package / "fp16_utils.py").write_text("OLD = True")
-    monkeypatch.syspath_prepend(tmp_path)
-    before = importlib.import_module("apex") if imported else None
-    attributes = dict(vars(before)) if imported else {}
-    with apex_compat.provide_apex() as provided:
-        assert importlib.import_module("apex.amp").initialize == 1
-        assert importlib.import_module("apex.fp16_utils") is fp16_utils
-        assert importlib.import_module("apex").fp16_utils is fp16_utils
-    if imported:
-        assert sys.modules["apex"] is before
-        assert vars(before).get("fp16_utils") is attributes.get("fp16_utils")
-        amp = importlib.import_module("apex.amp")
-        provided.restore()  # does nothing
-        assert sys.modules["apex.amp"] is amp
-    for name in apex_modules():
-        assert imported
-        del sys.modules[name]
-
-
-def test_an_installed_apex_that_is_broken_is_replaced_with_a_warning(tmp_path, monkeypatch):
+def test_an_older_apex_that_is_used_is_named(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("raise OSError('libcudart is missing')")
+    (tmp_path / "apex" / "__init__.py").touch()
+    (tmp_path / "apex" / "amp.py").write_text("OLD = 1")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.warns(UserWarning, match="libcudart is missing"), apex_compat.provide_apex():
-        assert importlib.import_module("apex.fp16_utils") is fp16_utils
+    assert main([script("from apex.amp import OLD")]) == 0
+    assert capsys.readouterr().err == "apex_compat: the installed apex has amp: the script gets that of it\n"
+
+
+def test_the_first_argument_of_the_old_launcher_reaches_the_script(script, capsys):
+    """`python -m torch.distributed.launch -m apex_compat SCRIPT` puts it before SCRIPT."""
+    path = script("import sys; print(sys.argv[1:])")
+    assert main(["--local-rank=1", path, "--lr", "2"]) == 0
+    assert capsys.readouterr().out == "['--local-rank=1', '--lr', '2']\n"
+
+
+# --- processes of a script ---
+
+SPAWNS = """
+    import multiprocessing, os, subprocess, sys
+    import torch
+    from apex import amp
+
+    def child(path):
+        with open(path, "w") as file:
+            print(amp.__name__, torch.zeros(1, device="cuda").device, torch.zeros(1).cuda().device, file=file)
+
+    if __name__ == "__main__":
+        process = multiprocessing.get_context("spawn").Process(target=child, args=(sys.argv[1],))
+        process.start()
+        process.join()
+        command = "import apex, sys; print('torch' in sys.modules, sys.path == [p for p in sys.path if 'children' not in p])"
+        done = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+        print(process.exitcode, done.stdout + done.stderr, end="")
+"""
+
+
+def test_a_spawned_process_has_apex_and_its_device(script, tmp_path, monkeypatch, capsys):
+    """And a subprocess. Each reads its environment alone, and a sitecustomize that was there runs, too."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("import sys; print('own', file=sys.stderr)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "own"), str(ROOT)]))
+    before = dict(os.environ)
+    assert main(["--device", "cpu", script(SPAWNS), str(tmp_path / "said")]) == 0
+    assert (tmp_path / "said").read_text() == "apex_compat.amp cpu cpu\n"
+    assert capsys.readouterr().out == "0 False True\nown\n"
+    assert dict(os.environ) == before
+
+
+TWO_RANKS = """
+    import argparse, os
+    import torch
+    from torch import distributed as dist
+    from apex import amp
+    from apex.parallel import DistributedDataParallel
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local-rank", type=int, default=int(os.environ["LOCAL_RANK"]))
+    rank = parser.parse_args().local_rank
+    torch.cuda.set_device(rank)
+    dist.init_process_group(backend="nccl", init_method="env://")
+    torch.manual_seed(rank)
+    model = torch.nn.Linear(4, 2).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = amp.initialize(model, optimizer, opt_level="O2", verbosity=0)
+    model = DistributedDataParallel(model)
+    for _ in range(3):
+        loss = model(torch.randn(8, 4, device="cuda")).square().mean()
+        with amp.scale_loss(loss, optimizer) as scaled_loss:
+            scaled_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = next(amp.master_params(optimizer))
+    weights = [torch.empty_like(weight) for _ in range(2)]
+    dist.all_gather(weights, weight)
+    open(f"said-{rank}", "w").write(f"{dist.get_backend()} {torch.equal(*weights)}")
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "torch.distributed.launch"])
+def test_a_script_trains_in_two_processes(script, tmp_path, launcher):
+    command = [sys.executable, "-m", launcher, "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "apex_compat", "--device", "cpu", script(TWO_RANKS)]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=threads, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)] == ["gloo True"] * 2
+
+
+# --- a whole environment ---
+
+
+@pytest.fixture
+def site_packages(tmp_path, monkeypatch):
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
+    monkeypatch.setattr(environment, "is_installed", lambda: True)
+    return folder
+
+
+def starts_with(site_packages, text, *paths):
+    """Run `text` in a Python that has the folder as site-packages, and `paths` where it looks for modules."""
+    program = f"import site, sys; sys.path += {[*map(str, paths)]}; site.addsitedir({str(site_packages)!r}); {text}"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def test_an_environment_is_switched_on_and_off(site_packages, capsys):
+    pth = site_packages / "apex_compat-enabled.pth"
+
+    def said(command):
+        assert main([command]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert said("disable") == [f"apex_compat is not enabled: there is no {pth}"]
+    assert said("status")[0] == f"not enabled: python -m apex_compat enable would write {pth}"
+    wrote = said("enable")
+    assert list(site_packages.iterdir()) == [pth]
+    assert wrote[:2] == [f"wrote {pth}, one line:", f"    {pth.read_text().strip()}"]
+    assert "disable" in wrote[-1]
+    assert said("enable") == [f"apex_compat is enabled already, by {pth}"]
+    assert said("status")[0] == f"enabled by {pth}"
+    # A process finds apex. Its start costs no import of torch, and works where apex_compat is gone.
+    assert starts_with(site_packages, "import apex; print(apex.__name__, 'torch' in sys.modules)", ROOT) == "apex False\n"
+    assert starts_with(site_packages, "print(*[n for n in sys.modules if 'apex' in n])") == "\n"
+    assert said("disable") == [f"removed {pth}; `import apex` is again what it was"]
+    assert list(site_packages.iterdir()) == []
+    assert starts_with(site_packages, "print(*[n for n in sys.modules if 'apex' in n])", ROOT) == "\n"
+
+
+@pytest.mark.parametrize("command", ["enable", "disable"])
+def test_an_environment_that_cannot_be_written_is_refused(site_packages, capsys, command):
+    pth = site_packages / "apex_compat-enabled.pth"
+    if command == "enable":
+        site_packages.rmdir()
+    else:
+        (pth / "folder").mkdir(parents=True)
+    assert main([command]) == 1
+    error = capsys.readouterr().err
+    assert re.match(f"error: cannot (write|remove) {re.escape(str(pth))}: .*; use a virtual environment, or", error)
+    assert error.count("\n") == 1
+
+
+def test_an_environment_without_this_package_is_refused(site_packages, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "is_installed", lambda: False)
+    assert main(["enable"]) == 1
+    assert capsys.readouterr().err.startswith("error: apex_compat is not installed in ")
+    assert list(site_packages.iterdir()) == []
+
+
+def test_status_says_where_each_module_comes_from(site_packages, monkeypatch, capsys):
+    for name in ("__init__", "optimizers", "normalization"):
+        path = site_packages / "apex" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (site_packages / "amp_C.py").touch()
+    assert main(["status"]) == 0
+    assert "  apex.amp                  apex_compat" in capsys.readouterr().out.splitlines()
+    monkeypatch.syspath_prepend(site_packages)
+    assert main(["status"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:-1])
+    assert {name for name, origin in rows.items() if origin != "apex_compat"} == {
+        *("apex.optimizers", "apex.normalization", "amp_C")
+    }
+    assert rows["apex.optimizers"] == str(site_packages / "apex" / "optimizers.py")
+
+
+def test_a_script_that_is_called_like_a_command(script, monkeypatch, tmp_path, capsys):
+    script("print('I am', __file__)", name="enable")
+    monkeypatch.chdir(tmp_path)
+    assert main(["./enable"]) == 0
+    assert capsys.readouterr().out == "I am ./enable\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["enable", "now"])
 
 
 def test_cuda_on_cpu():
@@ -242,3 +362,56 @@ def test_cuda_on_cpu():
         assert torch.cuda.current_device() == 0
     assert (half.dtype, long.dtype) == (torch.float16, torch.int64)
     assert {t.device.type for t in (*tensors, half, long)} == {"cpu"}
+
+
+CALLS = {
+    "a script asks if it may": (lambda: torch.cuda.is_available(), False),
+    "devices": (lambda: (torch.cuda.device_count(), torch.cuda.get_device_name(0)), (1, "CPU")),
+    "memory": (lambda: (torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()), (None, None)),
+    "peak": (lambda: torch.cuda.max_memory_allocated(), 0),
+    "random state": (lambda: torch.cuda.set_rng_state(torch.cuda.get_rng_state()), None),
+    "nvtx": (lambda: (torch.cuda.nvtx.range_push("step"), torch.cuda.nvtx.range_pop()), (None, None)),
+    "storage": (lambda: torch.ones(1).untyped_storage().cuda(0).device.type, "cpu"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_functions_of_torch_cuda_on_the_cpu(name):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA: these are the answers without it")
+    call, answer = CALLS[name]
+    with cuda_on_cpu():
+        assert call() == answer
+
+
+def test_streams_and_events_on_the_cpu():
+    with cuda_on_cpu():
+        stream, begin, end = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True), torch.cuda.Event()
+        begin.record()
+        with torch.cuda.stream(stream), torch.cuda.device(0):
+            x = torch.ones(2).cuda(non_blocking=True) * 2
+        torch.cuda.current_stream().wait_stream(stream)
+        x.record_stream(torch.cuda.current_stream())
+        end.record()
+        end.synchronize()
+        assert begin.elapsed_time(end) >= 0
+    assert x.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("where", [None, "cuda:0", torch.device("cuda"), {"cuda:0": "cuda:1"}, lambda s, at: s.cuda(1)])
+def test_a_file_is_loaded_on_the_cpu(tmp_path, where):
+    torch.save({"w": torch.ones(2)}, tmp_path / "file")
+    with cuda_on_cpu():
+        assert torch.load(tmp_path / "file", map_location=where)["w"].tolist() == [1, 1]
+
+
+def test_nccl_is_gloo_on_the_cpu(tmp_path):
+    with cuda_on_cpu():
+        dist.init_process_group("nccl", init_method=f"file://{tmp_path}/nccl-store", rank=0, world_size=1)
+        try:
+            model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1).cuda(), device_ids=[0])
+            model(torch.ones(1, 2).cuda()).sum().backward()
+            assert dist.get_backend(dist.new_group(backend="NCCL")) == dist.get_backend() == "gloo"
+        finally:
+            dist.destroy_process_group()
+    assert next(model.parameters()).grad.tolist() == [[1, 1]]
