@@ -76,7 +76,8 @@ def _tell_of_an_older_apex() -> None:
     """Say that the installed apex has what NVIDIA has removed since: its O1 fails on today's torch."""
     old = [name for name in ("RNN", "amp", "fp16_utils", "parallel") if name in installed_packages()]
     if old:
-        print(f"apex_compat: the installed apex has {', '.join(old)}: the script gets {'those' if len(old) > 1 else 'that'} of it", file=sys.stderr)
+        line = f"apex_compat: the script gets {', '.join(old)} of the installed apex, not of apex_compat"
+        print(line, file=sys.stderr)
 
 
 @contextmanager

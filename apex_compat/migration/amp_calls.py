@@ -121,6 +121,9 @@ class AmpCalls:
         self._optimizers |= _flat(_keyword(call, "optimizers"))
         for other in (*self._losses, *self._by_name.get("apex.amp.master_params", [])):
             self._optimizers |= {name for arg in other.args[-1:] for name in _flat(arg)}
+        for node in ast.walk(self._source.tree):
+            if isinstance(node, ast.For) and _flat(node.iter) & self._optimizers:
+                self._optimizers |= _flat(node.target)
 
     def _find_obstacle(self, references: list[Reference]) -> str:
         private = [n for n in ast.walk(self._source.tree) if isinstance(n, ast.Attribute) and n.attr in PRIVATE]
@@ -318,7 +321,8 @@ class AmpCalls:
 def amp_remark(reference: Reference, obstacle: str) -> list[str]:
     """Return what a use of apex.amp is in torch.amp."""
     other = "used as a value; it is imported from apex_compat now: see to it" if reference.name == "apex.amp" else ""
-    lines = [REMARKS.get(reference.name, other or "torch.amp has nothing like it; apex_compat keeps it")]
+    name = "apex.amp._amp_state" if reference.name.startswith("apex.amp._amp_state") else reference.name
+    lines = [REMARKS.get(name, other or "torch.amp has nothing like it; apex_compat keeps it")]
     call = reference.called
     if reference.name == "apex.amp.initialize" and call:
         level = _level(call)

@@ -73,7 +73,11 @@ RULES = {
         "torch.nn.LayerNorm", positional=3, ignored=("memory_efficient",), alone=True
     ),
     "apex.normalization.FusedRMSNorm": Rule(
-        "torch.nn.RMSNorm", positional=3, ignored=("memory_efficient",), added={"eps": "1e-5"}
+        "torch.nn.RMSNorm",
+        "of half-precision input with fp32 weights it is slow, and warns on the CPU",
+        positional=3,
+        ignored=("memory_efficient",),
+        added={"eps": "1e-5"},
     ),
     "apex.normalization.MixedFusedLayerNorm": Rule(
         "torch.nn.LayerNorm",

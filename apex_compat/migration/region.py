@@ -65,7 +65,12 @@ def _has_call(statement: ast.stmt) -> bool:
 
 
 def _calls(statement: ast.stmt, models: set[str]) -> bool:
-    """Return True if the statement calls a model, a part of it or its forward, or hands it to a function."""
+    """Return True if the statement calls a model, a part of it or its forward, or hands it to a function.
+
+    One that sets a model, such as that of initialize, does not compute with it.
+    """
+    if any(ast.unparse(n) in models for n in ast.walk(statement) if isinstance(getattr(n, "ctx", None), ast.Store)):
+        return False
     for node in ast.walk(statement):
         if isinstance(node, ast.Call):
             function = node.func

@@ -1,4 +1,4 @@
-"""`import apex` gives apex_compat, lazily and as one copy; an installed apex keeps what it has, and nothing stays behind."""
+"""`import apex` gives apex_compat, lazily and as one copy. An installed apex keeps what it has."""
 
 import importlib
 import importlib.util
@@ -121,10 +121,12 @@ def test_it_can_be_restored_more_than_once_and_in_any_order():
 
 
 def test_import_apex_alone_imports_no_torch():
-    text = "import apex_compat, sys; apex_compat.provide_apex(); import apex; print({'torch', 'typing'} & {*sys.modules})"
-    command = [sys.executable, "-S", "-W", "error", "-c", text]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    text = (
+        "import sys, apex_compat; apex_compat.provide_apex(); import apex; print({'torch', 'typing'} & {*sys.modules})"
+    )
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.check_output([sys.executable, "-S", "-W", "error", "-c", text], env=here, text=True)
+    assert said == "set()\n"
 
 
 @pytest.fixture
@@ -145,7 +147,9 @@ def installed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("imported", [False, True], ids=["not imported yet", "imported before"])
 def test_an_installed_apex_keeps_what_it_has(installed, tmp_path, imported):
-    installed(__init__="from . import optimizers\nVERSION = 7", optimizers="FusedAdam = 1", contrib__xentropy="LOSS = 2")
+    installed(
+        __init__="from . import optimizers\nVERSION = 7", optimizers="FusedAdam = 1", contrib__xentropy="LOSS = 2"
+    )
     (tmp_path / "apex" / "parallel").mkdir()  # an empty folder, as uninstalling leaves it, is no module
     before = importlib.import_module("apex") if imported else None
     attributes = dict(vars(before)) if before else {}

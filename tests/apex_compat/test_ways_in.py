@@ -173,7 +173,7 @@ def test_an_older_apex_that_is_used_is_named(script, tmp_path, monkeypatch, caps
     (tmp_path / "apex" / "amp.py").write_text("OLD = 1")
     monkeypatch.syspath_prepend(tmp_path)
     assert main([script("from apex.amp import OLD")]) == 0
-    assert capsys.readouterr().err == "apex_compat: the installed apex has amp: the script gets that of it\n"
+    assert capsys.readouterr().err == "apex_compat: the script gets amp of the installed apex, not of apex_compat\n"
 
 
 def test_the_first_argument_of_the_old_launcher_reaches_the_script(script, capsys):
@@ -198,7 +198,7 @@ SPAWNS = """
         process = multiprocessing.get_context("spawn").Process(target=child, args=(sys.argv[1],))
         process.start()
         process.join()
-        command = "import apex, sys; print('torch' in sys.modules, sys.path == [p for p in sys.path if 'children' not in p])"
+        command = "import apex, sys; print('torch' in sys.modules, any('children' in p for p in sys.path))"
         done = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
         print(process.exitcode, done.stdout + done.stderr, end="")
 """
@@ -212,7 +212,7 @@ def test_a_spawned_process_has_apex_and_its_device(script, tmp_path, monkeypatch
     before = dict(os.environ)
     assert main(["--device", "cpu", script(SPAWNS), str(tmp_path / "said")]) == 0
     assert (tmp_path / "said").read_text() == "apex_compat.amp cpu cpu\n"
-    assert capsys.readouterr().out == "0 False True\nown\n"
+    assert capsys.readouterr().out == "0 False False\nown\n"
     assert dict(os.environ) == before
 
 
@@ -293,7 +293,7 @@ def test_an_environment_is_switched_on_and_off(site_packages, capsys):
     assert said("enable") == [f"apex_compat is enabled already, by {pth}"]
     assert said("status")[0] == f"enabled by {pth}"
     # A process finds apex. Its start costs no import of torch, and works where apex_compat is gone.
-    assert starts_with(site_packages, "import apex; print(apex.__name__, 'torch' in sys.modules)", ROOT) == "apex False\n"
+    assert starts_with(site_packages, "import apex; print(apex, 'torch' in sys.modules)", ROOT).endswith("> False\n")
     assert starts_with(site_packages, "print(*[n for n in sys.modules if 'apex' in n])") == "\n"
     assert said("disable") == [f"removed {pth}; `import apex` is again what it was"]
     assert list(site_packages.iterdir()) == []
