@@ -47,7 +47,7 @@ def run_script(script: str, args: list[str], device: str | None = None) -> int:
         return 2
     with ExitStack() as stack:
         stack.enter_context(provide_apex())
-        stack.enter_context(mock.patch.dict(os.environ, children.environment(device)))
+        stack.enter_context(mock.patch.dict(os.environ, children.child_environment(device)))
         if device == "cpu":
             print("apex_compat: running on the CPU what the script does on CUDA (--device cpu)", file=sys.stderr)
             stack.enter_context(importlib.import_module("apex_compat.cuda_on_cpu").cuda_on_cpu())

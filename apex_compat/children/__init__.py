@@ -14,7 +14,7 @@ PREFIX, DEVICE = "APEX_COMPAT_PREFIX", "APEX_COMPAT_DEVICE"
 """Environment variables: the environment whose processes are meant, and "cpu" for `--device cpu`."""
 
 
-def environment(device: str | None) -> dict[str, str]:
+def child_environment(device: str | None) -> dict[str, str]:
     """Return the environment variables for the processes of a script that runs with `--device device`."""
     paths = [FOLDER, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))), PREFIX: sys.prefix, DEVICE: device or ""}

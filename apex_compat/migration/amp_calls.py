@@ -327,7 +327,7 @@ def amp_remark(reference: Reference, obstacle: str) -> list[str]:
     if reference.name == "apex.amp.initialize" and call:
         level = _level(call)
         if level in LEVELS:
-            lines = [f"{level} is {LEVELS[level]}"]
+            lines = [f"{level}: {LEVELS[level]}"]
         elif level is None:
             lines.append("the opt_level is not written here: this is what O1 is; O2 has no equal in torch.amp")
     if call:

@@ -188,8 +188,8 @@ opt.step()
 """
 
 KEPT = {
-    "O2": (LOOP.format(level='"O2"'), "O2 is torch.amp has no half-precision weights with fp32 masters"),
-    "O3": (LOOP.format(level='"O3"'), "O3 is model.half()"),
+    "O2": (LOOP.format(level='"O2"'), "O2: torch.amp has no half-precision weights with fp32 masters"),
+    "O3": (LOOP.format(level='"O3"'), "O3: model.half()"),
     "private names": (
         LOOP.format(level='"O1"') + "amp._amp_state.loss_scalers[0]._loss_scale = 1\n",
         "private: the scale",
