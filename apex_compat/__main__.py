@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = ("enable", "disable", "status", "migrate")
+COMMANDS = {"enable": environment.enable, "disable": environment.disable, "status": environment.status}
 DESCRIPTION = """\
 Run SCRIPT as it is: its `import apex` gets apex_compat. So does that of the processes that it starts.
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: that of `run_script`, or of the command, 0 for success.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in COMMANDS:
+    if words and words[0] in (*COMMANDS, "migrate"):
         return _command(*words)
     parser = argparse.ArgumentParser(
         prog="python -m apex_compat", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,18 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str, *words: str) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m apex_compat {name}")
-    if name == "migrate":
-        parser.description = "Print what each apex call of SCRIPT is in torch.amp, and where numbers will differ."
-        parser.add_argument("script", metavar="SCRIPT", help="a Python file")
-        parser.add_argument("--write", action="store_true", help="change SCRIPT as the diff says")
-    else:
-        parser.description = {"enable": environment.enable, "disable": environment.disable}.get(
-            name, environment.status
-        ).__doc__
+    if name in COMMANDS:
+        parser.parse_args(words)
+        return COMMANDS[name]()
+    parser.description = "Print what each apex call of SCRIPT is in torch.amp, and where numbers will differ."
+    parser.add_argument("script", metavar="SCRIPT", help="a Python file")
+    parser.add_argument("--write", action="store_true", help="change SCRIPT as the diff says")
     options = parser.parse_args(words)
-    if name == "migrate":
-        return migrate(options.script, options.write)
-    return {"enable": environment.enable, "disable": environment.disable, "status": environment.status}[name]()
+    return migrate(options.script, options.write)
 
 
 if __name__ == "__main__":

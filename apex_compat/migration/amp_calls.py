@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import pairwise
 
 from apex_compat.migration.names import Reference
 from apex_compat.migration.region import find_region, merge
@@ -155,9 +156,7 @@ class AmpCalls:
             return f"the forward pass that belongs to line {call.lineno} is in another function"
         inner = statement.body
         if not self._source.can_move(region) or not (self._source.can_move(inner) or self._is_plain(statement)):
-            return (
-                f"the lines around line {call.lineno} cannot be moved: they have a long string in them, or share a line"
-            )
+            return f"the lines around line {call.lineno} cannot be moved: they share a line or a long string"
         return ""
 
     def _is_plain(self, statement: ast.With) -> bool:
@@ -189,8 +188,7 @@ class AmpCalls:
         source = self._source
         statement = source.parents[call]
         assert isinstance(statement, ast.Assign)  # noqa: S101  _find_obstacle has looked
-        margin = source.margin(statement)
-        lines = self._assignments(call, statement)
+        lines = []
         options = [f"enabled={source.of(enabled)}"] if (enabled := _keyword(call, "enabled")) else []
         scale = _keyword(call, "loss_scale")
         if scale and source.of(scale).strip("\"'") != "dynamic":
@@ -205,21 +203,21 @@ class AmpCalls:
         if self._used_elsewhere(call):
             definition.insert(0, f"global {self._device}, {self._scaler}")
         if outermost is statement:
-            lines[-1:-1] = definition
+            lines[:0] = definition
         else:  # it may not be reached: then a scaler that does nothing serves
             definition.append(f"{self._scaler} = torch.amp.GradScaler({self._device}, enabled=False)")
             source.insert(outermost, definition)
-        source.replace(statement, f"\n{margin}".join(lines))
-
-    def _assignments(self, call: ast.Call, statement: ast.Assign) -> list[str]:
-        """Return the lines that give the targets what initialize got, if those are not the same names."""
-        given = [self._source.of(arg) for arg in call.args[:2]]
         optimizers = _keyword(call, "optimizers")
-        if optimizers:
-            given.append(self._source.of(optimizers))
-        targets = " = ".join(self._source.of(target) for target in statement.targets)
-        joined = ", ".join(given)
-        return [] if targets.strip("()") == joined else [f"{targets} = {joined}"]
+        given = [*call.args[:2], *([optimizers] if optimizers else [])]
+        targets = " = ".join(source.of(target) for target in statement.targets)
+        if targets.strip("()") == ", ".join(map(source.of, given)):
+            source.replace(statement, source.join(statement, lines))
+            return
+        # The arguments stay where they are: there may be apex's calls in them.
+        source.replace_between(source.start(statement), source.start(given[0]), f"{targets} = ")
+        for one, other in pairwise(given):
+            source.replace_between(source.end(one), source.start(other), ", ")
+        source.replace_between(source.end(given[-1]), source.end(statement), source.join(statement, ["", *lines]))
 
     def _used_elsewhere(self, call: ast.Call) -> bool:
         scope = self._source.scope(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from apex_compat.migration.names import Reference
 from apex_compat.migration.source import Source
@@ -140,7 +141,8 @@ def rewrite(source: Source, reference: Reference) -> tuple[bool, str]:
     problem = _problem(reference.called, rule)
     if problem:
         return False, f"{rule.torch}, but {problem}; apex_compat keeps it"
-    source.replace(reference.called, f"{rule.torch}({', '.join(_arguments(source, reference.called, rule))})")
+    source.replace(reference.node, rule.torch)
+    _rewrite_arguments(source, reference.called, rule)
     return True, _with(rule.torch, rule.remark)
 
 
@@ -148,28 +150,30 @@ def _problem(call: ast.Call, rule: Rule) -> str:
     """Return what torch cannot do of the call, or an empty text."""
     if len(call.args) > rule.positional or any(isinstance(arg, ast.Starred) for arg in call.args):
         return f"only the first {rule.positional} positional arguments mean the same: name the others"
+    if not call.args:
+        return "its first argument has a name of its own"
     for keyword in call.keywords:
         if keyword.arg and keyword.arg in rule.only and _literal(call, keyword.arg) != rule.only[keyword.arg]:
             return f"it has only what {keyword.arg}={rule.only[keyword.arg]} means"
     return ""
 
 
-def _arguments(source: Source, call: ast.Call, rule: Rule) -> list[str]:
-    given = [source.of(arg) for arg in call.args]
-    for keyword in call.keywords:
-        text = source.of(keyword.value)
-        if keyword.arg is None:
-            given.append(f"**{text}")
-        elif keyword.arg not in (*rule.ignored, *rule.only):
-            given.append(f"{keyword.arg}={text}")
-    if _literal(call, "delay_allreduce"):
-        given.append("find_unused_parameters=True")
+def _rewrite_arguments(source: Source, call: ast.Call, rule: Rule) -> None:
+    """Leave out and add arguments. The others stay as they are: there may be apex's calls in them."""
+    given: list[ast.expr | ast.keyword] = sorted([*call.args, *call.keywords], key=source.start)
+    last = given[0]
+    for before, argument in pairwise(given):
+        if isinstance(argument, ast.keyword) and argument.arg in (*rule.ignored, *rule.only):
+            source.replace_between(source.end(before), source.end(argument), "")
+        else:
+            last = argument
     names = {keyword.arg for keyword in call.keywords}
-    position = {"eps": 1}
+    added = ["find_unused_parameters=True"] if _literal(call, "delay_allreduce") else []
     for name, value in rule.added.items():
-        if name not in names and len(call.args) <= position.get(name, rule.positional):
-            given.append(f"{name}={value}")
-    return given
+        if name not in names and not (name == "eps" and len(call.args) > 1):
+            added.append(f"{name}={value}")
+    if added:
+        source.replace_between(source.end(last), source.end(last), "".join(f", {text}" for text in added))
 
 
 def _literal(call: ast.Call, name: str) -> object:

@@ -38,17 +38,20 @@ def migrate_text(text: str) -> Migrated:
     imports = find_imports(source)
     references = find_references(source, imports)
     remarks: list[tuple[ast.AST, str]] = []
-    kept = _rewrite_amp(source, [r for r in references if r.name.startswith("apex.amp")], remarks)
+    of_amp = [r for r in references if r.name.startswith("apex.amp")]
+    kept = _rewrite_amp(source, of_amp, remarks)
+    needs_torch = any(reference.local not in kept for reference in of_amp)
     for reference in references:
         if not reference.name.startswith("apex.amp"):
             changed, remark = rewrite(source, reference)
             remarks.append((reference.node, remark))
             kept |= set() if changed else {reference.local}
+            needs_torch |= changed
     for imported in imports:
         if imported.local == "*":
             remarks.append((imported.statement, remark_for(imported.name.removesuffix(".*"))))
             kept.add("*")
-    _rewrite_imports(source, imports, kept)
+    _rewrite_imports(source, imports, kept, needs_torch)
     lines = {(node.lineno, _named(source, node), remark) for node, remark in remarks}  # type: ignore[attr-defined]
     return Migrated(source.changed(), sorted(lines))
 
@@ -69,12 +72,12 @@ def _rewrite_amp(source: Source, references: list[Reference], remarks: list[tupl
     return {r.local for r in references if r.name not in changed or r.called is None}
 
 
-def _rewrite_imports(source: Source, imports: list[Imported], kept: set[str]) -> None:
+def _rewrite_imports(source: Source, imports: list[Imported], kept: set[str], needs_torch: bool) -> None:
     """Leave out the imports that nothing needs any more, and let the others be of apex_compat."""
     statements: dict[ast.Import | ast.ImportFrom, list[Imported]] = {}
     for imported in imports:
         statements.setdefault(imported.statement, []).append(imported)
-    has_torch = any(
+    has_torch = not needs_torch or any(
         isinstance(node, ast.Import) and any(alias.name == "torch" and not alias.asname for alias in node.names)
         for node in source.tree.body
     )
@@ -88,7 +91,7 @@ def _rewrite_imports(source: Source, imports: list[Imported], kept: set[str]) ->
         if others:
             lines.insert(0, f"import {', '.join(map(ast.unparse, others))}")
         if lines:
-            source.replace(statement, f"\n{source.margin(statement)}".join(lines))
+            source.replace(statement, source.join(statement, lines))
         else:
             source.delete_line(statement)
 

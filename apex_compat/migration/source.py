@@ -6,6 +6,8 @@ import ast
 import io
 import tokenize
 
+Located = ast.expr | ast.stmt | ast.keyword
+
 
 class Source:
     """A script, its syntax tree, and changes to it.
@@ -25,6 +27,7 @@ class Source:
         for line in self._lines:
             self._starts.append(self._starts[-1] + len(line))
         self._changes: list[tuple[int, int, bytes]] = []
+        self._moved: dict[int, int] = {}
         self._inside_strings = _lines_inside_strings(text)
 
     def of(self, node: ast.AST) -> str:
@@ -34,6 +37,10 @@ class Source:
     def replace(self, node: ast.expr | ast.stmt, text: str) -> None:
         """Put `text` for `node`."""
         self._changes.append((self.start(node), self.end(node), text.encode()))
+
+    def replace_between(self, start: int, end: int, text: str) -> None:
+        """Put `text` for the bytes from `start` to `end`. What is around them can change, too."""
+        self._changes.append((start, end, text.encode()))
 
     def replace_header(self, node: ast.With, text: str) -> None:
         """Put `text` for the line of a `with` statement up to its colon."""
@@ -55,31 +62,44 @@ class Source:
             self._changes.append((first, last, b""))
 
     def insert(self, node: ast.stmt, lines: list[str], after: bool = False) -> None:
-        """Put `lines` before or after a statement, as far in as it is."""
+        """Put `lines` before or after a statement, as far in as it is; on its line, if it does not begin that."""
+        if not self.begins_line(node):
+            at = self.end(node) if after else self.start(node)
+            text = "".join(f"; {line}" if after else f"{line}; " for line in lines)
+            self._changes.append((at, at, text.encode()))
+            return
         number = (node.end_lineno or node.lineno) if after else node.lineno - 1
         missing = b"" if self._lines[number - 1 if after else number].endswith(b"\n") or not after else b"\n"
-        text = "".join(f"{self.margin(node)}{line}\n" for line in lines).encode()
-        self._changes.append((self._starts[number], self._starts[number], missing + text))
+        inserted = "".join(f"{self.margin(node)}{line}\n" for line in lines).encode()
+        self._changes.append((self._starts[number], self._starts[number], missing + inserted))
 
     def can_move(self, nodes: list[ast.stmt]) -> bool:
         """Return True if the lines of `nodes` can be moved in and out: they are theirs alone, without long strings."""
         first, last = nodes[0].lineno, nodes[-1].end_lineno or nodes[-1].lineno
-        lone = self._lines[first - 1][: nodes[0].col_offset].strip() == b""
-        return lone and not self._inside_strings & set(range(first, last + 1))
+        return self.begins_line(nodes[0]) and not self._inside_strings & set(range(first, last + 1))
 
     def move(self, nodes: list[ast.stmt], by: int) -> None:
         """Move the lines of `nodes` in by `by` columns, or out where it is negative."""
         for number in range(nodes[0].lineno, (nodes[-1].end_lineno or nodes[-1].lineno) + 1):
             start, line = self._starts[number - 1], self._lines[number - 1]
+            self._moved[number] = by
             if by > 0 and line.strip():
-                self._changes.append((start, start, b" " * by))
+                self._changes.append((start, start, b"\t" if line.startswith(b"\t") else b" " * by))
             elif by < 0 and line[:-by].isspace():
                 self._changes.append((start, start - by, b""))
 
+    def join(self, node: ast.stmt, lines: list[str]) -> str:
+        """Return `lines` for the place of a statement, as far in as it is; in one, if it does not begin its line."""
+        return (f"\n{self.margin(node)}" if self.begins_line(node) else "; ").join(lines)
+
+    def begins_line(self, node: ast.stmt) -> bool:
+        """Return True if a statement is the first thing on its line."""
+        return not self._lines[node.lineno - 1][: node.col_offset].strip()
+
     def margin(self, node: ast.stmt) -> str:
-        """Return what stands left of a statement."""
+        """Return what stands left of a statement, less what it has been moved out."""
         line = self._lines[node.lineno - 1]
-        return line[: len(line) - len(line.lstrip())].decode()
+        return line[: len(line) - len(line.lstrip()) + min(0, self._moved.get(node.lineno, 0))].decode()
 
     def block(self, node: ast.stmt) -> list[ast.stmt]:
         """Return the statements of the block that `node` is in."""
@@ -112,11 +132,11 @@ class Source:
             node = self.parents[node]
         return found
 
-    def start(self, node: ast.expr | ast.stmt) -> int:
+    def start(self, node: Located) -> int:
         """Return the byte at which `node` starts."""
         return self._starts[node.lineno - 1] + node.col_offset
 
-    def end(self, node: ast.expr | ast.stmt) -> int:
+    def end(self, node: Located) -> int:
         """Return the byte behind `node`."""
         return self._starts[(node.end_lineno or 1) - 1] + (node.end_col_offset or 0)
 

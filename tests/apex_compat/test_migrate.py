@@ -268,6 +268,115 @@ def test_classes_become_those_of_torch(name):
     assert migrate_text(text).text == "import torch\n" + expected.replace("(\nmodel, ", "(model, ")
 
 
+ODD = {
+    "methods of a class": (
+        """
+        import torch
+        from apex import amp
+        class Trainer:
+            def __init__(self, model, opt):
+                self.model, self.opt = amp.initialize(model, opt, enabled=opt is not None)
+            def step(self, x):
+                loss = self.model(x).mean()
+                with amp.scale_loss(loss, self.opt) as scaled:
+                    scaled.backward()
+                    # clip
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1)
+                self.opt.step()
+        """,
+        """
+        import torch
+        class Trainer:
+            def __init__(self, model, opt):
+                self.model, self.opt = model, opt
+                global amp_device, scaler
+                amp_device = "cuda" if torch.cuda.is_available() else "cpu"
+                scaler = torch.amp.GradScaler(amp_device, enabled=opt is not None)
+            def step(self, x):
+                with torch.autocast(amp_device, torch.float16, enabled=scaler.is_enabled()):
+                    loss = self.model(x).mean()
+                scaled = scaler.scale(loss)
+                scaled.backward()
+                # clip
+                scaler.unscale_(self.opt)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1)
+                scaler.step(self.opt)
+                scaler.update()
+        """,
+    ),
+    "several statements on a line": (
+        """
+        from apex import amp; import torch
+        def train(model, opt, xs, fp16):
+            if fp16: net, opt = amp.initialize(model, opt)
+            for i, x in enumerate(xs):
+                loss = net(x).mean()
+                with amp.scale_loss(loss, opt) as s: s.backward()
+                if i % 2: opt.step(); opt.zero_grad()
+        """,
+        """
+        pass; import torch
+        def train(model, opt, xs, fp16):
+            amp_device = "cuda" if torch.cuda.is_available() else "cpu"
+            scaler = torch.amp.GradScaler(amp_device, enabled=False)
+            if fp16: net, opt = model, opt; scaler = torch.amp.GradScaler(amp_device)
+            for i, x in enumerate(xs):
+                with torch.autocast(amp_device, torch.float16, enabled=scaler.is_enabled()):
+                    loss = net(x).mean()
+                scaler.scale(loss).backward()
+                if i % 2: scaler.step(opt); scaler.update(); opt.zero_grad()
+        """,
+    ),
+    "calls within calls, over lines": (
+        """
+        import torch
+        import apex
+        from apex import (
+            amp,  # mixed precision
+            optimizers,
+        )
+        model = apex.parallel.DistributedDataParallel(apex.parallel.convert_syncbn_model(model).cuda())
+        model, opt = amp.initialize(
+            model,
+            optimizers.FusedAdam(
+                model.parameters(),
+                lr=1,
+                set_grad_none=True,
+            ),
+        )
+        for x in xs:
+        \tloss = model(x)
+        \twith amp.scale_loss(loss, opt) as s:
+        \t\ts.backward()
+        \topt.step()
+        """,
+        """
+        import torch
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).cuda(), \
+        broadcast_buffers=False)
+        model, opt = model, torch.optim.AdamW(
+                model.parameters(),
+                lr=1, weight_decay=0.0,
+            )
+        amp_device = "cuda" if torch.cuda.is_available() else "cpu"
+        scaler = torch.amp.GradScaler(amp_device)
+        for x in xs:
+        \twith torch.autocast(amp_device, torch.float16, enabled=scaler.is_enabled()):
+        \t\tloss = model(x)
+        \tscaler.scale(loss).backward()
+        \tscaler.step(opt)
+        \tscaler.update()
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_form_of_a_script_is_kept(name):
+    before, after = (textwrap.dedent(text).replace("\\t", "\t") for text in ODD[name])
+    assert migrate_text(before).text == after.replace("\\\n", "")
+
+
 def test_functions_whose_casts_differ_are_named():
     text = LOOP.format(level='"O1"').replace("model(x)", "F.gelu(model(x)).softmax(-1).sum()")
     said = {(line, what): remark for line, what, remark in migrate_text(text).remarks}

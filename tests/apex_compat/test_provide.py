@@ -3,6 +3,9 @@
 import importlib
 import importlib.util
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +91,20 @@ def test_what_scripts_import_is_apex_compat_itself():
     for name in ("apex", "apex.fp16_utils", "amp_C"):
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(name)
+
+
+def test_the_line_of_the_readme_changes_a_script(tmp_path):
+    """Way in: another word in the imports. Nothing is provided, and everything is found."""
+    if shutil.which("sed") is None:
+        pytest.skip("there is no sed on this machine")
+    line = re.search(r"^sed .*", (ROOT / "apex_compat" / "README.md").read_text(), re.MULTILINE)[0]
+    script = tmp_path / "train.py"
+    of_apex = [line for line in IMPORTS.splitlines() if "amp_C" not in line and "apex_C" not in line]
+    script.write_text("\n".join([*of_apex, "import apex", "assert apex.amp.initialize is apex.amp.initialize"]))
+    subprocess.run([*shlex.split(line)[:-1], str(script)], check=True)
+    names = {}
+    exec(script.read_text(), names)  # noqa: S102
+    assert names["amp"] is names["apex_compat"].amp is amp
 
 
 @pytest.mark.parametrize(
