@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 import apex_compat
-from apex_compat import amp, fp16_utils
+from apex_compat import amp, fp16_utils, parallel
 
+STATE, LARC = amp._amp_state, parallel.LARC
+"""Names of packages that are no modules, though a module of the same name is in them."""
 ROOT = Path(__file__).parents[2]
 TOPS = ("apex", "amp_C", "apex_C")
 
@@ -78,7 +80,8 @@ def test_what_scripts_import_is_apex_compat_itself():
             names = {}
             for line in order:
                 exec(line, names)  # noqa: S102
-                assert importlib.import_module("apex.amp")._amp_state is amp._amp_state
+                assert importlib.import_module("apex.amp")._amp_state is STATE
+                assert importlib.import_module("apex.parallel").LARC is LARC
             found = {name: sys.modules[name] for name in apex_modules() if name != "apex"}
             apex = names["apex"]
             assert apex.amp.initialize is amp.initialize
@@ -135,6 +138,14 @@ def test_it_can_be_restored_more_than_once_and_in_any_order():
     assert importlib.import_module("apex.fp16_utils") is module is fp16_utils
     second.restore()
     first.restore()
+
+
+def test_packages_are_attributes_before_they_are_imported(monkeypatch):
+    """`import apex_compat` then gives apex_compat.mlp, as `import apex` gave apex.mlp."""
+    monkeypatch.delattr(apex_compat, "mlp", raising=False)
+    assert apex_compat.mlp is importlib.import_module("apex_compat.mlp")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = apex_compat.nothing
 
 
 def test_import_apex_alone_imports_no_torch():
