@@ -8,6 +8,23 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, TracebackType
 
 MODULES = (
+    "amp",
+    "amp._amp_state",
+    "amp._initialize",
+    "amp._process_optimizer",
+    "amp.amp",
+    "amp.compat",
+    "amp.frontend",
+    "amp.handle",
+    "amp.lists",
+    "amp.lists.functional_overrides",
+    "amp.lists.tensor_overrides",
+    "amp.lists.torch_overrides",
+    "amp.opt",
+    "amp.rnn_compat",
+    "amp.scaler",
+    "amp.utils",
+    "amp.wrap",
     "fp16_utils",
     "fp16_utils.fp16_optimizer",
     "fp16_utils.fp16util",

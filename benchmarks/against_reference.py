@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.amp_cost import measure_amp
 from benchmarks.measure import Row, machine, show
 from benchmarks.peaks import measure_peaks, share_of_peak
 from benchmarks.processes import measure_memory, measure_start
@@ -23,7 +24,7 @@ from lm.options.modes import MODES
 from roundoff.cli import OneLineParser, whole
 from roundoff.runs.json_text import to_json
 
-PARTS = ("step", "eval", "precision", "memory", "reading", "start", "peaks")
+PARTS = ("step", "eval", "precision", "memory", "reading", "start", "peaks", "amp")
 DEFAULT_MODES = ["fp32", "manual", "fp16-optimizer", "amp-fp16", "amp-bf16"]
 BATCH_SIZE, BPTT = 20, 35
 
@@ -85,6 +86,8 @@ def main() -> int:
     peaks = shown(measure_peaks(args.device)) if "peaks" in args.parts else []
     if "reading" in args.parts:
         rows += shown(measure_reading(args.data, args.rounds))
+    if "amp" in args.parts:
+        rows += shown(measure_amp(args.rounds, args.device))
     for size in args.sizes:
         rows += measure_size(args, size)
     if peaks:

@@ -1,5 +1,6 @@
 """Keeps the master weights, and passes gradients and weights between masters and model."""
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -78,19 +79,7 @@ class Masters:
 
     def _adopt(self, group: dict[str, Any]) -> bool:
         """Make the masters of one group; return whether state was moved to them."""
-        masters: dict[Tensor, Tensor] = {}
-        state_moved = False
-        # In place: LBFGS keeps a reference to this list.
-        params = group["params"]
-        for i, param in enumerate(params):
-            if param.dtype not in HALF_DTYPES:
-                continue
-            if param not in masters:
-                masters[param] = param.detach().float().requires_grad_()
-            params[i] = masters[param]
-            if param in self._optimizer.state:
-                self._optimizer.state[params[i]] = self._optimizer.state.pop(param)
-                state_moved = True
+        masters, state_moved = replace_by_masters(self._optimizer, group, lambda half: half.detach().float())
         self._frozen.update(filter(_is_frozen, masters))
         self._half_groups.append(list(masters))
         self._master_groups.append(list(masters.values()))
@@ -139,7 +128,7 @@ class Masters:
         """Copy frozen parameters to their masters. A master that still rounds to its parameter keeps its bits."""
         for half, master in zip(self._half, self._masters, strict=True):
             if half in self._frozen or _is_frozen(half):
-                master.copy_(torch.where(master.to(half.dtype) == half, master, half.float()))
+                master.copy_(followed(master, half))
 
     @torch.no_grad()
     def zero_model_grads(self, drop: bool) -> None:
@@ -208,6 +197,42 @@ class Masters:
                 gradients.multiply_(grads, inv_scale)
         self._own_grads_scale = self._one
         return found_inf
+
+
+def replace_by_masters(
+    optimizer: Any, group: dict[str, Any], new_master: Callable[[Tensor], Tensor]
+) -> tuple[dict[Tensor, Tensor], bool]:
+    """Replace the half-precision parameters in one of the optimizer's groups by masters, and move their state.
+
+    The state keeps its dtype.
+
+    Args:
+        optimizer: a torch optimizer, or anything with its attribute `state`.
+        group: one of its groups.
+        new_master: makes a detached fp32 tensor for a parameter.
+
+    Returns:
+        The master of each half-precision parameter, and True if state was moved.
+    """
+    masters: dict[Tensor, Tensor] = {}
+    state_moved = False
+    # In place: LBFGS keeps a reference to this list.
+    params = group["params"]
+    for i, param in enumerate(params):
+        if param.dtype not in HALF_DTYPES:
+            continue
+        if param not in masters:
+            masters[param] = new_master(param).requires_grad_()
+        params[i] = masters[param]
+        if param in optimizer.state:
+            optimizer.state[params[i]] = optimizer.state.pop(param)
+            state_moved = True
+    return masters, state_moved
+
+
+def followed(fp32: Tensor, half: Tensor) -> Tensor:
+    """Return `half` as float32. An element of `fp32` that rounds to that of `half` keeps its bits."""
+    return torch.where(fp32.to(half.dtype) == half, fp32, half.float())
 
 
 def _is_frozen(half: Tensor) -> bool:

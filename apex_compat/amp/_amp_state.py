@@ -1,0 +1,67 @@
+"""Holds the state of amp in this process, which scripts read and write under its apex names."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from apex_compat.amp.frontend import Properties
+    from apex_compat.amp.handle import AmpHandle, NoOpHandle
+    from apex_compat.amp.scaler import LossScaler
+
+
+class AmpState:
+    """What `amp.initialize` leaves for the other functions of amp.
+
+    Attributes:
+        hard_override: True turns the errors of forbidden overrides into printed warnings.
+        allow_incoming_model_not_fp32: True lets `initialize` take a model with half-precision parameters.
+        verbosity: 0 prints nothing, 1 the options and each overflow, 2 each cast of O1 too.
+        check_overflow: True skips the steps that overflow under a static loss scale.
+        min_loss_scale, max_loss_scale: the bounds of dynamic loss scales.
+        loss_scalers: one for each loss. It is empty before `initialize`, and if that had enabled=False.
+        opt_properties: the properties of the last `initialize`. Missing before the first.
+        handle: the handle of O1 or `amp.init`. Missing before the first.
+    """
+
+    opt_properties: "Properties"
+    handle: "AmpHandle | NoOpHandle"
+
+    def __init__(self) -> None:
+        self.hard_override = False
+        self.allow_incoming_model_not_fp32 = False
+        self.verbosity = 1
+        self.check_overflow = False
+        self.min_loss_scale: float | None = None
+        self.max_loss_scale = 2.0**24
+        self.loss_scalers: list[LossScaler] = []
+
+
+_amp_state = AmpState()
+
+
+def warn_or_err(message: str) -> None:
+    """Raise RuntimeError with `message`, or print it as a warning if `_amp_state.hard_override`."""
+    if not _amp_state.hard_override:
+        raise RuntimeError(message)
+    print(f"Warning:  {message}")
+
+
+def maybe_print(message: str, rank0: bool = False) -> None:
+    """Print `message` if `_amp_state.verbosity` is above 0.
+
+    Args:
+        message: one line or several.
+        rank0: True prints on the first rank of a distributed run alone.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if _amp_state.verbosity > 0 and not (rank0 and distributed and torch.distributed.get_rank() != 0):
+        print(message)
+
+
+def master_params(optimizer: Any) -> Iterator[Tensor]:
+    """Yield the parameters that `optimizer` updates: the fp32 masters under O2, once it has made them."""
+    for group in optimizer.param_groups:
+        yield from group["params"]

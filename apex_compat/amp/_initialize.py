@@ -1,0 +1,246 @@
+"""Changes models and optimizers as the properties of an opt level say."""
+
+import copy
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apex_compat.amp._amp_state import _amp_state
+from apex_compat.amp._process_optimizer import _process_optimizer, fp32_values
+from apex_compat.amp.amp import deactivate, install
+from apex_compat.amp.handle import AmpHandle
+from apex_compat.amp.scaler import LossScaler
+from apex_compat.fp16_utils import FP16_Optimizer, convert_network
+from apex_compat.fp16_utils.checks import HALF_DTYPES
+from apex_compat.fp16_utils.masters import followed
+
+if TYPE_CHECKING:
+    from apex_compat.amp.frontend import Properties
+
+
+def _initialize(
+    models: Any,
+    optimizers: Any,
+    properties: "Properties",
+    num_losses: int = 1,
+    cast_model_outputs: torch.dtype | None = None,
+) -> Any:
+    """Do what `amp.initialize` does once the properties are settled."""
+    listed_optimizers, listed_models = _optimizers(optimizers), _models(models)
+    check_models(listed_models)
+    if not _amp_state.allow_incoming_model_not_fp32:
+        check_params_fp32(listed_models)
+    check_optimizers(listed_optimizers)
+    deactivate()
+    for model in listed_models:
+        _cast_model(model, properties, cast_model_outputs)
+        if properties.master_weights and listed_optimizers:
+            for module in model.modules():
+                module.register_load_state_dict_pre_hook(_remember_fp32)  # type: ignore[no-untyped-call]
+    for optimizer in listed_optimizers:
+        if _casts_weights(properties) and not properties.master_weights:
+            # Loading casts existing state to the new dtype of its parameter. Masters take state in fp32.
+            optimizer.load_state_dict(optimizer.state_dict())
+        _process_optimizer(optimizer, properties.master_weights)
+    _amp_state.loss_scalers = [_new_scaler(properties.loss_scale) for _ in range(num_losses)]
+    if properties.patch_torch_functions:
+        half = properties.cast_model_type if properties.cast_model_type in HALF_DTYPES else torch.float16
+        verbose = _amp_state.verbosity == 2
+        handle = AmpHandle(properties.loss_scale, True, verbose, half, _device_types(listed_models))
+        _amp_state.handle = handle
+        install(handle)
+    result_models = listed_models if isinstance(models, list) else listed_models[0]
+    if optimizers is None:
+        return result_models
+    return result_models, listed_optimizers if isinstance(optimizers, list) else listed_optimizers[0]
+
+
+def _models(models: Any) -> list[nn.Module]:
+    if isinstance(models, nn.Module):
+        return [models]
+    if isinstance(models, list):
+        return models
+    raise TypeError("models must be either a single model or a list of models.")
+
+
+def _optimizers(optimizers: Any) -> list[Any]:
+    if optimizers is None:
+        return []
+    if isinstance(optimizers, list):
+        return optimizers
+    # LARC is no torch optimizer, but has its groups and methods.
+    if isinstance(optimizers, Optimizer) or (hasattr(optimizers, "param_groups") and hasattr(optimizers, "step")):
+        return [optimizers]
+    raise TypeError("optimizers must be either a single optimizer or a list of optimizers.")
+
+
+def check_models(models: list[nn.Module]) -> None:
+    """Raise RuntimeError if one of `models` is in a parallel wrapper of torch or apex.
+
+    A wrapper reads the dtypes of the parameters, which `initialize` is about to change.
+    """
+    for model in models:
+        for kind in type(model).__mro__:
+            if kind.__name__ in ("DataParallel", "DistributedDataParallel"):
+                raise RuntimeError(
+                    f"Incoming model is an instance of {kind.__module__}.{kind.__name__}. "
+                    "Parallel wrappers should only be applied AFTER amp.initialize: wrap the model that it returns."
+                )
+
+
+def check_params_fp32(models: list[nn.Module]) -> None:
+    """Raise RuntimeError if a parameter or buffer of `models` is float16."""
+    for model in models:
+        for what, tensors in (("param", model.named_parameters()), ("buffer", model.named_buffers())):
+            for name, tensor in tensors:
+                if tensor.dtype == torch.float16:
+                    raise RuntimeError(
+                        f"Found {what} {name} with type {tensor.dtype}, expected torch.float32. "
+                        "When using amp.initialize, you do not need to call .half() on your model."
+                    )
+
+
+def check_optimizers(optimizers: list[Any]) -> None:
+    """Raise RuntimeError if one of `optimizers` keeps masters itself."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, FP16_Optimizer):
+            raise RuntimeError(  # noqa: TRY004  apex's
+                "An incoming optimizer is a fp16_utils.FP16_Optimizer, which keeps masters and a loss scale itself. "
+                "Pass the optimizer that it wraps to amp.initialize."
+            )
+
+
+def _casts_weights(properties: "Properties") -> bool:
+    # O1 has cast_model_type=torch.bfloat16 for the dtype of its half precision.
+    return bool(properties.cast_model_type) and not properties.patch_torch_functions
+
+
+def _new_scaler(loss_scale: float | str) -> LossScaler:
+    scaler = LossScaler(loss_scale, min_loss_scale=_amp_state.min_loss_scale, max_loss_scale=_amp_state.max_loss_scale)
+    scaler.check_overflow = _amp_state.check_overflow
+    return scaler
+
+
+def _device_types(models: list[nn.Module]) -> frozenset[str]:
+    """Return the types of the devices that hold `models`. Side models elsewhere are no business of O1."""
+    return frozenset(t.device.type for model in models for t in (*model.parameters(), *model.buffers()))
+
+
+def _cast_model(model: nn.Module, properties: "Properties", outputs: torch.dtype | None) -> None:
+    """Cast the weights of `model`, and let hooks cast what goes in and out and what is saved."""
+    _remove_hooks(model)
+    if not _casts_weights(properties):
+        if outputs:
+            model.register_forward_hook(CastOutputs(outputs))
+        return
+    dtype = properties.cast_model_type
+    if properties.keep_batchnorm_fp32:
+        convert_network(model, dtype)
+    else:
+        model.to(dtype)
+    model.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
+    model.register_forward_hook(CastOutputs(outputs or torch.float32))
+    for module in model.modules():
+        module.register_state_dict_post_hook(_save_fp32)  # type: ignore[no-untyped-call]
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """Remove what an earlier `initialize` registered with `model`."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, (CastInputs, CastOutputs))]:
+                del hooks[key]
+
+
+@dataclass(frozen=True)
+class CastInputs:
+    """Casts the floating point inputs of a model: a forward pre-hook.
+
+    A hook gets the module that is called. A copy of the model, or a replica of DataParallel, is cast by its own copy.
+    """
+
+    dtype: torch.dtype
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return `args` and `kwargs` with every floating point tensor cast."""
+        return applier(args, self.dtype), applier(kwargs, self.dtype)
+
+
+@dataclass(frozen=True)
+class CastOutputs:
+    """Casts the floating point outputs of a model: a forward hook. The loss is then computed in `dtype`."""
+
+    dtype: torch.dtype
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Return `output` with every floating point tensor cast."""
+        return applier(output, self.dtype)
+
+
+def applier(value: Any, dtype: torch.dtype) -> Any:
+    """Return `value` with every floating point tensor in it cast to `dtype`.
+
+    Lists, tuples, sets and mappings are copied, with their types. So is what has a method `to`, by `to(dtype)`.
+    The rest, such as strings and NumPy arrays, is returned itself.
+    """
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if hasattr(value, "to"):
+        return value.to(dtype)
+    if isinstance(value, Mapping):
+        return _apply_to_mapping(value, dtype)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(applier(item, dtype) for item in value))
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return type(value)(applier(item, dtype) for item in value)
+    return value
+
+
+def _apply_to_mapping(value: Mapping[Any, Any], dtype: torch.dtype) -> Any:
+    items = {applier(key, dtype): applier(item, dtype) for key, item in value.items()}
+    if type(value) is dict or not hasattr(value, "__setitem__"):
+        return items
+    # Classes such as the outputs of transformers have attributes too, which a plain dict would lose.
+    changed: Any = copy.copy(value)
+    for key, item in items.items():
+        changed[key] = item
+    return changed
+
+
+def _half_tensors(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
+    """Return the half-precision parameters and buffers of `module` itself, with their keys in a state dict."""
+    own = (*module._parameters.items(), *module._buffers.items())
+    return [(prefix + name, t) for name, t in own if t is not None and t.dtype in HALF_DTYPES]
+
+
+@torch.no_grad()
+def _save_fp32(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Put fp32 values for half-precision ones: those of the masters, where there are masters.
+
+    They round to the weights in the model. From a checkpoint with them training goes on as if undisturbed.
+    """
+    for key, half in _half_tensors(module, prefix):
+        if key in state_dict:
+            master = fp32_values.get(half)
+            state_dict[key] = half.float() if master is None else followed(master, half)
+
+
+@torch.no_grad()
+def _remember_fp32(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ignored: Any) -> None:
+    """Give the masters what is loaded into their half-precision parameters, or keep it for masters to come.
+
+    It is not kept for frozen parameters: no step has given their masters digits that half precision lacks.
+    """
+    for key, half in _half_tensors(module, prefix):
+        loaded = state_dict.get(key)
+        if not isinstance(half, nn.Parameter) or not isinstance(loaded, Tensor) or loaded.shape != half.shape:
+            continue
+        if half in fp32_values:
+            fp32_values[half].copy_(loaded)
+        elif half.requires_grad:
+            fp32_values[half] = loaded.detach().to(half.device, torch.float32, copy=True)

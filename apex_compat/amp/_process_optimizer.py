@@ -1,0 +1,376 @@
+"""Teaches an optimizer to work under `scale_loss`: its gradients, its master weights, its skipped steps.
+
+Each function here that takes `self` becomes a method of the optimizer, which stays the same object. The methods keep
+their account in `optimizer._amp_stash`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from itertools import chain
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from apex_compat.amp._amp_state import maybe_print
+from apex_compat.amp.scaler import LossScaler
+from apex_compat.amp.utils import casts, casts_disabled
+from apex_compat.fp16_utils import gradients
+from apex_compat.fp16_utils.checks import HALF_DTYPES, check_dtypes
+from apex_compat.fp16_utils.masters import followed, replace_by_masters
+
+fp32_values: Any = WeakTensorKeyDictionary()
+"""Maps half-precision parameters to fp32 values: their masters, or what `load_state_dict` read for masters to come."""
+
+
+class AmpOptimizerState:
+    """What amp keeps of one optimizer.
+
+    Attributes:
+        lazy_init_called: True once the lists below are made.
+        already_patched: True if the next step will be skipped.
+        params_have_scaled_gradients: True after a `scale_loss` with delay_unscale=True.
+        overflowed: the number and the scaler of the loss whose overflow will skip the next step.
+        fp16_groups, fp32_from_fp16_groups: parameters in half precision and their masters, group by group.
+        fp32_from_fp32_groups: the parameters of each group that are their own masters.
+        all_fp16_params, all_fp32_from_fp16_params, all_fp32_from_fp32_params: the same without groups.
+        all_fp32_params: without masters, where the lists with "from" are empty, what `all_fp16_params` has not.
+        earlier_grads: within `scale_loss`, by parameter, the gradients from before it that no master has.
+        frozen: half-precision parameters that did not require grad when their masters were made, nor since.
+    """
+
+    def __init__(self) -> None:
+        self.lazy_init_called = False
+        self.already_patched = False
+        self.params_have_scaled_gradients = False
+        self.overflowed: tuple[int, LossScaler] | None = None
+        self.fp16_groups: list[list[Tensor]] = []
+        self.fp32_from_fp16_groups: list[list[Tensor]] = []
+        self.fp32_from_fp32_groups: list[list[Tensor]] = []
+        self.all_fp16_params: list[Tensor] = []
+        self.all_fp32_from_fp16_params: list[Tensor] = []
+        self.all_fp32_from_fp32_params: list[Tensor] = []
+        self.all_fp32_params: list[Tensor] = []
+        self.earlier_grads: dict[Tensor, Tensor] = {}
+        self.frozen: set[Tensor] = set()
+
+
+def _process_optimizer(optimizer: Any, master_weights: bool | None) -> None:
+    """Give `optimizer` the methods that `scale_loss` calls, in place.
+
+    Args:
+        optimizer: a torch optimizer, or anything with its methods and groups, such as LARC.
+        master_weights: True keeps fp32 masters of its half-precision parameters.
+
+    Raises:
+        RuntimeError: the optimizer has these methods already.
+    """
+    if hasattr(optimizer, "_amp_stash"):
+        raise RuntimeError("A given optimizer should only be passed through amp.initialize once.")
+    optimizer._amp_stash = AmpOptimizerState()
+    for name, method in (_WITH_MASTERS if master_weights else _WITHOUT_MASTERS).items():
+        setattr(optimizer, name, MethodType(method, optimizer))
+    overrides: dict[str, Callable[..., Any]] = {"step": _step, "add_param_group": _add_param_group}
+    if master_weights:
+        overrides |= {"step": _step_with_masters, "zero_grad": _zero_grad, "load_state_dict": _load_state_dict}
+    for name, override in overrides.items():
+        _override(optimizer, name, override)
+
+
+def _override(optimizer: Any, name: str, override: Callable[..., Any]) -> None:
+    """Replace a method by `override`, which gets the optimizer, the method as it was, and the arguments."""
+    before = getattr(optimizer, name)
+
+    # wraps() keeps the marks of schedulers, which otherwise warn of a replaced step. They need a bound method.
+    @wraps(before)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return override(self, before, *args, **kwargs)
+
+    setattr(optimizer, name, MethodType(method, optimizer))
+
+
+# The step.
+
+
+def mark_overflow(optimizer: Any, loss_id: int, scaler: LossScaler) -> None:
+    """Make the next step of `optimizer` a skip, for the first overflow since the last step."""
+    stash = optimizer._amp_stash
+    if not stash.already_patched:
+        stash.already_patched = True
+        stash.overflowed = (loss_id, scaler)
+
+
+def _step(self: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if self._amp_stash.already_patched:
+        _refuse_closure(args, kwargs)
+        return _skip(self)
+    # The optimizer's own arithmetic is no business of O1.
+    with casts_disabled():
+        result = step(*args, **kwargs)
+    casts.cache.clear()
+    return result
+
+
+def _step_with_masters(self: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _refuse_closure(args, kwargs)
+    self._amp_lazy_init()
+    skipped = self._amp_stash.already_patched
+    result = _step(self, step, *args, **kwargs)
+    if not skipped:
+        self._master_params_to_model_params()
+        _drop_master_grads(self)
+    return result
+
+
+def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if (args and args[0] is not None) or kwargs.get("closure") is not None:
+        raise RuntimeError(
+            "amp does not support closures in step() with master weights or after an overflow: "
+            "call backward within amp.scale_loss, then step() without a closure"
+        )
+
+
+def _skip(self: Any) -> None:
+    stash = self._amp_stash
+    loss_id, scaler = stash.overflowed
+    change = "reducing loss scale to" if scaler.dynamic else "keeping the static loss scale"
+    maybe_print(f"Gradient overflow.  Skipping step, loss scaler {loss_id} {change} {scaler.loss_scale()}")
+    _drop_master_grads(self)
+    if hasattr(self, "most_recent_scale"):  # FusedSGD
+        self.most_recent_scale, self.scale_set_by_backward = 1.0, False
+    # Without this a scheduler takes the skip for calls in the wrong order.
+    self._opt_called = True
+    stash.already_patched, stash.overflowed = False, None
+
+
+def _drop_master_grads(self: Any) -> None:
+    for master in self._amp_stash.all_fp32_from_fp16_params:
+        master.grad = None
+
+
+# With masters.
+
+
+def _make_masters(self: Any) -> None:
+    """Replace the half-precision parameters in all groups by masters, unless that was done."""
+    stash = self._amp_stash
+    if not stash.lazy_init_called:
+        stash.lazy_init_called = True
+        _adopt(self, *self.param_groups)
+
+
+def _adopt(optimizer: Any, *groups: dict[str, Any]) -> None:
+    stash = optimizer._amp_stash
+    state_moved = False
+    for group in groups:
+        check_dtypes("optimizer", group["params"])
+        masters, moved = replace_by_masters(optimizer, group, _new_master)
+        state_moved |= moved
+        stash.frozen.update(half for half in masters if not half.requires_grad)
+        stash.fp16_groups.append(list(masters))
+        stash.fp32_from_fp16_groups.append(list(masters.values()))
+        made = set(map(id, masters.values()))
+        stash.fp32_from_fp32_groups.append([p for p in group["params"] if id(p) not in made])
+    stash.all_fp16_params = list(chain.from_iterable(stash.fp16_groups))
+    stash.all_fp32_from_fp16_params = list(chain.from_iterable(stash.fp32_from_fp16_groups))
+    stash.all_fp32_from_fp32_params = list(chain.from_iterable(stash.fp32_from_fp32_groups))
+    if state_moved:
+        # Loading casts the moved state to the dtype of its master, by the optimizer's own rules.
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@torch.no_grad()
+def _new_master(half: Tensor) -> Tensor:
+    known = fp32_values.get(half)
+    # The values that a checkpoint had for the masters, where the parameter was not changed since.
+    master = half.detach().float() if known is None else followed(known, half).detach()
+    fp32_values[half] = master
+    return master
+
+
+@torch.no_grad()
+def _prepare_with_masters(self: Any) -> None:
+    """Clear the gradients of the model, so that the backward pass to come makes new ones at the loss scale."""
+    self._amp_lazy_init()
+    stash = self._amp_stash
+    for half, master in zip(stash.all_fp16_params, stash.all_fp32_from_fp16_params, strict=True):
+        if half in stash.frozen and half.requires_grad:  # it was unfrozen, and may have changed before that
+            stash.frozen.remove(half)
+            master.copy_(followed(master, half))
+    stash.earlier_grads = _take_grads(stash.all_fp32_from_fp32_params)
+    half_grads = _take_grads(stash.all_fp16_params)
+    if _keeps_half_grads(self):  # elsewhere the masters have them, unscaled and in fp32
+        stash.earlier_grads |= half_grads
+
+
+@torch.no_grad()
+def _post_with_masters(self: Any, scaler: LossScaler) -> None:
+    """Unscale the new gradients in fp32, and add them to those of the masters and of the fp32 parameters.
+
+    Only the new ones are checked.
+    """
+    self._amp_lazy_init()
+    if _keeps_half_grads(self):
+        _post_half_grads(self, scaler)
+        return
+    stash = self._amp_stash
+    masters = stash.all_fp32_from_fp16_params
+    earlier = _take_grads(masters)
+    gradients.copy_to_masters(stash.all_fp16_params, masters)
+    _unscale_and_add(masters, earlier, scaler)
+    _unscale_and_add(stash.all_fp32_from_fp32_params, stash.earlier_grads, scaler)
+    stash.earlier_grads = {}
+
+
+@torch.no_grad()
+def _copy_masters_to_model(self: Any) -> None:
+    stash = self._amp_stash
+    pairs = zip(stash.all_fp16_params, stash.all_fp32_from_fp16_params, strict=True)
+    moved = [(half, master) for half, master in pairs if half not in stash.frozen]
+    gradients.copy_values([half for half, _ in moved], [master for _, master in moved])
+
+
+@torch.no_grad()
+def _zero_grad(self: Any, zero_grad: Callable[..., Any], set_to_none: bool = False) -> None:
+    """Zero the model's gradients, or drop them with `set_to_none`. Those of masters are dropped always."""
+    self._amp_lazy_init()
+    stash = self._amp_stash
+    _drop_master_grads(self)
+    for param in chain(stash.all_fp16_params, stash.all_fp32_from_fp32_params):
+        if set_to_none or param.grad is None or param.grad.layout != torch.strided:
+            param.grad = None
+        else:
+            param.grad.detach_()
+            param.grad.zero_()
+
+
+def _load_state_dict(self: Any, load: Callable[..., Any], state_dict: dict[str, Any]) -> None:
+    """Load, with the masters made first: state would be rounded to the dtype of a half-precision parameter."""
+    self._amp_lazy_init()
+    load(state_dict)
+
+
+# Without masters.
+
+
+def _list_params(self: Any, *new_group: Any) -> None:
+    """List the parameters of all groups by dtype."""
+    stash = self._amp_stash
+    stash.lazy_init_called = True
+    params = list(dict.fromkeys(chain.from_iterable(group["params"] for group in self.param_groups)))
+    stash.all_fp16_params = [p for p in params if p.dtype in HALF_DTYPES]
+    stash.all_fp32_params = [p for p in params if p.dtype not in HALF_DTYPES]
+
+
+@torch.no_grad()
+def _prepare_without_masters(self: Any) -> None:
+    """Set the earlier gradients aside, so that the backward pass to come makes new ones at the loss scale."""
+    self._amp_lazy_init()
+    stash = self._amp_stash
+    stash.earlier_grads = _take_grads(stash.all_fp16_params + stash.all_fp32_params)
+
+
+@torch.no_grad()
+def _post_without_masters(self: Any, scaler: LossScaler) -> None:
+    """Unscale the new gradients and add the earlier ones. Only the new ones are checked."""
+    self._amp_lazy_init()
+    stash = self._amp_stash
+    _unscale_and_add(stash.all_fp16_params + stash.all_fp32_params, stash.earlier_grads, scaler)
+    stash.earlier_grads = {}
+
+
+def _do_nothing(self: Any) -> None:
+    """Stand where an optimizer with masters copies them to the model."""
+
+
+# Both.
+
+
+def _add_param_group(self: Any, add: Callable[..., Any], new_group: dict[str, Any]) -> None:
+    self._amp_lazy_init()
+    add(new_group)
+    self._amp_adopt_group(self.param_groups[-1])
+
+
+def restore_grads(optimizer: Any) -> None:
+    """Undo what `_prepare_amp_backward` did: the body of `scale_loss` raised."""
+    stash = optimizer._amp_stash
+    for param in (*stash.all_fp16_params, *stash.all_fp32_params, *stash.all_fp32_from_fp32_params):
+        param.grad = stash.earlier_grads.get(param)
+    stash.earlier_grads = {}
+
+
+def _take_grads(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Return the gradients of `params` by parameter, and leave the parameters without."""
+    taken = {}
+    for param in params:
+        if param.grad is not None:
+            taken[param] = param.grad
+            param.grad = None
+    return taken
+
+
+def _unscale_and_add(params: Sequence[Tensor], earlier: dict[Tensor, Tensor], scaler: LossScaler) -> None:
+    """Unscale the gradients of `params` in place, and add `earlier` ones, which are unscaled already.
+
+    The sum is taken in fp32 and rounded once.
+    """
+    gradients.coalesce(params)
+    grads = {p: p.grad for p in params if p.grad is not None}
+    for param in grads.keys() & earlier.keys():
+        grads[param] = grads[param].to(torch.promote_types(param.dtype, torch.float32))
+    scaler.unscale_(map(gradients.dense, grads.values()))
+    for param in grads.keys() & earlier.keys():
+        param.grad = (grads[param] + earlier[param]).to(param.dtype)
+    for param, grad in earlier.items():
+        if param.grad is None:
+            param.grad = grad
+
+
+# FusedSGD with materialize_master_grads=False steps from half gradients, which stay scaled until then.
+
+
+def _keeps_half_grads(optimizer: Any) -> bool:
+    return not getattr(optimizer, "materialize_master_grads", True)
+
+
+def _post_half_grads(self: Any, scaler: LossScaler) -> None:
+    """Bring new and earlier gradients to the smaller of their two scales, and leave them in the model.
+
+    The smaller, since at the larger a sum could leave float16. The optimizer finds it in `most_recent_scale`.
+    """
+    stash = self._amp_stash
+    new_scale, earlier_scale = scaler.loss_scale(), self.most_recent_scale
+    scale = min(new_scale, earlier_scale) if self.scale_set_by_backward else new_scale
+    for param in (*stash.all_fp16_params, *stash.all_fp32_from_fp32_params):
+        earlier = stash.earlier_grads.get(param)
+        if param.grad is None:
+            param.grad = None if earlier is None else (earlier.float() * (scale / earlier_scale)).to(param.dtype)
+            continue
+        total = param.grad.float()
+        scaler.multiply_([gradients.dense(total)], torch.tensor(scale / new_scale))
+        if earlier is not None:
+            total += earlier.float() * (scale / earlier_scale)
+        param.grad = total.to(param.dtype)
+    stash.earlier_grads = {}
+    self.most_recent_scale, self.scale_set_by_backward = scale, True
+
+
+_WITH_MASTERS: dict[str, Callable[..., Any]] = {
+    "_amp_lazy_init": _make_masters,
+    "_lazy_init_maybe_master_weights": _make_masters,
+    "_amp_adopt_group": _adopt,
+    "_prepare_amp_backward": _prepare_with_masters,
+    "_post_amp_backward": _post_with_masters,
+    "_master_params_to_model_params": _copy_masters_to_model,
+}
+_WITHOUT_MASTERS: dict[str, Callable[..., Any]] = {
+    "_amp_lazy_init": _list_params,
+    "_lazy_init_maybe_master_weights": _list_params,
+    "_amp_adopt_group": _list_params,
+    "_prepare_amp_backward": _prepare_without_masters,
+    "_post_amp_backward": _post_without_masters,
+    "_master_params_to_model_params": _do_nothing,
+}

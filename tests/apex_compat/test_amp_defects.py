@@ -1,0 +1,327 @@
+"""The defects of apex.amp: those that are repaired here, and those that scripts may count on. One function each."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from amp_cases import (  # noqa: F401
+    INF,
+    OPTIMIZERS,
+    ORIGINAL,
+    Net,
+    amp,
+    backward,
+    changed,
+    images,
+    initialize,
+    mlp,
+    now,
+    o1,
+    torch_as_it_was,
+)
+from fp16_cases import same, snapshot
+
+
+def sgd(network):
+    return OPTIMIZERS["sgd"](network.parameters())
+
+
+def set_up(level, build=mlp, **kwargs):
+    network = build()
+    return initialize(network, sgd(network), opt_level=level, **kwargs)
+
+
+def loss_of(network, rows=3):
+    return network(torch.ones(rows, 4)).float().mean() / 64  # at 2**16 no gradient overflows in half
+
+
+# --- repaired
+
+
+def a_weight_is_used_twice_in_an_iteration():
+    network, optimizer = set_up("O1", lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2))
+    for _ in range(2):
+        backward(loss_of(network), optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def gradients_may_be_zeroed_or_dropped():
+    network, optimizer = set_up("O2")
+    for kwargs, gone in (({}, False), ({"set_to_none": False}, False), ({"set_to_none": True}, True)):
+        backward(loss_of(network), optimizer)
+        optimizer.zero_grad(**kwargs)
+        assert all((p.grad is None) == gone for p in network.parameters()), kwargs
+        assert gone or all(p.grad.abs().sum() == 0 for p in network.parameters())
+        assert all(p.grad is None for p in amp.master_params(optimizer))
+
+
+def a_step_may_come_before_a_backward():
+    network, optimizer = set_up("O2")
+    before = snapshot(network)
+    optimizer.step()
+    assert same(before, snapshot(network))
+
+
+def schedulers_do_not_warn():
+    for level in ("O0", "O1", "O2", "O3"):
+        network = mlp()
+        optimizer = sgd(network)
+        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+        network, optimizer = initialize(network, optimizer, opt_level=level, loss_scale="dynamic")
+        schedulers.append(torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
+        for i in range(3):
+            optimizer.zero_grad()
+            backward(loss_of(network) * (INF if i == 0 else 1.0), optimizer)
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()  # a warning would be an error
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**6)
+
+
+def the_scale_never_reaches_0():
+    network, optimizer = set_up("O1")
+    (scaler,) = amp._amp_state.loss_scalers
+    scaler._loss_scale = 2.0**-98
+    for expected in (2.0**-99, 2.0**-100, 2.0**-100, 2.0**-100):
+        backward(loss_of(network) * INF, optimizer)
+        assert scaler.loss_scale() == expected
+
+
+def a_static_scale_can_check_for_overflow():
+    for level in ("O0", "O1", "O2", "O3"):
+        network, optimizer = set_up(level, loss_scale=128.0, check_overflow=True)
+        before = snapshot(list(network.parameters()))
+        backward(loss_of(network) * INF, optimizer)
+        optimizer.step()
+        assert same(before, snapshot(list(network.parameters())))
+        assert amp._amp_state.loss_scalers[0].loss_scale() == 128.0
+        optimizer.zero_grad()
+        backward(loss_of(network), optimizer)
+        optimizer.step()
+        assert not same(before, snapshot(list(network.parameters())))
+
+
+def a_replica_runs_its_own_weights():
+    """What torch's DataParallel makes of a model."""
+    for level in ("O0", "O2", "O3"):
+        network, _ = set_up(level, lambda: nn.Linear(4, 1))
+        replica = network._replicate_for_data_parallel()
+        replica.weight, replica.bias = torch.zeros_like(network.weight), torch.zeros_like(network.bias)
+        assert replica(torch.ones(1, 4)).abs().sum() == 0
+        assert replica(torch.ones(1, 4)).dtype == torch.float32
+
+
+def casts_come_back_after_an_exception():
+    o1()
+    with pytest.raises(KeyError), amp.disable_casts():
+        raise KeyError
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float16
+
+
+def disable_casts_does_nothing_without_o1():
+    with amp.disable_casts():
+        pass
+    for level in ("O0", "O2", "O3"):
+        set_up(level)
+        with amp.disable_casts():
+            pass
+
+
+def an_exception_inside_scale_loss_loses_no_gradient():
+    for level in ("O0", "O1", "O2", "O3"):
+        network, optimizer = set_up(level, loss_scale=128.0)
+        backward(loss_of(network), optimizer)
+        before = snapshot([p.grad for p in amp.master_params(optimizer)])
+        with pytest.raises(KeyError), amp.scale_loss(loss_of(network), optimizer):
+            raise KeyError
+        assert same(before, snapshot([p.grad for p in amp.master_params(optimizer)])), level
+        backward(loss_of(network), optimizer)
+        doubled = [grad * 2 for grad in before]
+        assert same(doubled, snapshot([p.grad for p in amp.master_params(optimizer)])), level
+        optimizer.step()
+
+
+def a_tuple_of_optimizers_is_a_list():
+    for level in ("O1", "O2"):
+        networks = [mlp(), mlp()]
+        networks, optimizers = initialize(networks, [sgd(n) for n in networks], opt_level=level)
+        for _ in range(2):
+            backward(loss_of(networks[0]) + loss_of(networks[1]), tuple(optimizers))
+        single = mlp()
+        single, optimizer = initialize(single, sgd(single), opt_level=level)
+        for _ in range(2):
+            backward(loss_of(single), optimizer)
+        expected = [p.grad for p in amp.master_params(optimizer)]
+        for each in optimizers:
+            assert same(expected, [p.grad for p in amp.master_params(each)])
+
+
+def nothing_is_banned_where_casts_are_disabled():
+    x = torch.full((2,), 0.5, dtype=torch.float16)
+    o1()
+    with amp.disable_casts():
+        assert F.binary_cross_entropy(x, x).dtype == torch.float16
+        x.exp_()
+
+
+def a_second_initialize_starts_afresh():
+    network, optimizer = set_up("O1")
+    backward(loss_of(network), optimizer)
+    patched = {name: now("F", name) for name in ("linear", "softmax")}
+    gone = [weakref.ref(part) for part in (network, optimizer, network[0].weight)]
+    first = amp._amp_state.handle
+    del network, optimizer
+    network, optimizer = set_up("O1")
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+    backward(loss_of(network), optimizer)
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+    assert patched.keys() == {"linear", "softmax"}
+    if amp._amp_state.handle is not first:
+        assert not first.is_active()
+    amp._amp_state.handle._deactivate()
+    assert changed() == []
+    assert now("F", "linear") is ORIGINAL["F", "linear"]
+
+
+def another_level_takes_the_casts_away():
+    o1()
+    set_up("O2")
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+
+
+def a_penalty_on_gradients_works_with_batchnorm():
+    for level in ("O1", "O2"):
+        network, optimizer = set_up(level, Net)
+        x = images(0)[0].requires_grad_()
+        out = network(x).float().sum()
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        backward(out + grad.float().square().sum(), optimizer)
+        optimizer.step()
+        assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
+def a_model_on_a_cpu_is_welcome():
+    for level in ("O0", "O1", "O2", "O3"):
+        network, optimizer = set_up(level)
+        backward(loss_of(network), optimizer)
+        optimizer.step()
+
+
+def tensors_elsewhere_are_not_cast():
+    """A model on one device leaves tensors on another alone."""
+    x = torch.ones(2, 2, device="meta")
+    o1()
+    assert (x @ x).dtype == torch.float32
+    assert F.softmax(x.half(), dim=0).dtype == torch.float16
+
+
+REPAIRED = [
+    a_weight_is_used_twice_in_an_iteration,
+    gradients_may_be_zeroed_or_dropped,
+    a_step_may_come_before_a_backward,
+    schedulers_do_not_warn,
+    the_scale_never_reaches_0,
+    a_static_scale_can_check_for_overflow,
+    a_replica_runs_its_own_weights,
+    casts_come_back_after_an_exception,
+    disable_casts_does_nothing_without_o1,
+    an_exception_inside_scale_loss_loses_no_gradient,
+    a_tuple_of_optimizers_is_a_list,
+    nothing_is_banned_where_casts_are_disabled,
+    a_second_initialize_starts_afresh,
+    another_level_takes_the_casts_away,
+    a_penalty_on_gradients_works_with_batchnorm,
+    a_model_on_a_cpu_is_welcome,
+    tensors_elsewhere_are_not_cast,
+]
+
+
+# --- kept
+
+
+def a_part_of_an_o2_model_called_directly_takes_half_alone():
+    network, _ = set_up("O2")
+    with pytest.raises(RuntimeError, match="dtype"):
+        network[0](torch.ones(1, 4))
+    assert network[0](torch.ones(1, 4).half()).dtype == torch.float16
+
+
+def weights_of_a_loss_inside_an_o2_model_are_half():
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.loss = nn.CrossEntropyLoss(torch.ones(3))
+
+        def forward(self, x):
+            return self.layer(x)
+
+    network, _ = set_up("O2", WithLoss)
+    assert network.loss.weight.dtype == torch.float16
+
+
+def o1_prints_its_message_on_batchnorm():
+    network = mlp()
+    with pytest.raises(RuntimeError, match=r"(?i)batchnorm functions are automatically patched"):
+        initialize(network, sgd(network), opt_level="O1", keep_batchnorm_fp32=True)
+
+
+def a_skipped_step_keeps_the_models_gradients():
+    network, optimizer = set_up("O2")
+    backward(loss_of(network) * INF, optimizer)
+    optimizer.step()
+    assert all(p.grad is None for p in amp.master_params(optimizer))
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def only_new_gradients_are_checked():
+    network, optimizer = set_up("O1")
+    backward(loss_of(network), optimizer)
+    next(network.parameters()).grad.fill_(INF)
+    backward(loss_of(network), optimizer)
+    assert amp._amp_state.loss_scalers[0].loss_scale() == 2.0**16
+
+
+def a_large_sum_of_gradients_is_no_overflow():
+    network = nn.Linear(4, 1, bias=False)
+    network, optimizer = initialize(network, sgd(network), opt_level="O0", loss_scale="dynamic")
+    amp._amp_state.loss_scalers[0]._loss_scale = 1.0
+    backward(network(torch.full((1, 4), 3e38)).sum(), optimizer)
+    assert amp._amp_state.loss_scalers[0].loss_scale() == 1.0
+
+
+KEPT = [
+    a_part_of_an_o2_model_called_directly_takes_half_alone,
+    weights_of_a_loss_inside_an_o2_model_are_half,
+    o1_prints_its_message_on_batchnorm,
+    a_skipped_step_keeps_the_models_gradients,
+    only_new_gradients_are_checked,
+    a_large_sum_of_gradients_is_no_overflow,
+]
+
+
+@pytest.mark.parametrize("check", REPAIRED, ids=lambda check: check.__name__)
+def test_repaired(check):
+    check()
+
+
+@pytest.mark.parametrize("check", KEPT, ids=lambda check: check.__name__)
+def test_kept(check):
+    check()
+
+
+def test_a_static_scale_says_once_that_inf_is_applied(capsys):
+    network, optimizer = set_up("O2", loss_scale=128.0, verbosity=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(loss_of(network) * INF, optimizer)
+        optimizer.step()
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).count("check_overflow") == 1
