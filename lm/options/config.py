@@ -69,6 +69,8 @@ def merge(script: str, given: Mapping[str, Any]) -> Options:
         if (target := alias_of(script, name)) and (value or target != "dtype"):
             stored.pop(target, None)
     now = resolve(Options(script=script, **{**stored, **given}))
+    if before.lr_schedule == "cosine":
+        _check_length(given["resume"], Options(script=script, **stored), now)
     for name in options_of(script):
         if name not in (*MAY_CHANGE, "resume", "run_dir") and not alias_of(script, name):
             _check_same(given["resume"], name, getattr(before, name), getattr(now, name))
@@ -91,6 +93,17 @@ def _check_same(run: Path, name: str, before: Any, now: Any) -> None:
             f"--resume {run} with {flag(name)} {now}: the run was started with {shown}; "
             "leave the flag out, or start a new run"
         )
+
+
+def _check_length(run: Path, before: Options, now: Options) -> None:
+    """Raise UsageError where a run whose rate falls over its whole length is to get another length."""
+    for name in ("epochs", "max_steps"):
+        if (old := getattr(before, name)) != (new := getattr(now, name)):
+            raise UsageError(
+                f"--resume {run} with {flag(name)} {new}: the learning rate of the run falls along a cosine over the "
+                f"length that it was started with ({'no such limit' if old is None else old}); leave the flag out, or "
+                "start a new run"
+            )
 
 
 def stored_options(directory: Path, script: str) -> dict[str, Any]:

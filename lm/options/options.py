@@ -18,6 +18,7 @@ FP16_STATIC_LOSS_SCALE = 128.0
 
 DEFAULT_LR = {"sgd": 20.0, "adamw": 0.001}
 """Optimizer -> learning rate. AdamW's steps have that size whatever the size of the gradient: 20 is far off."""
+SCHEDULES = ("anneal", "cosine", "constant")
 TRANSFORMER_LR = 5.0
 """The learning rate of plain SGD for a Transformer, as the PyTorch example advises."""
 
@@ -97,6 +98,13 @@ class Options:
     )
     tied: bool = option("model", bool, False, "share the embedding with the decoder")
 
+    accumulate: int = option(
+        "training",
+        whole,
+        1,
+        "compute each batch in this many parts, some columns at a time, for less memory; their gradients add up",
+        metavar="PARTS",
+    )
     optimizer: str = option(
         "training",
         str,
@@ -114,6 +122,21 @@ class Options:
         metavar="RATE",
         otherwise=f"{DEFAULT_LR['sgd']:g} for sgd, {TRANSFORMER_LR:g} if it trains a Transformer; "
         f"{DEFAULT_LR['adamw']:g} for adamw",
+    )
+    lr_schedule: str = option(
+        "training",
+        str,
+        "anneal",
+        "divide --lr by 4 after each validation that brings nothing (anneal), let it fall to 0 along a cosine over "
+        "all steps that --epochs and --max-steps set, which a resumed run then keeps, or leave it constant",
+        choices=SCHEDULES,
+    )
+    warmup: int = option(
+        "training",
+        number(int, 0),
+        0,
+        "let the learning rate rise to that of the schedule over this many steps, each by the same amount",
+        metavar="STEPS",
     )
     clip: float = option(
         "training",

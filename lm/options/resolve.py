@@ -28,6 +28,7 @@ def resolve(given: Options) -> Options:
 
         check_onnx_export(given.onnx_export, given.save)
     _check_model(given)
+    _check_accumulate(given)
     optimizer = _optimizer(given)
     dtype = _dtype(given)
     return replace(
@@ -109,6 +110,17 @@ def _device(given: Options) -> str:
             "give a multiple of their number"
         )
     return f"cuda:{processes.local_rank()}" if several and device == "cuda" else device
+
+
+def _check_accumulate(given: Options) -> None:
+    several = processes.world_size()
+    columns = given.batch_size // several
+    if columns and given.accumulate > columns:
+        each = f" in {several} processes" if several > 1 else ""
+        raise UsageError(
+            f"--accumulate {given.accumulate} with --batch_size {given.batch_size}{each}: each part needs a column of "
+            f"its own; give at most {columns}"
+        )
 
 
 def _optimizer(given: Options) -> str:

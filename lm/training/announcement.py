@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.options.options import Options
+from lm.training.checkpoint import Position
 from roundoff import processes
 from roundoff.errors import printable
 from roundoff.runs.directory import RunDirectory
@@ -19,10 +20,13 @@ def say_before(args: Options, records: RunDirectory) -> None:
             say(line)
 
 
-def say_after(args: Options, records: RunDirectory, interrupted: bool) -> None:
-    """Say where the results are, and the commands to go on with them."""
+def say_after(args: Options, records: RunDirectory, end: Position | None) -> None:
+    """Say where the results are, and the commands to go on with them.
+
+    `end` is the position at which the run came to its end; None where it was interrupted before.
+    """
     if records.path is not None:
-        for line in closing(args, records.path, interrupted):
+        for line in closing(args, records.path, end, records.steps):
             say(line)
 
 
@@ -53,18 +57,30 @@ def opening(args: Options, config: dict[str, Any], run_dir: Path) -> list[str]:
     ]
 
 
-def closing(args: Options, run_dir: Path, interrupted: bool) -> list[str]:
-    """Return the lines for after training, with commands to copy."""
+def closing(args: Options, run_dir: Path, end: Position | None, steps: int) -> list[str]:
+    """Return the lines for after training, of so many `steps` in all, with commands to copy; `end` as above."""
     place = shlex.quote(printable(run_dir))
     lines = [
         f"| the best model is in {printable(args.save)}, the records are in {printable(run_dir)}",
         f"| to write text: {_python('generate')} --checkpoint {place}",
     ]
-    if interrupted:
+    if end is None:
         lines.append(f"| to go on: {resume_command(args, run_dir)}")
-    elif args.max_steps is None and not args.dry_run:
-        lines.append(f"| to train on: {resume_command(args, run_dir)} --epochs {2 * args.epochs}")
+    elif flags := longer(args, end, steps):
+        lines.append(f"| to train on: {resume_command(args, run_dir)} {flags}")
     return [*lines, f"| to compare it with another run: {_python('compare')} {place} RUN_DIR"]
+
+
+def longer(args: Options, end: Position, steps: int) -> str:
+    """Return the flags with which a run that has ended trains for up to as long again; "" where no flags do that."""
+    if args.dry_run or args.lr_schedule == "cosine":  # whose length is fixed
+        return ""
+    flags = []
+    if end.epoch > args.epochs:
+        flags.append(f"--epochs {2 * args.epochs}")
+    if args.max_steps is not None and steps >= args.max_steps:
+        flags.append(f"--max-steps {2 * args.max_steps}")
+    return " ".join(flags)
 
 
 def resume_command(args: Options, run_dir: Path) -> str:

@@ -27,7 +27,7 @@ class Position:
     """The progress of a run.
 
     Attributes:
-        lr: of the next step.
+        lr: from which the schedule takes that of a step: --lr, divided so far by annealing.
         epoch: of the next step, from 1.
         batch: how many batches of that epoch lie behind; all of them where only the validation is left.
         best: lowest validation loss so far.

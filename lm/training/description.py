@@ -18,7 +18,7 @@ JOB = (
 )
 """Options that must be equal where two runs train the same job."""
 LENGTH = ("epochs", "max_steps", "dry_run")
-"""Those of them that say how long training goes, and change no step."""
+"""Those of them that say how long training goes, and change no step; a cosine depends on them."""
 
 
 def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, str]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
     several = processes.world_size() > 1  # each on a GPU of its own
     return {
         "corpus": corpus.name,
-        "job": {"corpus": corpus_facts(corpus), **{name: getattr(args, name) for name in JOB}},
+        "job": {"corpus": corpus_facts(corpus), **{name: getattr(args, name) for name in JOB}, **_schedule(args)},
         "precision": {
             "mode": mode.name,
             "dtype": args.dtype,
@@ -38,13 +38,19 @@ def describe(args: Options, corpus: Corpus, model: RNNModel, dtypes: dict[str, s
         },
         "seed": args.seed,
         "loss_unit": "nats a word",
-        "length": list(LENGTH),
+        "length": [] if args.lr_schedule == "cosine" else list(LENGTH),
         "environment": environment([*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]])
         | describe_device(args.device)
-        | {"processes": processes.world_size(), "deterministic": args.deterministic},
+        | {"processes": processes.world_size(), "deterministic": args.deterministic, "accumulate": args.accumulate},
         "options": as_values(args) | ({"device": args.device.partition(":")[0]} if several else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def _schedule(args: Options) -> dict[str, Any]:
+    """Return what of the schedule differs from the default, so that older runs, which say nothing of it, compare."""
+    found = {"lr_schedule": (args.lr_schedule, "anneal"), "warmup": (args.warmup, 0)}
+    return {name: value for name, (value, default) in found.items() if value != default}
 
 
 def _settings(args: Options) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,14 @@ def data_parallel(model: nn.Module) -> nn.Module:
     if any(parameter.dtype in HALF for parameter in model.parameters()):
         parallel.register_comm_hook(None, average_in_fp32)
     return parallel
+
+
+def no_sync(parallel_model: nn.Module) -> AbstractContextManager[object]:
+    """Return the context of a forward pass whose gradients stay here: the next backward pass outside averages the sum.
+
+    `parallel_model` is what `data_parallel` returned.
+    """
+    return parallel_model.no_sync() if isinstance(parallel_model, DistributedDataParallel) else nullcontext()
 
 
 def average_in_fp32(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

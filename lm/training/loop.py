@@ -3,8 +3,9 @@
 import math
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 
+import torch
 from torch import Tensor
 
 from lm.data.corpus import Corpus, batchify, get_batch
@@ -18,8 +19,10 @@ from lm.training.checkpoint import write_checkpoint
 from lm.training.description import describe
 from lm.training.divergence import END, check, skipped_too_often
 from lm.training.evaluation import evaluate
+from lm.training.parts import joined, parts_of
 from lm.training.preflight import settle, try_once
 from lm.training.run_start import NothingToDoError, start_run
+from lm.training.schedule import batches_of_epoch, rate_of_step
 from lm.training.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.training.train_state import take_state
 from roundoff import processes
@@ -120,7 +123,7 @@ class Training:
             if self.args.onnx_export is not None and processes.rank() == 0:  # the run is over: nothing can spoil it
                 words = self.corpus.dictionary.idx2word
                 export_onnx(self.args.onnx_export, self.model, words, self.args.bptt, self.args.save)
-            say_after(self.args, self.records, interrupted)
+            say_after(self.args, self.records, None if interrupted else self.at)
         return 0
 
     def train(self) -> bool:
@@ -178,17 +181,36 @@ class Training:
     def train_step(self, i: int) -> None:
         """Take the step of one batch, which starts at row `i`."""
         tokens, targets = get_batch(self.train_data, i, self.args.bptt)
+        lr = self.rate(self.records.steps)
+        for group in self.precision.param_groups:
+            group["lr"] = lr
         self.model.zero_grad()
-        with self.precision.forward():
-            hidden = self.model.init_hidden(tokens.size(1)) if self.hidden is None else detach(self.hidden)
-            loss, self.hidden = next_word_loss(self.parallel_model, tokens, targets, hidden)
-        self.precision.backward(loss)
+        loss = self.backward(tokens, targets)
         result = self.precision.step(self.args.clip)
         words = targets.numel() * processes.world_size()
-        self.records.step(loss.detach(), result, epoch=self.at.epoch, lr=self.at.lr, tokens=words)
+        self.records.step(loss, result, epoch=self.at.epoch, lr=lr, tokens=words)
         self.at.batch += 1
         self.at.words += words
         self.at.training_seconds += self.tick()
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0 over the whole run, with the validations so far."""
+        return rate_of_step(self.args, self.at.lr, step, batches_of_epoch(self.args, len(self.corpus.train)))
+
+    def backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Backpropagate a batch, and keep the hidden state after it; return the batch's loss (fp32, shape ())."""
+        losses, states = [], []
+        for part in parts_of(tokens, targets, self.hidden, self.args.accumulate):
+            here = nullcontext() if part.is_last else distributed.no_sync(self.parallel_model)
+            with here, self.precision.forward():
+                hidden = self.model.init_hidden(part.tokens.size(1)) if part.hidden is None else detach(part.hidden)
+                loss, state = next_word_loss(self.parallel_model, part.tokens, part.targets, hidden)
+            loss = loss if part.weight == 1.0 else loss * part.weight
+            self.precision.backward(loss)
+            losses.append(loss.detach())
+            states.append(state)
+        self.hidden = joined(states)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def tick(self) -> float:
         """Return the seconds since the last call, and add them to those of the epoch."""
@@ -206,7 +228,7 @@ class Training:
         loss = distributed.broadcast(self.evaluate(self.valid_data))
         self.tick()
         at = self.at
-        self.records.epoch(loss, epoch=at.epoch, lr=at.lr, seconds=at.epoch_seconds)
+        self.records.epoch(loss, epoch=at.epoch, lr=self.rate(self.records.steps - 1), seconds=at.epoch_seconds)
         self.check(f"validation loss of epoch {at.epoch}", loss)
         self.keep_or_anneal(loss)
         at.epoch, at.batch, at.epoch_seconds, self.hidden = at.epoch + 1, 0, 0.0, None
@@ -227,15 +249,14 @@ class Training:
                 raise RunError(skipped_too_often(self.args, self.model, row))
 
     def keep_or_anneal(self, valid_loss: float) -> None:
-        """Save the model where it is the best so far; divide the learning rate where it is not."""
+        """Save the model where it is the best so far; where it is not, divide the learning rate that is annealed."""
         if self.at.best is None or valid_loss < self.at.best:
             self.save_model()
             self.best_weights = {name: weight.cpu().clone() for name, weight in self.model.state_dict().items()}
             self.at.best = valid_loss
             return
-        self.at.lr /= ANNEAL_FACTOR
-        for group in self.precision.param_groups:
-            group["lr"] = self.at.lr
+        if self.args.lr_schedule == "anneal":
+            self.at.lr /= ANNEAL_FACTOR
 
     def save_model(self) -> None:
         """Write the model as it is now to --save."""

@@ -121,7 +121,8 @@ def _check_anything_is_left(args: Options, corpus: Corpus, start: TrainState, di
     best = start.best_weights
     there = args.onnx_export is None and best is not None and _is_saved(args.save, best, corpus)
     if distributed.broadcast(float(there)):
-        advice = "start a new run" if end == "--dry-run" else "give more"
+        fixed = end == "--dry-run" or args.lr_schedule == "cosine"
+        advice = "start a new run" if fixed else "give more"
         raise NothingToDoError(f"the run in {directory} has come to the end that {end} sets; to go on, {advice}")
 
 

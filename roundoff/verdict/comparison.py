@@ -28,13 +28,16 @@ WIDE = ("float32", "float64")
 MOST_DIFFERENCES = 20
 
 
-PAIRED = ("processes", "tf32", "deterministic")
-"""Fields of a run's environment that must be equal where its steps are to be paired with another's."""
-
 NO_SETTING = ("mode", "dtypes", "equals", "loss_scale")
 """Fields of a run's precision that no user sets, or that tell modes apart already."""
 
 MISSING = object()
+
+PAIRED = {"processes": MISSING, "tf32": MISSING, "deterministic": MISSING, "accumulate": 1}
+"""Fields of a run's environment that must be equal where its steps are to be paired with another's.
+
+Each with what a run that does not say it has; a run that may have anything is not asked.
+"""
 
 
 def compare_runs(
@@ -185,13 +188,13 @@ def unit_differences(runs: Sequence[Run]) -> list[str]:
 def setting_differences(modes: dict[str, list[Run]]) -> list[str]:
     """Return a line for each setting beside the job that differs between runs to be paired, or within one mode.
 
-    The number of processes decides what dropout each draws. Runs that do not say a setting are not asked.
+    The number of processes, and of the parts of a batch, decides what dropout each draws.
     """
     lines: list[str] = []
     every = [run for runs in modes.values() for run in runs]
-    for name in PAIRED:
-        said = [(run, run.config["environment"][name]) for run in every if name in run.config["environment"]]
-        lines += _field_differences(said, name)
+    for name, otherwise in PAIRED.items():
+        values = [(run, run.config["environment"].get(name, otherwise)) for run in every]
+        lines += _field_differences([(run, value) for run, value in values if value is not MISSING], name)
     for label, runs in modes.items():
         for name in dict.fromkeys(name for run in runs for name in run.config["precision"]):
             if name not in NO_SETTING:
@@ -342,7 +345,8 @@ def _deciding(run: Run) -> str:
     """Return what decides the bits of a step besides the precision, as one text."""
     environment = run.config["environment"]
     job = {name: value for name, value in run.job.items() if name not in run.length}
-    more = {"tf32": environment.get("tf32", False), "processes": environment.get("processes", 1)}
+    others = {"tf32": False, "processes": 1, "accumulate": 1}
+    more = {name: environment.get(name, otherwise) for name, otherwise in others.items()}
     return _canonical([job, machine(run.config), more])
 
 

@@ -16,6 +16,7 @@ from lm.options.config import merge
 from lm.options.options import Options, as_values, flag
 from lm.training.build import make_model
 from lm.training.process import set_up
+from lm.training.schedule import batches_of_epoch, rate_of_step
 from lm.training.train_state import restore_state
 from roundoff.errors import UsageError, printable
 
@@ -112,7 +113,8 @@ def from_run(run: Path, data: str | None, argv: list[str], precisions: Precision
         _copy(masters, model)
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"--run {run}: {printable(error)}") from None
-    args = replace(args, lr=at.lr)
+    rate = rate_of_step(args, at.lr, steps, batches_of_epoch(args, len(corpus.train)))
+    args = replace(args, lr=rate)
     return Source(args, job_options(as_values(args)), data, corpus, model, _weights("run", run, at.epoch, steps))
 
 

@@ -34,7 +34,7 @@ GIVEN: dict[str, Any] = {
     "batch_size": 8, "bptt": 9, "dropout": 0.1, "tied": True, "seed": 11, "log_interval": 12, "fp16": True,
     "device": "cpu", "run_dir": Path("r"), "save": Path("s.st"), "max_steps": 14,
     "dry_run": True, "max_skipped": 17, "deterministic": True,
-    "checkpoint_interval": 18, "optimizer": "adamw",
+    "checkpoint_interval": 18, "optimizer": "adamw", "accumulate": 6, "lr_schedule": "cosine", "warmup": 19,
 }  # fmt: skip
 """A value for every option that all trainers have and every machine can do, but for loss scales."""
 STATIC, DYNAMIC = {"static_loss_scale": 13.0}, {"init_scale": 15.0, "scale_window": 16}
@@ -134,6 +134,7 @@ def test_defaults_are_the_documented_ones(script) -> None:
         "cuda": False, "log_interval": 200, "fp16": False, "max_skipped": 50, "max_steps": None, "dry_run": False,
         "device": "cpu", "deterministic": False, "tf32": False, "optimizer": "sgd", "init_scale": 2.0**16,
         "scale_window": 2000, "checkpoint_interval": None, "run_dir": None, "resume": None, "tensorboard": False,
+        "accumulate": 1, "lr_schedule": "anneal", "warmup": 0,
     }  # fmt: skip
     for found in (parse_args(f"{script}.py", "", []), make_args(script), make_args(script, max_steps=None)):
         assert {name: getattr(found, name) for name in documented} == documented
@@ -193,6 +194,14 @@ def test_every_option_is_in_config_json_and_gives_the_run_again(programs, script
         ("main", ["--use-optimizer"], "--optimizer adamw: the run was started with sgd"),
         ("main --optimizer adamw", ["--no-use-optimizer"], "--optimizer sgd: the run was started with adamw"),
         ("main", ["--run-dir", "other"], "--run-dir other: the run was started with the default"),
+        ("main --lr-schedule constant", ["--epochs", "9"], None),
+        ("main --lr-schedule cosine", ["--epochs", "40", "--lr-schedule", "cosine"], None),
+        ("main --lr-schedule cosine", ["--epochs", "9"], "--epochs 9: the learning rate of the run falls along a co"),
+        ("main --lr-schedule cosine", ["--max-steps", "9"], "length that it was started with (no such limit); leave"),
+        ("main --lr-schedule cosine --max-steps 2", ["--max-steps", "3"], "that it was started with (2); leave the fl"),
+        ("main", ["--lr-schedule", "cosine"], "--lr-schedule cosine: the run was started with anneal"),
+        ("main", ["--warmup", "2"], "--warmup 2: the run was started with 0"),
+        ("main", ["--accumulate", "2"], "--accumulate 2: the run was started with 1"),
         ("main_amp", ["--dtype", "float16"], None),
         ("main_amp", ["--fp16"], None),
         ("main_amp", ["--no-fp16"], None),
@@ -220,6 +229,13 @@ def test_what_a_resumed_run_may_be_given(tmp_path, monkeypatch, started, flags, 
         return
     with pytest.raises(UsageError, match=re.escape(said)):
         parse_args(script, None, command)
+
+
+def test_a_run_from_before_an_option_goes_on_with_its_default(tmp_path) -> None:
+    asked = make_args("main", lr=3)
+    older = {n: v for n, v in as_values(asked).items() if n not in ("accumulate", "lr_schedule", "warmup")}
+    (tmp_path / "config.json").write_text(to_json({"options": older}))
+    assert as_values(merge("main", {"resume": tmp_path})) == as_values(asked) | {"run_dir": str(tmp_path)}
 
 
 def test_what_may_change_changes_no_step() -> None:

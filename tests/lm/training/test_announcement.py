@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from programs import HALF, SCRIPTS, TINY, Programs, read_run
+from jobs import mostly_slow
+from programs import BATCHES, HALF, SCRIPTS, TINY, Programs, read_run
 from runs import act_at
 
 MODES = {
@@ -59,9 +60,33 @@ def test_the_commands_of_a_run_that_has_ended_can_be_copied(programs, script) ->
     assert found["to compare it with another run"] == ["compare.py", "a run", "RUN_DIR"]
 
 
-@pytest.mark.parametrize("flags", [["--dry-run"], ["--max-steps", "3"]], ids=" ".join)
-def test_a_run_with_a_last_step_is_not_said_to_train_on(programs, flags) -> None:
-    assert "| to train on:" not in programs.train("main", *flags).out
+ENDS = {  # flags of a run with 2 epochs -> those that are said to train on, and how many steps it has then
+    "--max-steps 3": ("--max-steps 6", 6),
+    f"--max-steps {BATCHES}": (f"--max-steps {2 * BATCHES}", 2 * BATCHES),
+    f"--max-steps {BATCHES + 2}": (f"--epochs 4 --max-steps {2 * BATCHES + 4}", 2 * BATCHES + 4),
+    f"--max-steps {2 * BATCHES}": (f"--epochs 4 --max-steps {4 * BATCHES}", 4 * BATCHES),
+    "--epochs 1 --max-steps 99": ("--epochs 2", 2 * BATCHES),
+    "--epochs 1 --lr-schedule constant": ("--epochs 2", 2 * BATCHES),
+    "--dry-run": (None, 1),
+    "--max-steps 3 --lr-schedule cosine": (None, 3),
+}
+QUICK = (
+    "--max-steps 3",
+    f"--max-steps {BATCHES + 2}",
+    "--epochs 1 --max-steps 99",
+    "--max-steps 3 --lr-schedule cosine",
+)
+
+
+@pytest.mark.parametrize("flags", mostly_slow(ENDS, *QUICK))
+def test_how_to_train_on_is_what_moves_the_end_of_the_run(programs, flags) -> None:
+    said, steps = ENDS[flags]
+    found = commands(programs.train("main", *flags.split()).out)
+    assert ("to train on" in found) is (said is not None)
+    if said is not None:
+        assert found["to train on"] == ["main.py", "--resume", "run", *said.split()]
+        follow(programs, found["to train on"])
+    assert len(read_run(programs.folder / "run").steps) == steps
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -42,6 +42,7 @@ EQUAL = {  # -> processes, command; the first two are quick
     "4 tied": (4, ["main", "--tied"]),
     "2 GRU": (2, ["main", "--model", "GRU"]),
     "2 tied fp16_optimizer": (2, ["main_fp16_optimizer", "--tied"]),
+    "2 in parts": (2, ["main_fp16_optimizer", "--accumulate", "2"]),
     "2 amp": (2, ["main_amp", "--dtype", "float32"]),
 }
 

@@ -81,6 +81,8 @@ def cases() -> Iterator[Any]:
         name = f"{mode} {kind}"
         if name not in COMMANDS:
             yield pytest.param(command(mode, kind), EVENTS[0], "a step", marks=pytest.mark.slow, id=f"{name}, kill -9")
+    in_parts = Command(2, "main", ("--fp16", "--accumulate", "2", "--lr-schedule", "cosine", "--warmup", "5"))
+    yield pytest.param(in_parts, EVENTS[0], "a step", marks=pytest.mark.slow, id="2 x parts on a cosine, kill -9")
 
 
 @pytest.mark.parametrize(("command", "event", "moment"), list(cases()))

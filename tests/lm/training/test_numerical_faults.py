@@ -293,6 +293,18 @@ def test_a_dynamic_scale_finds_its_way_down(programs, script) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_an_overflow_in_any_part_of_a_batch_skips_its_step(programs, script) -> None:
+    """In the first part of step 3, and in the last one of step 5. Skipped steps count on a schedule."""
+    programs.spoil_gradients({2 * 3 + 1, 5 * 3}, BAD)
+    flags = ["--accumulate", "3", "--max-steps", "7", "--lr", "2", "--lr-schedule", "cosine"]
+    run = programs.train(script, *HALF[script], *flags)
+    assert [row["step"] for row in run.steps if not row["applied"]] == [3, 5]
+    halvings = [0, 0, 0, 1, 1, 2, 2] if script != "main" else [0] * 7
+    assert [row["loss_scale"] for row in run.steps] == [run.steps[0]["loss_scale"] / 2**n for n in halvings]
+    assert [row["lr"] for row in run.steps] == pytest.approx([2 * math.cos(math.pi * n / 14) ** 2 for n in range(7)])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_learning_rate_that_blows_up(programs, script) -> None:
     """Weights near 1e38 give a loss that is inf, be the gradients finite or not: no mode goes on with that for ever."""
     flags = ["--lr", "1e38", "--clip", "inf", "--max-skipped", "6", "--dropout", "0"]

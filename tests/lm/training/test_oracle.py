@@ -1,10 +1,9 @@
 """The trainers against a plain PyTorch loop, and against each other, bit by bit."""
 
 import copy
-import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 import jobs
 from jobs import on
 from lm.data.corpus import Corpus, batchify, get_batch
+from lm.model.model_file import load_model
 from lm.options.modes import DEFAULT_MODES
 from lm.training.checkpoint import FILE
 from programs import TINY, strict_json, write_corpus
@@ -124,11 +125,17 @@ def plain_epoch(model: nn.Module, optimizer: torch.optim.SGD, data: Tensor) -> I
         yield loss.item(), norm.item()
 
 
-def plain_loop(folder: Path, device: str, kind: type[nn.Module] = PlainLSTM) -> Rows:
-    """The first steps."""
+def plain_loop(
+    folder: Path, device: str, kind: type[nn.Module] = PlainLSTM, rates: Sequence[float] = (LR,) * STEPS
+) -> Rows:
+    """The first steps, at these learning rates."""
     corpus = Corpus(folder)
-    steps = plain_epoch(*plain_start(corpus, device, kind, LR), batchify(corpus.train, BATCH, device))
-    return list(itertools.islice(steps, STEPS))
+    model, optimizer = plain_start(corpus, device, kind, LR)
+    steps, history = plain_epoch(model, optimizer, batchify(corpus.train, BATCH, device)), []
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        history.append(next(steps))
+    return history
 
 
 @torch.no_grad()
@@ -227,6 +234,58 @@ def test_a_scale_that_is_no_power_of_two_rounds(train, corpus) -> None:
     assert history(train("run", "main", "--static-loss-scale=1000", f"--max-steps={STEPS}")) != plain_loop(
         corpus, "cpu"
     )
+
+
+SCHEDULES: dict[str, tuple[str, list[str], Callable[[Any], list[LRScheduler]]]] = {
+    "anneal, warmup": ("main", ["--warmup", "9"], lambda o: [LinearLR(o, 1 / 9, 1.0, 8)]),
+    "constant": ("main_amp", ["--lr-schedule", "constant"], lambda o: []),
+    "cosine": ("main_fp16_optimizer", ["--lr-schedule", "cosine"], lambda o: [CosineAnnealingLR(o, 30)]),
+    "cosine, warmup": (
+        "main_amp",
+        ["--lr-schedule", "cosine", "--warmup", "9"],
+        lambda o: [LinearLR(o, 1 / 9, 1.0, 8), CosineAnnealingLR(o, 30)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_a_schedule_is_that_of_torch(train, corpus, case) -> None:
+    """The rates that are recorded, and those that the steps take."""
+    script, flags, of_torch = SCHEDULES[case]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
+    schedulers, expected = of_torch(optimizer), []
+    for _ in range(30):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    run = train("run", script, *FP32[script], *flags, "--max-steps=30")
+    rates = [row["lr"] for row in jobs.rows(run)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert history(run) == plain_loop(corpus, "cpu", rates=rates)
+
+
+PARTS = {  # -> relative error of a loss at the first step and after 20, of a weight after 20
+    "fp32": (2e-7, 1e-6, 2e-6),
+    "manual": (2e-4, 5e-4, 3e-3),
+    "fp16-optimizer-dynamic": (2e-4, 5e-4, 3e-3),
+    "amp-fp16": (2e-4, 5e-4, 3e-3),
+    "amp-bf16": (2e-3, 4e-3, 2e-2),
+}
+
+
+@pytest.mark.parametrize("mode", jobs.mostly_slow(PARTS, "fp32", "manual", "amp-bf16"))
+def test_the_parts_of_a_batch_train_what_the_whole_trains(train, mode) -> None:
+    """Without dropout, of which each part draws its own. Three parts of four columns have 2, 1 and 1."""
+    flags = [*jobs.MODES[mode], "--dropout=0", "--max-steps=20"]
+    whole, parts = train("whole", *flags), train("parts", *flags, "--accumulate=3")
+    errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(jobs.rows(parts), jobs.rows(whole), strict=True)]
+    weights = [load_model(Path(f"{run}.pt"))[0].state_dict() for run in (parts, whole)]
+    moved = max(float((weights[0][n] - w).abs().max() / w.abs().max()) for n, w in weights[1].items())
+    first, last, weight = PARTS[mode]
+    assert errors[0] <= first
+    assert 0 < max(errors) <= last, "rounding alone differs, and it does"
+    assert 0 < moved <= weight
 
 
 class ClipsScaledGradients(MasterWeights):  # type: ignore[misc]

@@ -60,16 +60,30 @@ def test_more_epochs_are_the_longer_run(programs, whole):
     [
         *(("fp32", "LSTM"), ("amp-bf16", "LSTM"), ("fp16-optimizer-dynamic", "GRU"), ("amp-fp16", "GRU")),
         *(("manual", "Transformer"), ("amp-bf16", "Transformer"), ("manual", "RNN_TANH")),
+        ("amp-fp16", "LSTM --lr-schedule cosine --warmup 30 --optimizer adamw --accumulate 3"),
+        pytest.param("manual", "Transformer --warmup 30 --accumulate 3", marks=pytest.mark.slow),
     ],
 )
 def test_dropout_goes_on_with_the_masks_of_the_run_never_stopped(programs, device, mode, kind):
     """On embeddings and output, and between the two layers, for which cuDNN would draw from a state of its own."""
     script, *flags = jobs.MODES[mode]
-    flags += [*TINY, "--model", kind, "--lr", "2", "--dropout", "0.2", "--checkpoint-interval", "5", *jobs.on(device)]
+    flags += [
+        *TINY,
+        "--model",
+        *kind.split(),
+        "--lr",
+        "2",
+        "--dropout",
+        "0.2",
+        "--checkpoint-interval",
+        "5",
+        *jobs.on(device),
+    ]
     assert programs.run(script, *flags).code == 0
     expected = outcome(programs.folder), state_bits(Path("run") / FILE)
     shutil.rmtree("run")
-    kill_at(programs, 29, script, *flags)  # three steps after a checkpoint, in the second epoch
+    passes = 28 * 3 + 2 if "--accumulate" in kind else 29  # in the second part of step 29, or before it
+    kill_at(programs, passes, script, *flags)  # three steps after a checkpoint, in the second epoch
     assert "going on with run at epoch 2, step 26\n" in resume(programs, script).out
     assert (outcome(programs.folder), state_bits(Path("run") / FILE)) == expected
 
@@ -114,6 +128,11 @@ ENDS = {  # -> flags of the run, flags to resume it with, what is said
     ),
     "fewer steps left": (["--max-steps", "12"], ["--max-steps", "12"], "has come to the end that --max-steps 12 sets;"),
     "dry run": (["--dry-run"], ["--epochs", "7"], "has come to the end that --dry-run sets; to go on, start a new run"),
+    "cosine": (
+        ["--max-steps", "12", "--lr-schedule", "cosine"],
+        [],
+        "has come to the end that --max-steps 12 sets; to go on, start a new run",
+    ),
 }
 
 

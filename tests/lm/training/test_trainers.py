@@ -208,6 +208,27 @@ def test_epochs_end_a_run_before_max_steps(programs):
     assert len(programs.train("main", "--epochs", "1", "--max-steps", "1000").steps) == BATCHES
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_other_schedules_heed_no_validation(programs, schedule, monkeypatch):
+    """A cosine falls over all epochs. The rate of an epoch is that of its last step."""
+    losses = iter([5.0, 6.0, 7.0, 5.0])
+    monkeypatch.setattr(lm.training.loop, "evaluate", lambda *_: next(losses))
+    run = programs.train("main", "--epochs", "3", "--lr", "16", "--lr-schedule", schedule)
+    half_turns = [step / (3 * BATCHES) if schedule == "cosine" else 0.0 for step in range(3 * BATCHES)]
+    assert [row["lr"] for row in run.steps] == pytest.approx([16 * math.cos(math.pi / 2 * t) ** 2 for t in half_turns])
+    assert [row["lr"] for row in run.epochs] == [row["lr"] for row in run.steps[BATCHES - 1 :: BATCHES]]
+
+
+def test_the_job_names_a_schedule_that_is_not_the_default(programs):
+    """So that a run is compared with those from before there was a choice. The length of a cosine changes its steps."""
+    job = programs.train("main", "--dry-run").config["job"]
+    assert not {"lr_schedule", "warmup"} & job.keys()
+    flags = ["--dry-run", "--lr-schedule", "cosine", "--warmup", "3", "--accumulate", "2"]
+    config = programs.train("main", *flags, name="b").config
+    assert config["job"] == job | {"lr_schedule": "cosine", "warmup": 3}
+    assert (config["length"], config["environment"]["accumulate"]) == ([], 2)
+
+
 @every_half
 def test_lr_is_divided_by_4_when_validation_does_not_improve(programs, script, flags, monkeypatch):
     """The best model, not the last, is saved and tested; an equal loss is no improvement."""
@@ -221,8 +242,8 @@ def test_lr_is_divided_by_4_when_validation_does_not_improve(programs, script, f
     train_step = lm.training.loop.Training.train_step
 
     def watch(training, *rest):
+        train_step(training, *rest)
         rates.append({group["lr"] for group in training.precision.param_groups})
-        return train_step(training, *rest)
 
     monkeypatch.setattr(lm.training.loop, "evaluate", evaluate)
     monkeypatch.setattr(lm.training.loop.Training, "train_step", watch)

@@ -222,6 +222,7 @@ SETTINGS = {
     "processes": ("environment", [1, 2], "processes is 1 in"),
     "tf32": ("environment", [False, True], "tf32 is false in"),
     "deterministic": ("environment", [False, True], "deterministic is false in"),
+    "accumulate": ("environment", [1, 2], "accumulate is 1 in"),
 }
 
 
@@ -236,6 +237,14 @@ def test_runs_of_other_settings_are_not_pooled(run, name: str) -> None:
     assert compare_runs(runs + others, anyway=True).differences
     same = [run("manual", seed, **{part: config | {name: values[0]}}) for seed in (1, 2)]
     assert words(compare_runs(runs + same)) == ["reference", "described"]
+
+
+def test_a_run_that_does_not_say_its_parts_had_one_for_each_batch(run) -> None:
+    """As runs had before a batch could have several."""
+    environment = make_config("manual", 1)["environment"]
+    one, two = (run("manual", environment=environment | {"accumulate": n}) for n in (1, 2))
+    assert compare_runs([run(), one]).differences == []
+    assert "accumulate is 1 in" in refusal([run(), two])
 
 
 def test_a_finished_run_may_have_no_test_loss(run) -> None:
@@ -332,6 +341,7 @@ def test_when_loss_scales_let_modes_agree(run, case: str) -> None:
     [
         {"environment": {"device": "B"}}, {"environment": {"torch": "2.6.0"}}, {"environment": {"threads": 3}},
         {"environment": {"cudnn": "91002"}}, {"environment": {"tf32": True}}, {"environment": {"processes": 2}},
+        {"environment": {"accumulate": 2}},
         {"job": {"lr": 5.0}}, {"job": {"corpus": {"sha256": {"valid": "ff" * 32}}}},
     ],
 )  # fmt: skip
