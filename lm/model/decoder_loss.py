@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.autograd.function import once_differentiable
 
+from apex_compat.amp import disable_casts
 from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded
 
 aten: Any = torch.ops.aten
@@ -101,9 +102,13 @@ def _keep_memory(logits: Tensor) -> None:
 
 
 class _DecoderLoss(torch.autograd.Function):
-    """Forward has `out=`, on which autocast has no hold; backward belongs outside of autocast, as torch says."""
+    """Forward has `out=`, on which autocast has no hold; backward belongs outside of autocast, as torch says.
+
+    O1 of apex would cast in both. Here all operands have their dtypes.
+    """
 
     @staticmethod
+    @disable_casts()
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, logits: Tensor, half: torch.dtype | None
     ) -> Tensor:
@@ -122,6 +127,7 @@ class _DecoderLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @disable_casts()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, targets, count, logits = ctx.saved_tensors
         wide = _wide_rows(logits)

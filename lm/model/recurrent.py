@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.backends import cudnn
 from torch.backends.cudnn.rnn import get_cudnn_mode
 
+from apex_compat.amp import disable_casts
 from lm.model.kernels import compute_dtype, half_through_fp32, rounded, without_autocast
 
 
@@ -34,6 +35,7 @@ class _BiasOverTime(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @disable_casts()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, states = grad.flatten(0, 1), torch.cat(ctx.states)
         ctx.states.clear()  # which would live as long as somebody keeps the loss
