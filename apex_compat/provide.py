@@ -29,10 +29,16 @@ MODULES = (
     "fp16_utils.fp16_optimizer",
     "fp16_utils.fp16util",
     "fp16_utils.loss_scaler",
+    "parallel",
+    "parallel.LARC",
+    "parallel.distributed",
+    "parallel.optimized_sync_batchnorm",
+    "parallel.sync_batchnorm",
 )
 """Lists the modules that scripts import from apex, as apex and this package both name them.
 
-A submodule must be listed, or its import would load a second copy with classes of its own.
+A submodule must be listed, or its import would load a second copy with classes of its own. parallel.multiproc
+is not listed: it has no class, and `python -m` refuses a module that has another name of its own.
 """
 SUBPACKAGES = tuple(name for name in MODULES if "." not in name)
 

@@ -5,6 +5,9 @@ Run it: python examples/cnn.py
 It needs the pages' packages: pip install 'roundoff[report]'.
 """
 
+# %% [markdown]
+# In Colab, upload the wheel (`python -m build`). Run `%pip install "roundoff-0.2.0-py3-none-any.whl[report]"` first.
+
 # %%
 import tempfile
 from pathlib import Path

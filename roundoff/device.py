@@ -66,7 +66,7 @@ def set_tf32(allowed: bool) -> None:
     with warnings.catch_warnings(action="ignore"):  # torch 2.9 warns of the older names
         torch.backends.cuda.matmul.allow_tf32 = allowed
         cudnn.allow_tf32 = allowed
-    if not allowed and hasattr(cudnn, "rnn"):  # else these inherit what is set for all of torch
+    if not allowed and hasattr(cudnn, "conv"):  # from torch 2.9 on; else these inherit what is set for all of torch
         cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import importlib.util
 import io
+import json
 import math
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,10 +26,22 @@ from roundoff.modes import named
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    """Run an example; one that has a notebook from the notebook's cells."""
+    notebook = ROOT / "examples" / f"{name}.ipynb"
+    if notebook.exists():
+        module = ModuleType(f"example_{name}")
+        exec("\n".join(cells(notebook, "code")), vars(module))  # noqa: S102
+        return module
+    spec = importlib.util.spec_from_file_location(f"example_{name}", notebook.with_suffix(".py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def cells(notebook: Path, kind: str) -> list[str]:
+    """Return the source of each cell of a kind, "code" or "markdown"."""
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
 
 
 class Ran(NamedTuple):
@@ -57,6 +71,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
             return Ran(load(name), printed.getvalue())
 
     return run
+
+
+@pytest.mark.parametrize("kind", ["code", "markdown"])
+def test_the_notebook_is_the_example(kind: str) -> None:
+    """`make notebook` writes it anew."""
+    jupytext = pytest.importorskip("jupytext", reason="this environment lacks jupytext, of the extra dev")
+    script = jupytext.read(ROOT / "examples" / "cnn.py")
+    written = [cell["source"] for cell in script["cells"] if cell["cell_type"] == kind]
+    assert cells(ROOT / "examples" / "cnn.ipynb", kind) == written
+    assert len(written) > 3
 
 
 @pytest.mark.parametrize("name", ["cnn", "gpt", "tabular"])

@@ -1,15 +1,10 @@
 """Holds the state of amp in this process, which scripts read and write under its apex names."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from apex_compat.amp.frontend import Properties
-    from apex_compat.amp.handle import AmpHandle, NoOpHandle
-    from apex_compat.amp.scaler import LossScaler
 
 
 class AmpState:
@@ -21,13 +16,13 @@ class AmpState:
         verbosity: 0 prints nothing, 1 the options and each overflow, 2 each cast of O1 too.
         check_overflow: True skips the steps that overflow under a static loss scale.
         min_loss_scale, max_loss_scale: the bounds of dynamic loss scales.
-        loss_scalers: one for each loss. It is empty before `initialize`, and if that had enabled=False.
-        opt_properties: the properties of the last `initialize`. Missing before the first.
-        handle: the handle of O1 or `amp.init`. Missing before the first.
+        loss_scalers: a `LossScaler` for each loss. It is empty before `initialize`, and if that had enabled=False.
+        opt_properties: the `Properties` of the last `initialize`. Missing before the first.
+        handle: the `AmpHandle` or `NoOpHandle` of O1 or `amp.init`. Missing before the first.
     """
 
-    opt_properties: "Properties"
-    handle: "AmpHandle | NoOpHandle"
+    opt_properties: Any
+    handle: Any
 
     def __init__(self) -> None:
         self.hard_override = False
@@ -36,7 +31,7 @@ class AmpState:
         self.check_overflow = False
         self.min_loss_scale: float | None = None
         self.max_loss_scale = 2.0**24
-        self.loss_scalers: list[LossScaler] = []
+        self.loss_scalers: list[Any] = []
 
 
 _amp_state = AmpState()

@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,15 @@ from apex_compat.fp16_utils import FP16_Optimizer, convert_network
 from apex_compat.fp16_utils.checks import HALF_DTYPES
 from apex_compat.fp16_utils.masters import followed
 
-if TYPE_CHECKING:
-    from apex_compat.amp.frontend import Properties
-
 
 def _initialize(
     models: Any,
     optimizers: Any,
-    properties: "Properties",
+    properties: Any,
     num_losses: int = 1,
     cast_model_outputs: torch.dtype | None = None,
 ) -> Any:
-    """Do what `amp.initialize` does once the properties are settled."""
+    """Do what `amp.initialize` does once the `Properties` are settled."""
     listed_optimizers, listed_models = _optimizers(optimizers), _models(models)
     check_models(listed_models)
     if not _amp_state.allow_incoming_model_not_fp32:
@@ -115,7 +112,7 @@ def check_optimizers(optimizers: list[Any]) -> None:
             )
 
 
-def _casts_weights(properties: "Properties") -> bool:
+def _casts_weights(properties: Any) -> bool:
     # O1 has cast_model_type=torch.bfloat16 for the dtype of its half precision.
     return bool(properties.cast_model_type) and not properties.patch_torch_functions
 
@@ -131,12 +128,12 @@ def _device_types(models: list[nn.Module]) -> frozenset[str]:
     return frozenset(t.device.type for model in models for t in (*model.parameters(), *model.buffers()))
 
 
-def _cast_model(model: nn.Module, properties: "Properties", outputs: torch.dtype | None) -> None:
+def _cast_model(model: nn.Module, properties: Any, outputs: torch.dtype | None) -> None:
     """Cast the weights of `model`, and let hooks cast what goes in and out and what is saved."""
     _remove_hooks(model)
     if not _casts_weights(properties):
         if outputs:
-            model.register_forward_hook(CastOutputs(outputs))
+            model.register_forward_hook(CastOutputs(outputs), prepend=True)
         return
     dtype = properties.cast_model_type
     if properties.keep_batchnorm_fp32:
@@ -144,8 +141,9 @@ def _cast_model(model: nn.Module, properties: "Properties", outputs: torch.dtype
     else:
         model.to(dtype)
     model.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
-    model.register_forward_hook(CastOutputs(outputs or torch.float32))
-    for module in model.modules():
+    # The user's hooks see what the model returns: cast outputs.
+    model.register_forward_hook(CastOutputs(outputs or torch.float32), prepend=True)
+    for module in model.modules() if dtype in HALF_DTYPES else ():
         module.register_state_dict_post_hook(_save_fp32)  # type: ignore[no-untyped-call]
 
 

@@ -195,12 +195,11 @@ def _prepare_with_masters(self: Any) -> None:
     """Clear the gradients of the model, so that the backward pass to come makes new ones at the loss scale."""
     self._amp_lazy_init()
     stash = self._amp_stash
-    for half, master in zip(stash.all_fp16_params, stash.all_fp32_from_fp16_params, strict=True):
-        if half in stash.frozen and half.requires_grad:  # it was unfrozen, and may have changed before that
-            stash.frozen.remove(half)
-            master.copy_(followed(master, half))
-    stash.earlier_grads = _take_grads(stash.all_fp32_from_fp32_params)
-    half_grads = _take_grads(stash.all_fp16_params)
+    for half in [half for half in stash.frozen if half.requires_grad]:  # unfrozen, and perhaps changed before that
+        stash.frozen.remove(half)
+        fp32_values[half].copy_(followed(fp32_values[half], half))
+    stash.earlier_grads = take_grads(stash.all_fp32_from_fp32_params)
+    half_grads = take_grads(stash.all_fp16_params)
     if _keeps_half_grads(self):  # elsewhere the masters have them, unscaled and in fp32
         stash.earlier_grads |= half_grads
 
@@ -217,10 +216,10 @@ def _post_with_masters(self: Any, scaler: LossScaler) -> None:
         return
     stash = self._amp_stash
     masters = stash.all_fp32_from_fp16_params
-    earlier = _take_grads(masters)
+    earlier = take_grads(masters)
     gradients.copy_to_masters(stash.all_fp16_params, masters)
-    _unscale_and_add(masters, earlier, scaler)
-    _unscale_and_add(stash.all_fp32_from_fp32_params, stash.earlier_grads, scaler)
+    unscale_and_add(masters, earlier, scaler)
+    unscale_and_add(stash.all_fp32_from_fp32_params, stash.earlier_grads, scaler)
     stash.earlier_grads = {}
 
 
@@ -269,7 +268,7 @@ def _prepare_without_masters(self: Any) -> None:
     """Set the earlier gradients aside, so that the backward pass to come makes new ones at the loss scale."""
     self._amp_lazy_init()
     stash = self._amp_stash
-    stash.earlier_grads = _take_grads(stash.all_fp16_params + stash.all_fp32_params)
+    stash.earlier_grads = take_grads(stash.all_fp16_params + stash.all_fp32_params)
 
 
 @torch.no_grad()
@@ -277,7 +276,7 @@ def _post_without_masters(self: Any, scaler: LossScaler) -> None:
     """Unscale the new gradients and add the earlier ones. Only the new ones are checked."""
     self._amp_lazy_init()
     stash = self._amp_stash
-    _unscale_and_add(stash.all_fp16_params + stash.all_fp32_params, stash.earlier_grads, scaler)
+    unscale_and_add(stash.all_fp16_params + stash.all_fp32_params, stash.earlier_grads, scaler)
     stash.earlier_grads = {}
 
 
@@ -297,12 +296,18 @@ def _add_param_group(self: Any, add: Callable[..., Any], new_group: dict[str, An
 def restore_grads(optimizer: Any) -> None:
     """Undo what `_prepare_amp_backward` did: the body of `scale_loss` raised."""
     stash = optimizer._amp_stash
-    for param in (*stash.all_fp16_params, *stash.all_fp32_params, *stash.all_fp32_from_fp32_params):
-        param.grad = stash.earlier_grads.get(param)
+    params = (*stash.all_fp16_params, *stash.all_fp32_params, *stash.all_fp32_from_fp32_params)
+    put_grads_back(params, stash.earlier_grads)
     stash.earlier_grads = {}
 
 
-def _take_grads(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+def put_grads_back(params: Iterable[Tensor], earlier: dict[Tensor, Tensor]) -> None:
+    """Give `params` the gradients that `take_grads` returned, and no others."""
+    for param in params:
+        param.grad = earlier.get(param)
+
+
+def take_grads(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     """Return the gradients of `params` by parameter, and leave the parameters without."""
     taken = {}
     for param in params:
@@ -312,7 +317,8 @@ def _take_grads(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     return taken
 
 
-def _unscale_and_add(params: Sequence[Tensor], earlier: dict[Tensor, Tensor], scaler: LossScaler) -> None:
+@torch.no_grad()
+def unscale_and_add(params: Sequence[Tensor], earlier: dict[Tensor, Tensor], scaler: LossScaler) -> None:
     """Unscale the gradients of `params` in place, and add `earlier` ones, which are unscaled already.
 
     The sum is taken in fp32 and rounded once.

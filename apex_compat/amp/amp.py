@@ -1,6 +1,7 @@
 """Installs the casts of O1, and wraps and registers functions of the user's."""
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -127,8 +128,9 @@ def rules(allow_banned: bool = False) -> Iterator[tuple[Any, str, wrap.Rule]]:
 
 
 def _named(function: Any, owner: Any, name: str) -> Any:
-    """Name `function` so that pickle finds it where it is patched in: a module may hold F.gelu."""
-    is_class = isinstance(owner, type)
-    function.__module__ = owner.__module__ if is_class else owner.__name__
-    function.__qualname__ = f"{owner.__qualname__}.{name}" if is_class else name
+    """Name `function` so that pickle finds it where it is patched in: a layer of a model may hold F.gelu."""
+    if isinstance(owner, ModuleType):
+        function.__module__, function.__qualname__ = owner.__name__, name
+    elif isinstance(owner, type):
+        function.__module__, function.__qualname__ = owner.__module__, f"{owner.__qualname__}.{name}"
     return function

@@ -70,7 +70,7 @@ def scale_loss(
 
 
 def _scaler(loss_id: int) -> LossScaler:
-    scalers = _amp_state.loss_scalers
+    scalers: list[LossScaler] = _amp_state.loss_scalers
     if not 0 <= loss_id < len(scalers):
         raise RuntimeError(
             f"loss_id is {loss_id}; amp.initialize had num_losses={len(scalers)}, which allows 0 to {len(scalers) - 1}"

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from apex_compat.amp._amp_state import master_params, maybe_print
+from apex_compat.amp._process_optimizer import put_grads_back, take_grads, unscale_and_add
 from apex_compat.amp.scaler import LossScaler
 from apex_compat.amp.utils import casts_disabled
-
-if TYPE_CHECKING:
-    from apex_compat.amp.handle import AmpHandle, NoOpHandle
 
 
 class OptimWrapper:
@@ -29,11 +27,11 @@ class OptimWrapper:
 
     Args:
         optimizer: a torch optimizer.
-        amp_handle: of `amp.init`. Where it is not active, nothing is scaled.
+        amp_handle: what `amp.init` returned. Where it is not active, nothing is scaled.
         num_loss: the number of losses in a step.
     """
 
-    def __init__(self, optimizer: Any, amp_handle: "AmpHandle | NoOpHandle", num_loss: int) -> None:
+    def __init__(self, optimizer: Any, amp_handle: Any, num_loss: int) -> None:
         self._optimizer = optimizer
         self._amp_handle = amp_handle
         self._num_loss = num_loss
@@ -55,19 +53,16 @@ class OptimWrapper:
             raise RuntimeError(f"scale_loss was called more than num_loss={self._num_loss} times before step()")
         scaler = self._loss_scaler[self._loss_idx]
         params = list(master_params(self._optimizer))
-        # The gradients of the losses before are unscaled already.
-        earlier = [param.grad for param in params] if self._loss_idx else [None] * len(params)
-        if self._loss_idx:
-            for param in params:
-                param.grad = None
-        yield loss.float() * scaler.loss_scale()
+        earlier = take_grads(params)  # of the losses before: unscaled already
+        try:
+            yield loss.float() * scaler.loss_scale()
+        except BaseException:
+            put_grads_back(params, earlier)
+            raise
         scaler.clear_overflow_state()
-        scaler.unscale_(param.grad for param in params if param.grad is not None)
+        unscale_and_add(params, earlier, scaler)
         self._skip_next[self._loss_idx] = scaler.update_scale()
         self._loss_idx += 1
-        for param, grad in zip(params, earlier, strict=True):
-            if grad is not None:
-                param.grad = grad if param.grad is None else param.grad + grad
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step, unless one of the losses overflowed.

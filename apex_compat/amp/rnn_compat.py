@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from apex_compat.amp import wrap
+from apex_compat.amp.handle import AmpHandle
 from apex_compat.amp.utils import casts, uncached_half
-
-if TYPE_CHECKING:
-    from apex_compat.amp.handle import AmpHandle
 
 RNN_NAMES = ["rnn_relu", "rnn_tanh", "gru", "lstm"]
 CELL_NAMES = [f"{name}_cell" for name in RNN_NAMES]
@@ -56,7 +54,7 @@ def check_any_dtype(check: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def patch_rnns(handle: "AmpHandle") -> None:
+def patch_rnns(handle: AmpHandle) -> None:
     """Let the recurrent modules of torch.nn find the wrappers until `handle` is deactivated."""
     module: Any = torch.nn.modules.rnn
     handle.patch(module, "_VF", VariableFunctionsShim(module._VF))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apex_compat.amp._amp_state import maybe_print
+from apex_compat.amp.utils import casts_disabled
 from apex_compat.fp16_utils import gradients
 from apex_compat.fp16_utils.policy import DynamicScale, StaticScale
 
@@ -87,6 +88,7 @@ class LossScaler:
         # One number, not 0 after an overflow. Scripts that reduce gradients themselves put their own here.
         self._overflow_buf = torch.zeros(())
 
+    @casts_disabled()  # O1 would round the reciprocal twice
     def unscale_(self, grads: Iterable[Tensor]) -> None:
         """Divide gradients by the scale, as `multiply_` does."""
         self.multiply_(grads, gradients.reciprocal(self._policy.scale))
@@ -109,6 +111,7 @@ class LossScaler:
             # A product can leave its dtype only where the factor is above 1.
             self._overflow_buf = gradients.unscale_(tensors, factor, found, narrow=factor.item() <= 1)
 
+    @casts_disabled()
     def update_scale(self) -> bool:
         """Move the scale as the class describes, once for all calls of `unscale_` since `clear_overflow_state`.
 

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import is_grad_enabled as has_grad
 from torch.nn import Parameter
-
-if TYPE_CHECKING:
-    from apex_compat.amp.handle import AmpHandle
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """The dtypes that O1 casts from."""
@@ -36,7 +33,7 @@ class Casts:
 
     def __init__(self) -> None:
         self.on = False
-        self.handle: AmpHandle | None = None
+        self.handle: object = None
         self.half = torch.float16
         self.device_types: frozenset[str] = frozenset()
         self.caching = True

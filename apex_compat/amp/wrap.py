@@ -20,10 +20,15 @@ def half(function: Function, name: str) -> Function:
     """Cast all floating point arguments to half precision, weights through the cache."""
 
     @wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*given: Any, **kwargs: Any) -> Any:
+        args: Any = given
         if casts.on:
             dtype = casts.half
-            args = tuple([a if getattr(a, "dtype", None) is dtype else maybe_half(a, name) for a in args])
+            for i, arg in enumerate(given):
+                if getattr(arg, "dtype", None) is not dtype:
+                    if args is given:
+                        args = list(given)
+                    args[i] = maybe_half(arg, name)
             if kwargs:
                 kwargs = _cast_kwargs(maybe_half, kwargs, name)
         return function(*args, **kwargs)

@@ -65,8 +65,8 @@ def find_accelerator(name: str | None, *, cuda: bool = False, processes: int = 1
     Raises:
         UsageError: there is none, it is of a kind that this project does not support, or another one was asked for.
     """
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    found = torch.accelerator.current_accelerator()
+    if found is None or not torch.accelerator.is_available():  # torch 2.6 names one that is not there
         raise UsageError("--accel: torch finds no accelerator here; to run on the CPU, leave the flag out")
     if found.type not in ACCELERATORS:
         raise UsageError(f"--accel: {found.type} is not supported ({', '.join(ACCELERATORS)} are); leave the flag out")

@@ -177,7 +177,8 @@ def probe(
         reference: torch.float32 for a model that has no float64 kernels. Casts in model and loss to narrower dtypes
             have no effect in the reference, so `.float()` before a loss may stay.
         seed: of dropout and all else that is drawn.
-        lr, clip: of a plain SGD step, to count the updates that half weights without masters would lose.
+        lr: learning rate of a plain SGD step, to count the updates that half weights without masters would lose.
+        clip: norm to which that step clips the gradient.
         flush_limit: the share of a gradient that a loss scale that serves may flush.
         job: what is probed, for the records; any mapping.
 

@@ -400,14 +400,16 @@ class TestCache:
         ],
         ids=["load_state_dict", "in place"],
     )
-    def test_a_changed_weight_is_cast_anew(self, change):
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_a_changed_weight_is_cast_anew(self, change, grad):
         layer = nn.Linear(2, 1, bias=False)
         nn.init.ones_(layer.weight)
         o1()
         x = torch.ones(1, 2)
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             assert layer(x).item() == 2.0
-            change(layer)
+            with torch.no_grad():
+                change(layer)
             assert layer(x).item() == 4.0
 
     def test_a_frozen_weight_that_is_unfrozen(self):
@@ -417,6 +419,21 @@ class TestCache:
         layer.requires_grad_(True)
         layer(torch.ones(1, 2)).sum().backward()
         assert layer.weight.grad is not None
+
+
+def test_attention_is_cast_in_evaluation_too():
+    """There torch has a kernel for whole layers, past all functions that could cast."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True).eval(), torch.randn(2, 3, 4)
+    o1()
+    with torch.no_grad():
+        assert attention(x, x, x, need_weights=False)[0].dtype == HALF
+        assert not torch.equal(layer(x), uncast(layer, x))
+
+
+def uncast(layer, x):
+    with amp.disable_casts():
+        return layer(x)
 
 
 def test_owners_hold_what_the_table_names():

@@ -167,6 +167,7 @@ def nothing_is_banned_where_casts_are_disabled():
     with amp.disable_casts():
         assert F.binary_cross_entropy(x, x).dtype == torch.float16
         x.exp_()
+        torch.exp_(x)
 
 
 def a_second_initialize_starts_afresh():
@@ -193,6 +194,9 @@ def a_second_initialize_starts_afresh():
 def another_level_takes_the_casts_away():
     o1()
     set_up("O2")
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+    o1()
+    amp.initialize(mlp(), enabled=False)
     assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
 
 

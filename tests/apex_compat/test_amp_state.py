@@ -69,6 +69,7 @@ def test_a_resumed_run_is_the_undisturbed_one(level, optimizer, moment, device):
             checkpoint = saved(network, wrapped)
         step(network, wrapped, i, device)
     expected = everything(network, wrapped)
+    assert amp._amp_state.loss_scalers[0].loss_scale() == 2.0**16 / 2 ** len(SPOILED)  # all others were applied
     network, wrapped = build(level, optimizer, device)
     if moment == "after a step":
         step(network, wrapped, 10, device)
@@ -78,6 +79,55 @@ def test_a_resumed_run_is_the_undisturbed_one(level, optimizer, moment, device):
     for i in range(SAVED_BEFORE, STEPS):
         step(network, wrapped, i, device)
     assert same(expected, everything(network, wrapped))
+
+
+class Tied(nn.Module):
+    """Ties two layers, freezes a third, and has a BatchNorm without weights, whose statistics are in half."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.rows, self.frozen, self.out = nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(4, affine=False)
+        self.out.weight = self.rows.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, y):
+        return self.out(self.norm(self.frozen(self.rows(y))))
+
+
+def build_tied(level):
+    network = Tied()
+    groups = [
+        {"params": [network.rows.weight]},
+        {"params": [*network.frozen.parameters(), network.out.bias], "lr": 0.1},
+    ]
+    return initialize(network, adam(groups), opt_level=level, loss_scale=128.0)
+
+
+def steps_of_tied(network, optimizer, numbers):
+    for i in numbers:
+        optimizer.zero_grad()
+        _, y = images(i)
+        backward(F.cross_entropy(network(y), 2 - y), optimizer)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_tied_frozen_and_grouped_weights_resume(level):
+    network, optimizer = build_tied(level)
+    steps_of_tied(network, optimizer, range(3))
+    checkpoint = saved(network, optimizer)
+    steps_of_tied(network, optimizer, range(3, 6))
+    expected = everything(network, optimizer)
+    assert torch.equal(checkpoint["model"]["rows.weight"], checkpoint["model"]["out.weight"])
+    assert not torch.equal(network.rows.weight.float(), checkpoint["model"]["rows.weight"])
+    network, optimizer = build_tied(level)
+    network.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    amp.load_state_dict(checkpoint["amp"])
+    steps_of_tied(network, optimizer, range(3, 6))
+    assert same(expected, everything(network, optimizer))
 
 
 @each_level

@@ -151,7 +151,7 @@ def test_a_script_for_cuda_is_told_of_the_cpu_where_there_is_no_gpu(script, monk
 
     here = lines(available=False)
     assert [line for line in here if line.startswith("apex_compat: ")] == [TRY.format(path)] * helps
-    assert here[0] == "Traceback (most recent call last):"
+    assert "Traceback (most recent call last):" in here[:3]  # older torch first warns of its tensor types
     assert "Error: " in here[-1 - helps]
     assert TRY.format(path) not in lines(available=True) + lines("--device", "cpu", available=False)
 
@@ -173,8 +173,8 @@ def test_apex_is_provided_until_it_is_restored():
             ours = importlib.import_module(f"apex_compat.fp16_utils.{name}")
             assert importlib.import_module(f"apex.fp16_utils.{name}") is ours
         assert importlib.util.find_spec("apex").name == "apex"
-        with pytest.raises(ModuleNotFoundError, match=r"apex\.amp"):
-            importlib.import_module("apex.amp")
+        with pytest.raises(ModuleNotFoundError, match=r"apex\.contrib"):
+            importlib.import_module("apex.contrib")
 
     def finds_none():
         for name in ("apex", "apex.fp16_utils"):
@@ -196,23 +196,23 @@ def test_apex_is_provided_until_it_is_restored():
 @pytest.mark.parametrize("imported", [False, True])
 def test_an_installed_apex_keeps_the_rest(tmp_path, monkeypatch, own, imported):
     package = tmp_path / "apex"
-    (package / "amp").mkdir(parents=True)
+    (package / "contrib").mkdir(parents=True)
     (package / "__init__.py").write_text(own)
-    (package / "amp" / "__init__.py").write_text("initialize = 1")
+    (package / "contrib" / "__init__.py").write_text("initialize = 1")
     (package / "fp16_utils.py").write_text("OLD = True")
     monkeypatch.syspath_prepend(tmp_path)
     before = importlib.import_module("apex") if imported else None
     attributes = dict(vars(before)) if imported else {}
     with apex_compat.provide_apex() as provided:
-        assert importlib.import_module("apex.amp").initialize == 1
+        assert importlib.import_module("apex.contrib").initialize == 1
         assert importlib.import_module("apex.fp16_utils") is fp16_utils
         assert importlib.import_module("apex").fp16_utils is fp16_utils
     if imported:
         assert sys.modules["apex"] is before
         assert vars(before).get("fp16_utils") is attributes.get("fp16_utils")
-        amp = importlib.import_module("apex.amp")
+        contrib = importlib.import_module("apex.contrib")
         provided.restore()  # does nothing
-        assert sys.modules["apex.amp"] is amp
+        assert sys.modules["apex.contrib"] is contrib
     for name in apex_modules():
         assert imported
         del sys.modules[name]

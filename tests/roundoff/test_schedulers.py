@@ -118,6 +118,7 @@ def plain(scheduler: str, fused: bool) -> list[tuple[Any, ...]]:
     return trained(optimizer, SCHEDULERS[scheduler](optimizer), step)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # of the SequentialLR of torch 2.6 itself
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(("mode", "fused"), CASES)

@@ -15,7 +15,8 @@ from roundoff.errors import UsageError
 def accelerator(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
     """Let this machine have an accelerator of that kind."""
     found = None if kind is None else torch.device(kind)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
     if kind in ("cuda", "xpu", "mps"):
         monkeypatch.setattr(torch.get_device_module(kind), "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "init", lambda: None)

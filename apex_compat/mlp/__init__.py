@@ -1,0 +1,5 @@
+"""Has the interface of apex.mlp."""
+
+from apex_compat.mlp.mlp import MLP
+
+__all__ = ["MLP"]
