@@ -1,6 +1,7 @@
 """Mixed-precision training: the seam, the record of a run, and what a precision does to it, for any model and any loop.
 
-`MasterWeights`, `WrappedOptimizer`, `Autocast` and `AmpPrecision` are each a `Precision`, whose `step` returns a `StepResult`.
+`MasterWeights`, `WrappedOptimizer`, `Autocast` and `AmpPrecision` are each a `Precision`, and `step` of each returns a
+`StepResult`.
 `RunDirectory` writes the record of a run and tells each `Listener` of it. `read_run` reads a record. `compare_runs`
 puts runs side by side, and `compare` trains them first. Each name is imported when it is first asked for, so that
 `import roundoff` takes no time.

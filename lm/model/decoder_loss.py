@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.autograd.function import once_differentiable
 
-from apex_compat.amp import disable_casts
-from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded
+from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded, uncast
 
 aten: Any = torch.ops.aten
 
@@ -108,7 +107,7 @@ class _DecoderLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    @disable_casts()
+    @uncast
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, logits: Tensor, half: torch.dtype | None
     ) -> Tensor:
@@ -126,8 +125,8 @@ class _DecoderLoss(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
+    @uncast
     @once_differentiable
-    @disable_casts()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, targets, count, logits = ctx.saved_tensors
         wide = _wide_rows(logits)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def without_autocast(weight: Tensor) -> Iterator[None]:
     autocast: Any = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with autocast, disable_casts():
         yield
+
+
+def uncast(function: Any) -> Any:
+    """Decorate a method of an autograd function, whose operands have their dtypes: O1 of apex casts nothing in it."""
+
+    @wraps(function)
+    def wrapper(*args: Any) -> Any:
+        with disable_casts():
+            return function(*args)
+
+    return wrapper
 
 
 def cpu_multiplies(half: torch.dtype) -> bool:
