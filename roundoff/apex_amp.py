@@ -70,8 +70,9 @@ class AmpPrecision:
         if static_scale is None and dtype is not torch.float16:
             static_scale = 1.0
         self._own = _OwnState()
+        self.optimizer = optimizer
         with self._own.in_place():
-            _, self.optimizer = amp.initialize(
+            amp.initialize(
                 model,
                 optimizer,
                 opt_level=opt_level,
@@ -87,7 +88,8 @@ class AmpPrecision:
                     LossScaler("dynamic", init_scale, scale_window=scale_window, max_loss_scale=largest)
                 ]
             optimizer._lazy_init_maybe_master_weights()  # type: ignore[attr-defined]  # so the groups have the masters
-        self._zero = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        self._masters: list[Any] = list(amp.master_params(optimizer))
+        self._zero = torch.zeros((), device=self._masters[0].device)
         self._loss_scale = self._zero  # until there is a loss
 
     @property
@@ -104,7 +106,7 @@ class AmpPrecision:
         with self._own.in_place():
             self._loss_scale = torch.full_like(self._zero, _amp_state.loss_scalers[0].loss_scale())
             with amp.scale_loss(loss, self.optimizer, delay_unscale=True) as scaled:
-                scaled.backward()
+                scaled.backward()  # type: ignore[no-untyped-call]
 
     def step(self, max_norm: float) -> StepResult:
         """See `Precision.step`. It waits for the device once, to know whether to skip, as apex did."""
@@ -112,7 +114,7 @@ class AmpPrecision:
             (scaler,) = _amp_state.loss_scalers
             with amp.scale_loss(self._zero, self.optimizer, delay_overflow_check=True):
                 pass  # what is to be unscaled is there already
-            norm, found_inf = clip_if_finite(list(amp.master_params(self.optimizer)), max_norm)
+            norm, found_inf = clip_if_finite(self._masters, max_norm)
             scaler._overflow_buf = torch.maximum(scaler._overflow_buf, found_inf.float())
             if scaler.update_scale():
                 mark_overflow(self.optimizer, 0, scaler)
