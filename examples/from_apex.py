@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from roundoff import compare
 from roundoff.modes import Build
 
-ROWS, TEST, BATCH, NUMBERS, STEPS, LR = 2048, 4096, 128, 6, 80, 3e-3
+ROWS, TEST, BATCH, NUMBERS, STEPS, LR = 2048, 4096, 128, 6, 64, 3e-3
 MODES = ["apex-o1", "apex-o2", "amp-fp16", "fp32"]
 
 
