@@ -158,7 +158,7 @@ def test_half_weights_without_masters_train_a_table_worse(ran) -> None:
 def test_torch_amp_repeats_apex(ran) -> None:
     """O1 and autocast cast the same products of this model, and both loss scales move alike, overflows included."""
     example = ran("from_apex")
-    assert [example.row(mode)[2] for mode in example.module.MODES] == ["reference", *["equivalent"] * 3]
+    assert [example.row(mode)[2] for mode in example.module.MODES[:3]] == ["reference", "equivalent", "equivalent"]
     differs_at_step = dict(re.findall(r"^(\S+) .* equivalent +(\w+) ", example.printed, re.MULTILINE))
     assert differs_at_step["amp-fp16"] == "none" != differs_at_step["apex-o2"]
 
