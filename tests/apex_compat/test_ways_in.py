@@ -153,7 +153,7 @@ def test_a_script_for_cuda_is_told_of_the_cpu_where_there_is_no_gpu(script, monk
 
     here = lines(available=False)
     assert [line for line in here if line.startswith("apex_compat: ")] == [TRY.format(path)] * helps
-    assert here[0] == "Traceback (most recent call last):"
+    assert "Traceback (most recent call last):" in here[:3]  # older torch first warns of its tensor types
     assert "Error: " in here[-1 - helps]
     assert TRY.format(path) not in lines(available=True) + lines("--device", "cpu", available=False)
 

@@ -294,7 +294,7 @@ class ClipsScaledGradients(MasterWeights):  # type: ignore[misc]
     def step(self, max_norm: float) -> StepResult:
         norm = nn.utils.clip_grad_norm_(self._masters, max_norm)
         torch._foreach_mul_([m.grad for m in self._masters], self._inverse_scale)
-        self._optimizer.step()
+        self.optimizer.step()
         return StepResult(norm.isfinite(), norm * self._inverse_scale, self._loss_scale)
 
 
