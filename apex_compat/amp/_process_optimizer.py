@@ -19,7 +19,7 @@ from apex_compat.amp.scaler import LossScaler
 from apex_compat.amp.utils import casts, casts_disabled
 from apex_compat.fp16_utils import gradients
 from apex_compat.fp16_utils.checks import HALF_DTYPES, check_dtypes
-from apex_compat.fp16_utils.masters import followed, replace_by_masters
+from apex_compat.fp16_utils.masters import copy_to_unfrozen, followed, frozen_now, is_frozen, replace_by_masters
 
 fp32_values: Any = WeakTensorKeyDictionary()
 """Maps half-precision parameters to fp32 values: their masters, or what `load_state_dict` read for masters to come."""
@@ -38,7 +38,7 @@ class AmpOptimizerState:
         all_fp16_params, all_fp32_from_fp16_params, all_fp32_from_fp32_params: the same without groups.
         all_fp32_params: without masters, where the lists with "from" are empty, what `all_fp16_params` has not.
         earlier_grads: within `scale_loss`, by parameter, the gradients from before it that no master has.
-        frozen: half-precision parameters that did not require grad when their masters were made, nor since.
+        frozen: half-precision parameters that were frozen when a backward pass began or ended, or a step began.
     """
 
     def __init__(self) -> None:
@@ -116,6 +116,7 @@ def _step(self: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 def _step_with_masters(self: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     _refuse_closure(args, kwargs)
     self._amp_lazy_init()
+    _update_frozen(self._amp_stash)
     skipped = self._amp_stash.already_patched
     result = _step(self, step, *args, **kwargs)
     if not skipped:
@@ -168,7 +169,7 @@ def _adopt(optimizer: Any, *groups: dict[str, Any]) -> None:
         check_dtypes("optimizer", group["params"])
         masters, moved = replace_by_masters(optimizer, group, _new_master)
         state_moved |= moved
-        stash.frozen.update(half for half in masters if not half.requires_grad)
+        stash.frozen.update(filter(is_frozen, masters))
         stash.fp16_groups.append(list(masters))
         stash.fp32_from_fp16_groups.append(list(masters.values()))
         made = set(map(id, masters.values()))
@@ -190,14 +191,16 @@ def _new_master(half: Tensor) -> Tensor:
     return master
 
 
+def _update_frozen(stash: AmpOptimizerState) -> None:
+    stash.frozen = frozen_now(stash.all_fp16_params, stash.all_fp32_from_fp16_params, stash.frozen)
+
+
 @torch.no_grad()
 def _prepare_with_masters(self: Any) -> None:
     """Clear the gradients of the model, so that the backward pass to come makes new ones at the loss scale."""
     self._amp_lazy_init()
     stash = self._amp_stash
-    for half in [half for half in stash.frozen if half.requires_grad]:  # unfrozen, and perhaps changed before that
-        stash.frozen.remove(half)
-        fp32_values[half].copy_(followed(fp32_values[half], half))
+    _update_frozen(stash)
     stash.earlier_grads = take_grads(stash.all_fp32_from_fp32_params)
     half_grads = take_grads(stash.all_fp16_params)
     if _keeps_half_grads(self):  # elsewhere the masters have them, unscaled and in fp32
@@ -211,10 +214,11 @@ def _post_with_masters(self: Any, scaler: LossScaler) -> None:
     Only the new ones are checked.
     """
     self._amp_lazy_init()
+    stash = self._amp_stash
+    _update_frozen(stash)
     if _keeps_half_grads(self):
         _post_half_grads(self, scaler)
         return
-    stash = self._amp_stash
     masters = stash.all_fp32_from_fp16_params
     earlier = take_grads(masters)
     gradients.copy_to_masters(stash.all_fp16_params, masters)
@@ -226,23 +230,32 @@ def _post_with_masters(self: Any, scaler: LossScaler) -> None:
 @torch.no_grad()
 def _copy_masters_to_model(self: Any) -> None:
     stash = self._amp_stash
-    pairs = zip(stash.all_fp16_params, stash.all_fp32_from_fp16_params, strict=True)
-    moved = [(half, master) for half, master in pairs if half not in stash.frozen]
-    gradients.copy_values([half for half, _ in moved], [master for _, master in moved])
+    copy_to_unfrozen(stash.all_fp16_params, stash.all_fp32_from_fp16_params, stash.frozen)
 
 
 @torch.no_grad()
 def _zero_grad(self: Any, zero_grad: Callable[..., Any], set_to_none: bool = False) -> None:
-    """Zero the model's gradients, or drop them with `set_to_none`. Those of masters are dropped always."""
+    """Zero the model's gradients, or drop them with `set_to_none`.
+
+    Those of masters are dropped always. So are those of parameters that were frozen since: momentum and weight decay
+    would move weights for zeros.
+    """
     self._amp_lazy_init()
     stash = self._amp_stash
     _drop_master_grads(self)
+    kept = []
     for param in chain(stash.all_fp16_params, stash.all_fp32_from_fp32_params):
-        if set_to_none or param.grad is None or param.grad.layout != torch.strided:
+        grad = param.grad
+        if set_to_none or grad is None or grad.layout != torch.strided or not param.requires_grad:
             param.grad = None
-        else:
-            param.grad.detach_()
-            param.grad.zero_()
+            continue
+        if grad.grad_fn is not None:
+            grad.detach_()
+        else:  # a view cannot be detached in place
+            grad.requires_grad_(False)
+        kept.append(grad)
+    if kept:
+        torch._foreach_zero_(kept)
 
 
 def _load_state_dict(self: Any, load: Callable[..., Any], state_dict: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The defects of apex.amp: those that are repaired here, and those that scripts may count on. One function each."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -23,11 +24,16 @@ from amp_cases import (  # noqa: F401
     o1,
     torch_as_it_was,
 )
+from apex_compat.optimizers import FusedSGD
 from fp16_cases import same, snapshot
 
 
 def sgd(network):
     return OPTIMIZERS["sgd"](network.parameters())
+
+
+def fused_sgd(network, **kwargs):
+    return FusedSGD(network.parameters(), lr=0.1, momentum=0.9, **kwargs)
 
 
 def set_up(level, build=mlp, **kwargs):
@@ -226,7 +232,66 @@ def tensors_elsewhere_are_not_cast():
     assert F.softmax(x.half(), dim=0).dtype == torch.float16
 
 
+def a_frozen_weight_moved_by_hand_stays():
+    """A momentum encoder, as MoCo and BYOL have one, is in the optimizer but updated by hand."""
+    for build in (sgd, fused_sgd, lambda n: fused_sgd(n, materialize_master_grads=False)):
+        network = mlp()
+        network[0].requires_grad_(False)
+        network, optimizer = initialize(network, build(network), opt_level="O2")
+        for value in (0.25, 0.5):
+            optimizer.zero_grad()
+            backward(loss_of(network), optimizer)
+            network[0].weight.data.fill_(value)
+            optimizer.step()
+            assert (network[0].weight == value).all()
+
+
+def a_weight_may_be_frozen_and_unfrozen_between_steps():
+    """Every way to accumulate, and the new values that a weight was given while it was frozen."""
+    for delay in ((False,), (False, False), (True, False), (True, True)):
+        network, optimizer = set_up("O2", loss_scale=128.0)
+        layer = network[0]
+        for frozen, value in ((True, 0.25), (False, 0.5), (True, 0.125), (False, 2.0)):
+            layer.requires_grad_(not frozen)
+            layer.weight.data.fill_(value)
+            optimizer.zero_grad()
+            for delay_unscale in delay:
+                backward(loss_of(network) * 64, optimizer, delay_unscale=delay_unscale)
+            if delay[-1]:  # a script that unscales by itself
+                masters = amp.master_params(optimizer)
+                for half, master in zip(network.parameters(), masters, strict=True):
+                    master.grad = None if half.grad is None else half.grad.float() / 128
+            optimizer.step()
+            moved = (layer.weight.float() - value).abs()
+            assert (moved == 0).all() if frozen else 0 < moved.max() < value / 2, (delay, frozen, value)
+
+
+def gradients_may_be_views():
+    """What torch's DistributedDataParallel(gradient_as_bucket_view=True) leaves in the model."""
+    network, optimizer = set_up("O2")
+    for kwargs in ({}, {"set_to_none": True}):
+        buckets = [torch.ones(p.numel(), dtype=p.dtype) for p in network.parameters()]
+        for param, bucket in zip(network.parameters(), buckets, strict=True):
+            param.grad = bucket.view_as(param)
+        optimizer.zero_grad(**kwargs)
+        assert all((bucket == len(kwargs)).all() for bucket in buckets)
+        assert all((p.grad is None) == bool(kwargs) for p in network.parameters())
+
+
+def a_gradient_with_a_graph_is_zeroed_without_it():
+    network, optimizer = set_up("O2")
+    with amp.scale_loss(loss_of(network), optimizer) as scaled, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a reference cycle
+        scaled.backward(create_graph=True)
+    optimizer.zero_grad()
+    assert not any(p.grad.requires_grad or p.grad.any() for p in network.parameters())
+
+
 REPAIRED = [
+    gradients_may_be_views,
+    a_gradient_with_a_graph_is_zeroed_without_it,
+    a_frozen_weight_moved_by_hand_stays,
+    a_weight_may_be_frozen_and_unfrozen_between_steps,
     a_weight_is_used_twice_in_an_iteration,
     gradients_may_be_zeroed_or_dropped,
     a_step_may_come_before_a_backward,
