@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from apex_compat.amp._amp_state import _amp_state
 from apex_compat.amp._process_optimizer import _process_optimizer, fp32_values
 from apex_compat.amp.amp import deactivate, install
-from apex_compat.amp.handle import AmpHandle
+from apex_compat.amp.handle import AmpHandle, accelerator_or_cpu
 from apex_compat.amp.scaler import LossScaler
 from apex_compat.fp16_utils import FP16_Optimizer, convert_network
 from apex_compat.fp16_utils.checks import HALF_DTYPES
@@ -26,13 +26,16 @@ def _initialize(
     properties: Any,
     num_losses: int = 1,
     cast_model_outputs: torch.dtype | None = None,
+    check_overflow: bool = False,
 ) -> Any:
-    """Do what `amp.initialize` does once the `Properties` are settled."""
+    """Do what `amp.initialize` does once the `Properties` are settled. It checks everything first."""
     listed_optimizers, listed_models = _optimizers(optimizers), _models(models)
     check_models(listed_models)
     if not _amp_state.allow_incoming_model_not_fp32:
         check_params_fp32(listed_models)
     check_optimizers(listed_optimizers)
+    check_cast_model_type(properties)
+    scalers = [_new_scaler(properties.loss_scale, check_overflow) for _ in range(num_losses)]
     deactivate()
     for model in listed_models:
         _cast_model(model, properties, cast_model_outputs)
@@ -44,7 +47,7 @@ def _initialize(
             # Loading casts existing state to the new dtype of its parameter. Masters take state in fp32.
             optimizer.load_state_dict(optimizer.state_dict())
         _process_optimizer(optimizer, properties.master_weights)
-    _amp_state.loss_scalers = [_new_scaler(properties.loss_scale) for _ in range(num_losses)]
+    _amp_state.loss_scalers = scalers
     if properties.patch_torch_functions:
         half = properties.cast_model_type if properties.cast_model_type in HALF_DTYPES else torch.float16
         verbose = _amp_state.verbosity == 2
@@ -103,8 +106,10 @@ def check_params_fp32(models: list[nn.Module]) -> None:
 
 
 def check_optimizers(optimizers: list[Any]) -> None:
-    """Raise RuntimeError if one of `optimizers` keeps masters itself."""
-    for optimizer in optimizers:
+    """Raise RuntimeError if one of `optimizers` keeps masters itself, or comes a second time."""
+    for i, optimizer in enumerate(optimizers):
+        if hasattr(optimizer, "_amp_stash") or any(optimizer is other for other in optimizers[:i]):
+            raise RuntimeError("A given optimizer should only be passed through amp.initialize once.")
         if isinstance(optimizer, FP16_Optimizer):
             raise RuntimeError(  # noqa: TRY004  apex's
                 "An incoming optimizer is a fp16_utils.FP16_Optimizer, which keeps masters and a loss scale itself. "
@@ -112,20 +117,31 @@ def check_optimizers(optimizers: list[Any]) -> None:
             )
 
 
+def check_cast_model_type(properties: Any) -> None:
+    """Raise TypeError if a model cannot have the dtype that `properties` ask for."""
+    dtype = properties.cast_model_type
+    if dtype and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise TypeError(f"cast_model_type is {dtype!r}; it must be a floating point dtype such as torch.float16")
+
+
 def _casts_weights(properties: Any) -> bool:
     # O1 has cast_model_type=torch.bfloat16 for the dtype of its half precision.
     return bool(properties.cast_model_type) and not properties.patch_torch_functions
 
 
-def _new_scaler(loss_scale: float | str) -> LossScaler:
+def _new_scaler(loss_scale: float | str, check_overflow: bool) -> LossScaler:
     scaler = LossScaler(loss_scale, min_loss_scale=_amp_state.min_loss_scale, max_loss_scale=_amp_state.max_loss_scale)
-    scaler.check_overflow = _amp_state.check_overflow
+    scaler.check_overflow = check_overflow
     return scaler
 
 
 def _device_types(models: list[nn.Module]) -> frozenset[str]:
-    """Return the types of the devices that hold `models`. Side models elsewhere are no business of O1."""
-    return frozenset(t.device.type for model in models for t in (*model.parameters(), *model.buffers()))
+    """Return the types of the devices that hold `models`. Side models elsewhere are no business of O1.
+
+    Models on the CPU may move to the accelerator later, and without models nobody knows.
+    """
+    types = frozenset(t.device.type for model in models for t in (*model.parameters(), *model.buffers()))
+    return types if types - {"cpu"} else types | accelerator_or_cpu()
 
 
 def _cast_model(model: nn.Module, properties: Any, outputs: torch.dtype | None) -> None:

@@ -63,12 +63,7 @@ def _process_optimizer(optimizer: Any, master_weights: bool | None) -> None:
     Args:
         optimizer: a torch optimizer, or anything with its methods and groups, such as LARC.
         master_weights: True keeps fp32 masters of its half-precision parameters.
-
-    Raises:
-        RuntimeError: the optimizer has these methods already.
     """
-    if hasattr(optimizer, "_amp_stash"):
-        raise RuntimeError("A given optimizer should only be passed through amp.initialize once.")
     optimizer._amp_stash = AmpOptimizerState()
     for name, method in (_WITH_MASTERS if master_weights else _WITHOUT_MASTERS).items():
         setattr(optimizer, name, MethodType(method, optimizer))
@@ -141,8 +136,9 @@ def _skip(self: Any) -> None:
     _drop_master_grads(self)
     if hasattr(self, "most_recent_scale"):  # FusedSGD
         self.most_recent_scale, self.scale_set_by_backward = 1.0, False
-    # Without this a scheduler takes the skip for calls in the wrong order.
-    self._opt_called = True
+    # Without this a scheduler takes the skip for calls in the wrong order. That of LARC may have the inner optimizer.
+    for each in (self, getattr(self, "optim", self)):
+        each._opt_called = True
     stash.already_patched, stash.overflowed = False, None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import getattr_static
 from typing import Any, NoReturn
 
 import torch
@@ -72,8 +73,9 @@ def scale_loss(
 def _scaler(loss_id: int) -> LossScaler:
     scalers: list[LossScaler] = _amp_state.loss_scalers
     if not 0 <= loss_id < len(scalers):
+        allowed = f"0 to {len(scalers) - 1}" if scalers else "none"
         raise RuntimeError(
-            f"loss_id is {loss_id}; amp.initialize had num_losses={len(scalers)}, which allows 0 to {len(scalers) - 1}"
+            f"loss_id is {loss_id}; amp.initialize had num_losses={len(scalers)}, which allows {allowed}"
         )
     return scalers[loss_id]
 
@@ -151,7 +153,7 @@ class AmpHandle:
         casts.cache.clear()
         casts.on, casts.handle, casts.half = True, self, half
         casts.caching, casts.verbose = enable_caching, verbose
-        casts.device_types = _accelerator_or_cpu() if device_types is None else device_types
+        casts.device_types = accelerator_or_cpu() if device_types is None else device_types
         self._call_at_end(_without_fast_path_of_attention())
         self._call_at_end(_without_compiler())
 
@@ -162,7 +164,9 @@ class AmpHandle:
     def patch(self, owner: Any, name: str, function: Any) -> None:
         """Put `function` in the place of the attribute `name` of a module or class, until `_deactivate`."""
         inherited = name not in vars(owner)
-        before = getattr(owner, name)
+        before = getattr(owner, name) if inherited else vars(owner)[name]  # a static method itself, not its function
+        if isinstance(owner, type) and isinstance(getattr_static(owner, name), (staticmethod, classmethod)):
+            function = staticmethod(function)  # it wraps what was bound already
 
         def undo() -> None:
             if inherited:
@@ -250,7 +254,8 @@ class NoOpHandle:
         """Do nothing."""
 
 
-def _accelerator_or_cpu() -> frozenset[str]:
+def accelerator_or_cpu() -> frozenset[str]:
+    """Return the type of the machine's accelerator, or "cpu" where there is none, as a set."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return frozenset({accelerator.type if accelerator else "cpu"})
 

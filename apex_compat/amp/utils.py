@@ -47,11 +47,12 @@ casts = Casts()
 @contextmanager
 def casts_disabled() -> Iterator[None]:
     """Let the wrapped functions be what they were, within this context. Without O1 it does nothing."""
-    before, casts.on = casts.on, False
+    before, handle, casts.on = casts.on, casts.handle, False
     try:
         yield
     finally:
-        casts.on = before and casts.handle is not None
+        if casts.handle is handle:  # a new one is on, and with none all is off
+            casts.on = before
 
 
 def maybe_half(value: Any, name: str = "") -> Any:
@@ -96,7 +97,10 @@ def maybe_like(value: Any, dtype: torch.dtype, name: str = "") -> Any:
 def _is_cast_from(value: Any, dtype: torch.dtype) -> bool:
     """Return True if `value` is a tensor that a cast to `dtype` concerns."""
     found = getattr(value, "dtype", None)
-    return found is not dtype and found in FLOATING and value.device.type in casts.device_types
+    if found is dtype or found not in FLOATING:
+        return False
+    # A model may have a dtype and a device as well.
+    return isinstance(value, Tensor) and value.device.type in casts.device_types
 
 
 def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -130,7 +134,7 @@ def is_mixed(values: Any) -> bool:
         dtype = getattr(value, "dtype", None)
         if dtype is not None and dtype is not first:
             if first is not None:
-                return {getattr(v, "dtype", None) for v in values} & FLOATING == {casts.half, torch.float32}
+                return {v.dtype for v in values if isinstance(v, Tensor)} & FLOATING == {casts.half, torch.float32}
             first = dtype
     return False
 
@@ -138,6 +142,8 @@ def is_mixed(values: Any) -> bool:
 def has_half(values: Any) -> bool:
     """Return True if one of `values`, or of the lists and tuples in it, is a tensor of half precision."""
     return any(
-        has_half(value) if isinstance(value, (list, tuple)) else getattr(value, "dtype", None) is casts.half
+        has_half(value)
+        if isinstance(value, (list, tuple))
+        else getattr(value, "dtype", None) is casts.half and isinstance(value, Tensor)
         for value in values
     )

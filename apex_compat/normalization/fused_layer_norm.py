@@ -8,6 +8,7 @@ of 1e-6, the modules one of 1e-5, as in apex.
 import warnings
 from collections.abc import Sequence
 from functools import reduce
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ Shape = int | Sequence[int]
 
 
 def _shape(normalized_shape: Shape) -> list[int]:
-    return [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    # NumPy's integers are no ints.
+    return [int(normalized_shape)] if isinstance(normalized_shape, Integral) else list(normalized_shape)
 
 
 def _layer_norm(

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from itertools import product
 import weakref
 
 import pytest
@@ -25,6 +26,7 @@ from amp_cases import (  # noqa: F401
     torch_as_it_was,
 )
 from apex_compat.optimizers import FusedSGD
+from apex_compat.parallel import LARC
 from fp16_cases import same, snapshot
 
 
@@ -74,10 +76,11 @@ def a_step_may_come_before_a_backward():
 
 
 def schedulers_do_not_warn():
-    for level in ("O0", "O1", "O2", "O3"):
+    for level, wrap in product(("O0", "O1", "O2", "O3"), (lambda optimizer: optimizer, LARC)):
         network = mlp()
-        optimizer = sgd(network)
-        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+        inner = sgd(network)
+        optimizer = wrap(inner)
+        schedulers = [torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)]
         network, optimizer = initialize(network, optimizer, opt_level=level, loss_scale="dynamic")
         schedulers.append(torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
         for i in range(3):
@@ -287,7 +290,119 @@ def a_gradient_with_a_graph_is_zeroed_without_it():
     assert not any(p.grad.requires_grad or p.grad.any() for p in network.parameters())
 
 
+def a_model_with_dtype_and_device_is_no_tensor():
+    """A decorated method gets its model as an argument, and the models of transformers have both."""
+
+    class Model(nn.Linear):
+        device = property(lambda self: self.weight.device)
+        dtype = property(lambda self: self.weight.dtype)
+
+        def seen(self, x, y=None):
+            return x.dtype, self.weight.dtype
+
+        half = amp.half_function(seen)
+        floating = amp.float_function(seen)
+        promoted = amp.promote_function(seen)
+
+    model, x = Model(2, 2), torch.ones(2)
+    initialize(model)
+    assert model.half(x) == (torch.float16, torch.float32)
+    assert model.floating(x.half()) == (torch.float32, torch.float32)
+    assert model.promoted(x.half()) == (torch.float16, torch.float32)
+    assert model.promoted(x.half(), x) == (torch.float32, torch.float32)
+    nn.Module.half(model)
+    assert model.half(x) == (torch.float16, torch.float16)
+    assert model.floating(x.half()) == (torch.float32, torch.float16)
+    assert model.promoted(x.half(), x) == (torch.float32, torch.float16)
+
+
+def o1_casts_on_the_accelerator_for_a_model_that_moves_there_later():
+    x = torch.ones(2, 2, device="meta")
+    for models in ([], mlp()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.accelerator, "is_available", lambda: True)
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+            initialize(models, sgd(mlp()))
+        assert (x @ x).dtype == torch.float16
+    initialize([], sgd(mlp()))
+    assert now("F", "linear")(torch.ones(1, 1), torch.ones(1, 1)).dtype == (
+        torch.float32 if torch.accelerator.is_available() else torch.float16
+    )
+
+
+def a_static_method_stays_one_when_the_casts_go():
+    class Losses:
+        @staticmethod
+        def own(x):
+            return x.dtype
+
+        @classmethod
+        def of_class(cls, x):
+            return cls, x.dtype
+
+    class Heir(Losses):
+        pass
+
+    for owner, name in ((Losses, "own"), (Losses, "of_class"), (Heir, "own")):
+        amp.register_half_function(owner, name)
+    x = torch.ones(1)
+    for dtype in (torch.float16, torch.float32):
+        if dtype == torch.float16:
+            o1()
+        else:
+            amp._amp_state.handle._deactivate()
+        assert Losses().own(x) == Losses.own(x) == Heir().own(x) == dtype
+        assert Losses().of_class(x) == Losses.of_class(x) == (Losses, dtype)
+    assert Heir.of_class(x) == (Heir, torch.float32)
+
+
+def o1_may_be_switched_on_within_disable_casts():
+    with amp.disable_casts():
+        o1()
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float16
+    with amp.disable_casts():
+        amp._amp_state.handle._deactivate()
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+
+
+def complex_parameters_are_unscaled():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    network, optimizer = initialize(nn.ParameterList([weight]), torch.optim.SGD([weight], lr=1.0), loss_scale=128.0)
+    for times in (1, 2):
+        backward((weight * (2 + 1j)).real.sum(), optimizer)
+        assert weight.grad.tolist() == [times * (2 - 1j)] * 2
+    amp._amp_state.loss_scalers[0].check_overflow = True
+    backward((weight * INF).real.sum(), optimizer)
+    optimizer.step()
+    assert weight.tolist() == [1, 1]
+
+
+def a_static_scale_is_saved_as_it_was_given():
+    set_up("O2", loss_scale=0.1)
+    state = amp.state_dict()
+    assert state["loss_scaler0"]["loss_scale"] == amp._amp_state.loss_scalers[0].loss_scale() == 0.1
+    amp.load_state_dict({"loss_scaler0": {"loss_scale": 0.3, "unskipped": 0}})
+    assert amp.state_dict()["loss_scaler0"]["loss_scale"] == 0.3
+
+
+def a_scale_may_grow_without_a_bound():
+    set_up("O1", max_loss_scale=INF)
+    (scaler,) = amp._amp_state.loss_scalers
+    assert scaler.loss_scale() == 2.0**16
+    for scale in (2.0**24, 2.0**126, 2.0**127):
+        scaler._loss_scale, scaler._unskipped = scale, 1999
+        scaler.update_scale()
+        assert scaler.loss_scale() == min(2 * scale, 2.0**127)
+
+
 REPAIRED = [
+    a_model_with_dtype_and_device_is_no_tensor,
+    o1_casts_on_the_accelerator_for_a_model_that_moves_there_later,
+    a_static_method_stays_one_when_the_casts_go,
+    o1_may_be_switched_on_within_disable_casts,
+    complex_parameters_are_unscaled,
+    a_static_scale_is_saved_as_it_was_given,
+    a_scale_may_grow_without_a_bound,
     gradients_may_be_views,
     a_gradient_with_a_graph_is_zeroed_without_it,
     a_frozen_weight_moved_by_hand_stays,
