@@ -4,7 +4,7 @@ Each function here that takes `self` becomes a method of the optimizer, which st
 their account in `optimizer._amp_stash`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from itertools import chain
 from types import MethodType
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from apex_compat.amp._amp_state import maybe_print
+from apex_compat.amp._grad_stash import put_grads_back, take_grads, unscale_and_add
+from apex_compat.amp._half_grads import forget_scale, keeps_half_grads, post_half_grads
 from apex_compat.amp.scaler import LossScaler
 from apex_compat.amp.utils import casts, casts_disabled
 from apex_compat.fp16_utils import gradients
@@ -134,8 +136,7 @@ def _skip(self: Any) -> None:
     change = "reducing loss scale to" if scaler.dynamic else "keeping the static loss scale"
     maybe_print(f"Gradient overflow.  Skipping step, loss scaler {loss_id} {change} {scaler.loss_scale()}")
     _drop_master_grads(self)
-    if hasattr(self, "most_recent_scale"):  # FusedSGD
-        self.most_recent_scale, self.scale_set_by_backward = 1.0, False
+    forget_scale(self)
     # Without this a scheduler takes the skip for calls in the wrong order. That of LARC may have the inner optimizer.
     for each in (self, getattr(self, "optim", self)):
         each._opt_called = True
@@ -199,7 +200,7 @@ def _prepare_with_masters(self: Any) -> None:
     _update_frozen(stash)
     stash.earlier_grads = take_grads(stash.all_fp32_from_fp32_params)
     half_grads = take_grads(stash.all_fp16_params)
-    if _keeps_half_grads(self):  # elsewhere the masters have them, unscaled and in fp32
+    if keeps_half_grads(self):  # elsewhere the masters have them, unscaled and in fp32
         stash.earlier_grads |= half_grads
 
 
@@ -212,8 +213,8 @@ def _post_with_masters(self: Any, scaler: LossScaler) -> None:
     self._amp_lazy_init()
     stash = self._amp_stash
     _update_frozen(stash)
-    if _keeps_half_grads(self):
-        _post_half_grads(self, scaler)
+    if keeps_half_grads(self):
+        post_half_grads(self, scaler)
         return
     masters = stash.all_fp32_from_fp16_params
     earlier = take_grads(masters)
@@ -308,69 +309,6 @@ def restore_grads(optimizer: Any) -> None:
     params = (*stash.all_fp16_params, *stash.all_fp32_params, *stash.all_fp32_from_fp32_params)
     put_grads_back(params, stash.earlier_grads)
     stash.earlier_grads = {}
-
-
-def put_grads_back(params: Iterable[Tensor], earlier: dict[Tensor, Tensor]) -> None:
-    """Give `params` the gradients that `take_grads` returned, and no others."""
-    for param in params:
-        param.grad = earlier.get(param)
-
-
-def take_grads(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """Return the gradients of `params` by parameter, and leave the parameters without."""
-    taken = {}
-    for param in params:
-        if param.grad is not None:
-            taken[param] = param.grad
-            param.grad = None
-    return taken
-
-
-@torch.no_grad()
-def unscale_and_add(params: Sequence[Tensor], earlier: dict[Tensor, Tensor], scaler: LossScaler) -> None:
-    """Unscale the gradients of `params` in place, and add `earlier` ones, which are unscaled already.
-
-    The sum is taken in fp32 and rounded once.
-    """
-    gradients.coalesce(params)
-    grads = {p: p.grad for p in params if p.grad is not None}
-    for param in grads.keys() & earlier.keys():
-        grads[param] = grads[param].to(torch.promote_types(param.dtype, torch.float32))
-    scaler.unscale_(map(gradients.dense, grads.values()))
-    for param in grads.keys() & earlier.keys():
-        param.grad = (grads[param] + earlier[param]).to(param.dtype)
-    for param, grad in earlier.items():
-        if param.grad is None:
-            param.grad = grad
-
-
-# FusedSGD with materialize_master_grads=False steps from half gradients, which stay scaled until then.
-
-
-def _keeps_half_grads(optimizer: Any) -> bool:
-    return not getattr(optimizer, "materialize_master_grads", True)
-
-
-def _post_half_grads(self: Any, scaler: LossScaler) -> None:
-    """Bring new and earlier gradients to the smaller of their two scales, and leave them in the model.
-
-    The smaller, since at the larger a sum could leave float16. The optimizer finds it in `most_recent_scale`.
-    """
-    stash = self._amp_stash
-    new_scale, earlier_scale = scaler.loss_scale(), self.most_recent_scale
-    scale = min(new_scale, earlier_scale) if self.scale_set_by_backward else new_scale
-    for param in (*stash.all_fp16_params, *stash.all_fp32_from_fp32_params):
-        earlier = stash.earlier_grads.get(param)
-        if param.grad is None:
-            param.grad = None if earlier is None else (earlier.float() * (scale / earlier_scale)).to(param.dtype)
-            continue
-        total = param.grad.float()
-        scaler.multiply_([gradients.dense(total)], torch.tensor(scale / new_scale))
-        if earlier is not None:
-            total += earlier.float() * (scale / earlier_scale)
-        param.grad = total.to(param.dtype)
-    stash.earlier_grads = {}
-    self.most_recent_scale, self.scale_set_by_backward = scale, True
 
 
 _WITH_MASTERS: dict[str, Callable[..., Any]] = {

@@ -6,9 +6,8 @@ of 1e-6, the modules one of 1e-5, as in apex.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,8 @@ Shape = int | Sequence[int]
 
 
 def _shape(normalized_shape: Shape) -> list[int]:
-    # NumPy's integers are no ints.
-    return [int(normalized_shape)] if isinstance(normalized_shape, Integral) else list(normalized_shape)
+    # An integer of NumPy's is no int.
+    return list(normalized_shape) if isinstance(normalized_shape, Iterable) else [int(normalized_shape)]
 
 
 def _layer_norm(

@@ -2,8 +2,8 @@
 
 import gc
 import warnings
-from itertools import product
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -367,7 +367,7 @@ def o1_may_be_switched_on_within_disable_casts():
 
 def complex_parameters_are_unscaled():
     weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    network, optimizer = initialize(nn.ParameterList([weight]), torch.optim.SGD([weight], lr=1.0), loss_scale=128.0)
+    _, optimizer = initialize(nn.ParameterList([weight]), torch.optim.SGD([weight], lr=1.0), loss_scale=128.0)
     for times in (1, 2):
         backward((weight * (2 + 1j)).real.sum(), optimizer)
         assert weight.grad.tolist() == [times * (2 - 1j)] * 2
