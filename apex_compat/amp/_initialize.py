@@ -1,9 +1,5 @@
 """Changes models and optimizers as the properties of an opt level say."""
 
-import copy
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apex_compat.amp._amp_state import _amp_state
+from apex_compat.amp._forward import cast_forward, uncast_forward
 from apex_compat.amp._process_optimizer import _process_optimizer, fp32_values
 from apex_compat.amp.amp import deactivate, install
 from apex_compat.amp.handle import AmpHandle, accelerator_or_cpu
@@ -145,85 +142,21 @@ def _device_types(models: list[nn.Module]) -> frozenset[str]:
 
 
 def _cast_model(model: nn.Module, properties: Any, outputs: torch.dtype | None) -> None:
-    """Cast the weights of `model`, and let hooks cast what goes in and out and what is saved."""
-    _remove_hooks(model)
+    """Cast the weights of `model`, and let it cast what goes in and out and what is saved."""
+    for module in model.modules():
+        uncast_forward(module)
     if not _casts_weights(properties):
         if outputs:
-            model.register_forward_hook(CastOutputs(outputs), prepend=True)
+            cast_forward(model, None, outputs)
         return
     dtype = properties.cast_model_type
     if properties.keep_batchnorm_fp32:
         convert_network(model, dtype)
     else:
         model.to(dtype)
-    model.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
-    # The user's hooks see what the model returns: cast outputs.
-    model.register_forward_hook(CastOutputs(outputs or torch.float32), prepend=True)
+    cast_forward(model, dtype, outputs or torch.float32)
     for module in model.modules() if dtype in HALF_DTYPES else ():
         module.register_state_dict_post_hook(_save_fp32)  # type: ignore[no-untyped-call]
-
-
-def _remove_hooks(model: nn.Module) -> None:
-    """Remove what an earlier `initialize` registered with `model`."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, (CastInputs, CastOutputs))]:
-                del hooks[key]
-
-
-@dataclass(frozen=True)
-class CastInputs:
-    """Casts the floating point inputs of a model: a forward pre-hook.
-
-    A hook gets the module that is called. A copy of the model, or a replica of DataParallel, is cast by its own copy.
-    """
-
-    dtype: torch.dtype
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return `args` and `kwargs` with every floating point tensor cast."""
-        return applier(args, self.dtype), applier(kwargs, self.dtype)
-
-
-@dataclass(frozen=True)
-class CastOutputs:
-    """Casts the floating point outputs of a model: a forward hook. The loss is then computed in `dtype`."""
-
-    dtype: torch.dtype
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Return `output` with every floating point tensor cast."""
-        return applier(output, self.dtype)
-
-
-def applier(value: Any, dtype: torch.dtype) -> Any:
-    """Return `value` with every floating point tensor in it cast to `dtype`.
-
-    Lists, tuples, sets and mappings are copied, with their types. So is what has a method `to`, by `to(dtype)`.
-    The rest, such as strings and NumPy arrays, is returned itself.
-    """
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if hasattr(value, "to"):
-        return value.to(dtype)
-    if isinstance(value, Mapping):
-        return _apply_to_mapping(value, dtype)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(applier(item, dtype) for item in value))
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return type(value)(applier(item, dtype) for item in value)
-    return value
-
-
-def _apply_to_mapping(value: Mapping[Any, Any], dtype: torch.dtype) -> Any:
-    items = {applier(key, dtype): applier(item, dtype) for key, item in value.items()}
-    if type(value) is dict or not hasattr(value, "__setitem__"):
-        return items
-    # Classes such as the outputs of transformers have attributes too, which a plain dict would lose.
-    changed: Any = copy.copy(value)
-    for key, item in items.items():
-        changed[key] = item
-    return changed
 
 
 def _half_tensors(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:

@@ -203,6 +203,9 @@ def initialize(
             scaled_loss.backward()
         optimizer.step()
 
+    Under O0, O2 and O3 models cast their inputs and outputs, also where a script calls `model.forward`. Forward
+    pre-hooks of a model see its inputs uncast, and forward hooks see cast outputs.
+
     Under O1 the functions of torch.compile run uncompiled, since the casts change from call to call.
 
     Call it once, with all models and optimizers, and before any DistributedDataParallel. A further call, say for

@@ -1,6 +1,7 @@
 """The defects of apex.amp: those that are repaired here, and those that scripts may count on. One function each."""
 
 import gc
+import inspect
 import warnings
 import weakref
 from itertools import product
@@ -121,8 +122,9 @@ def a_replica_runs_its_own_weights():
         network, _ = set_up(level, lambda: nn.Linear(4, 1))
         replica = network._replicate_for_data_parallel()
         replica.weight, replica.bias = torch.zeros_like(network.weight), torch.zeros_like(network.bias)
-        assert replica(torch.ones(1, 4)).abs().sum() == 0
-        assert replica(torch.ones(1, 4)).dtype == torch.float32
+        for call in (replica, replica.forward):
+            assert call(torch.ones(1, 4)).abs().sum() == 0
+            assert call(torch.ones(1, 4)).dtype == torch.float32
 
 
 def casts_come_back_after_an_exception():
@@ -395,7 +397,40 @@ def a_scale_may_grow_without_a_bound():
         assert scaler.loss_scale() == min(2 * scale, 2.0**127)
 
 
+def forward_may_be_called_directly():
+    """GANs do so: self.netG.forward(x). A script may have put its own there, and hooks, before and after."""
+
+    class Shifted(nn.Linear):
+        def forward(self, input, *, shift=0.0):
+            return super().forward(input) + shift
+
+    x, seen = torch.ones(1, 4), []
+
+    def note(module, given, out=None):
+        seen.append((given[0] if out is None else out).dtype)
+
+    for level in ("O0", "O2", "O3"):
+        for own in (None, lambda input, *, shift=0.0: input.sum() + shift):
+            network = Shifted(4, 4)
+            if own:
+                network.forward = own
+            network.register_forward_pre_hook(note)
+            network.register_forward_hook(note)
+            for again in (level, "O2", level):
+                initialize(network, opt_level=again)
+                assert network.forward(x.double(), shift=x[0]).dtype == torch.float32
+                assert torch.equal(network.forward(x.double(), shift=x[0]), network(x.double(), shift=x[0]))
+                assert list(inspect.signature(network.forward).parameters) == ["input", "shift"]
+                assert seen == [torch.float64, torch.float32]
+                seen.clear()
+                network.float()
+            initialize(network, opt_level="O1")
+            assert network.forward(x.half()).dtype == (torch.float32 if own else torch.float16)
+            assert own is None or network.forward is own
+
+
 REPAIRED = [
+    forward_may_be_called_directly,
     a_model_with_dtype_and_device_is_no_tensor,
     o1_casts_on_the_accelerator_for_a_model_that_moves_there_later,
     a_static_method_stays_one_when_the_casts_go,
@@ -499,6 +534,14 @@ def test_repaired(check):
 @pytest.mark.parametrize("check", KEPT, ids=lambda check: check.__name__)
 def test_kept(check):
     check()
+
+
+@pytest.mark.slow
+def test_torch_exports_and_compiles_a_cast_model():
+    network, _ = set_up("O2")
+    x = torch.ones(2, 4)
+    assert torch.equal(torch.export.export(network, (x,)).module()(x), network(x))
+    assert torch.equal(torch.compile(network, backend="eager", fullgraph=True)(x), network(x))
 
 
 def test_a_static_scale_says_once_that_inf_is_applied(capsys):
