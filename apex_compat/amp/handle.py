@@ -208,13 +208,13 @@ class AmpHandle:
         return casts.caching
 
     @property
-    def cache(self) -> dict[Tensor, Any]:
-        """Return the cast weights, by parameter."""
-        return casts.cache
+    def cache(self) -> dict[Tensor, Tensor]:
+        """Return the cast weights, by parameter, as a copy."""
+        return {param: cast for _, _, cast, param in casts.cache.values()}
 
     def remove_cache(self, param: Tensor) -> None:
         """Forget the cast of `param`."""
-        casts.cache.pop(param, None)
+        casts.cache.pop(id(param), None)
 
     def _clear_cache(self) -> None:
         casts.cache.clear()

@@ -24,8 +24,9 @@ class Casts:
         half: the dtype of half precision, float16 or bfloat16.
         device_types: the types of the devices whose tensors are cast.
         caching: True keeps the casts of weights.
-        cache: by parameter, its version and requires_grad when it was cast, and the cast. A weight that is used twice
-            is cast once, and its two gradients are summed before they are cast back.
+        cache: by the id of a parameter, its version and requires_grad when it was cast, the cast, and the parameter
+            itself, without which another tensor could get the id. A weight that is used twice is cast once, and its
+            two gradients are summed before they are cast back.
         verbose: True prints each cast.
     """
 
@@ -37,7 +38,7 @@ class Casts:
         self.half = torch.float16
         self.device_types: frozenset[str] = frozenset()
         self.caching = True
-        self.cache: dict[Tensor, tuple[int, bool, Tensor]] = {}
+        self.cache: dict[int, tuple[int, bool, Tensor, Parameter]] = {}
         self.verbose = False
 
 
@@ -66,7 +67,7 @@ def maybe_half(value: Any, name: str = "") -> Any:
         name: the function, for the line that verbose=True prints.
     """
     if type(value) is Parameter:
-        entry = casts.cache.get(value)
+        entry = casts.cache.get(id(value))  # the hash of a tensor is a call of Python's
         if entry and entry[0] == value._version and entry[1] is value.requires_grad and has_grad():
             return entry[2]
         return _new_half(value, name)
@@ -115,7 +116,7 @@ def _new_half(param: Parameter, name: str) -> Tensor:
     cast = _cast(param, casts.half, name)
     # In evaluation the cache is not used. Moving averages swap weights there through `.data`, which leaves no trace.
     if casts.caching and has_grad() and not param.is_inference():
-        casts.cache[param] = (param._version, param.requires_grad, cast)
+        casts.cache[id(param)] = (param._version, param.requires_grad, cast, param)
     return cast
 
 
