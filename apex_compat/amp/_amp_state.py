@@ -1,6 +1,7 @@
 """Holds the state of amp in this process, which scripts read and write under its apex names."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ class AmpState:
         hard_override: True turns the errors of forbidden overrides into printed warnings.
         allow_incoming_model_not_fp32: True lets `initialize` take a model with half-precision parameters.
         verbosity: 0 prints nothing, 1 the options and each overflow, 2 each cast of O1 too.
-        check_overflow: True skips the steps that overflow under a static loss scale.
         min_loss_scale, max_loss_scale: the bounds of dynamic loss scales.
         loss_scalers: a `LossScaler` for each loss. It is empty before `initialize`, and if that had enabled=False.
         opt_properties: the `Properties` of the last `initialize`. Missing before the first.
@@ -28,13 +28,24 @@ class AmpState:
         self.hard_override = False
         self.allow_incoming_model_not_fp32 = False
         self.verbosity = 1
-        self.check_overflow = False
         self.min_loss_scale: float | None = None
         self.max_loss_scale = 2.0**24
         self.loss_scalers: list[Any] = []
 
 
 _amp_state = AmpState()
+
+
+@contextmanager
+def restored_after_an_error() -> Iterator[None]:
+    """Give `_amp_state` back what it had, if this context is left by an exception."""
+    before = dict(vars(_amp_state))
+    try:
+        yield
+    except BaseException:
+        vars(_amp_state).clear()
+        vars(_amp_state).update(before)
+        raise
 
 
 def warn_or_err(message: str) -> None:

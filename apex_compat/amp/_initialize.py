@@ -1,9 +1,5 @@
 """Changes models and optimizers as the properties of an opt level say."""
 
-import copy
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apex_compat.amp._amp_state import _amp_state
+from apex_compat.amp._forward import cast_forward, uncast_forward
 from apex_compat.amp._process_optimizer import _process_optimizer, fp32_values
 from apex_compat.amp.amp import deactivate, install
-from apex_compat.amp.handle import AmpHandle
+from apex_compat.amp.handle import AmpHandle, accelerator_or_cpu
 from apex_compat.amp.scaler import LossScaler
 from apex_compat.fp16_utils import FP16_Optimizer, convert_network
 from apex_compat.fp16_utils.checks import HALF_DTYPES
@@ -26,13 +23,16 @@ def _initialize(
     properties: Any,
     num_losses: int = 1,
     cast_model_outputs: torch.dtype | None = None,
+    check_overflow: bool = False,
 ) -> Any:
-    """Do what `amp.initialize` does once the `Properties` are settled."""
+    """Do what `amp.initialize` does once the `Properties` are settled. It checks everything first."""
     listed_optimizers, listed_models = _optimizers(optimizers), _models(models)
     check_models(listed_models)
     if not _amp_state.allow_incoming_model_not_fp32:
         check_params_fp32(listed_models)
     check_optimizers(listed_optimizers)
+    check_cast_model_type(properties)
+    scalers = [_new_scaler(properties.loss_scale, check_overflow) for _ in range(num_losses)]
     deactivate()
     for model in listed_models:
         _cast_model(model, properties, cast_model_outputs)
@@ -44,7 +44,7 @@ def _initialize(
             # Loading casts existing state to the new dtype of its parameter. Masters take state in fp32.
             optimizer.load_state_dict(optimizer.state_dict())
         _process_optimizer(optimizer, properties.master_weights)
-    _amp_state.loss_scalers = [_new_scaler(properties.loss_scale) for _ in range(num_losses)]
+    _amp_state.loss_scalers = scalers
     if properties.patch_torch_functions:
         half = properties.cast_model_type if properties.cast_model_type in HALF_DTYPES else torch.float16
         verbose = _amp_state.verbosity == 2
@@ -103,8 +103,10 @@ def check_params_fp32(models: list[nn.Module]) -> None:
 
 
 def check_optimizers(optimizers: list[Any]) -> None:
-    """Raise RuntimeError if one of `optimizers` keeps masters itself."""
-    for optimizer in optimizers:
+    """Raise RuntimeError if one of `optimizers` keeps masters itself, or comes a second time."""
+    for i, optimizer in enumerate(optimizers):
+        if hasattr(optimizer, "_amp_stash") or any(optimizer is other for other in optimizers[:i]):
+            raise RuntimeError("A given optimizer should only be passed through amp.initialize once.")
         if isinstance(optimizer, FP16_Optimizer):
             raise RuntimeError(  # noqa: TRY004  apex's
                 "An incoming optimizer is a fp16_utils.FP16_Optimizer, which keeps masters and a loss scale itself. "
@@ -112,102 +114,49 @@ def check_optimizers(optimizers: list[Any]) -> None:
             )
 
 
+def check_cast_model_type(properties: Any) -> None:
+    """Raise TypeError if a model cannot have the dtype that `properties` ask for."""
+    dtype = properties.cast_model_type
+    if dtype and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise TypeError(f"cast_model_type is {dtype!r}; it must be a floating point dtype such as torch.float16")
+
+
 def _casts_weights(properties: Any) -> bool:
     # O1 has cast_model_type=torch.bfloat16 for the dtype of its half precision.
     return bool(properties.cast_model_type) and not properties.patch_torch_functions
 
 
-def _new_scaler(loss_scale: float | str) -> LossScaler:
+def _new_scaler(loss_scale: float | str, check_overflow: bool) -> LossScaler:
     scaler = LossScaler(loss_scale, min_loss_scale=_amp_state.min_loss_scale, max_loss_scale=_amp_state.max_loss_scale)
-    scaler.check_overflow = _amp_state.check_overflow
+    scaler.check_overflow = check_overflow
     return scaler
 
 
 def _device_types(models: list[nn.Module]) -> frozenset[str]:
-    """Return the types of the devices that hold `models`. Side models elsewhere are no business of O1."""
-    return frozenset(t.device.type for model in models for t in (*model.parameters(), *model.buffers()))
+    """Return the types of the devices that hold `models`. Side models elsewhere are no business of O1.
+
+    Models on the CPU may move to the accelerator later, and without models nobody knows.
+    """
+    types = frozenset(t.device.type for model in models for t in (*model.parameters(), *model.buffers()))
+    return types if types - {"cpu"} else types | accelerator_or_cpu()
 
 
 def _cast_model(model: nn.Module, properties: Any, outputs: torch.dtype | None) -> None:
-    """Cast the weights of `model`, and let hooks cast what goes in and out and what is saved."""
-    _remove_hooks(model)
+    """Cast the weights of `model`, and let it cast what goes in and out and what is saved."""
+    for module in model.modules():
+        uncast_forward(module)
     if not _casts_weights(properties):
         if outputs:
-            model.register_forward_hook(CastOutputs(outputs), prepend=True)
+            cast_forward(model, None, outputs)
         return
     dtype = properties.cast_model_type
     if properties.keep_batchnorm_fp32:
         convert_network(model, dtype)
     else:
         model.to(dtype)
-    model.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
-    # The user's hooks see what the model returns: cast outputs.
-    model.register_forward_hook(CastOutputs(outputs or torch.float32), prepend=True)
+    cast_forward(model, dtype, outputs or torch.float32)
     for module in model.modules() if dtype in HALF_DTYPES else ():
         module.register_state_dict_post_hook(_save_fp32)  # type: ignore[no-untyped-call]
-
-
-def _remove_hooks(model: nn.Module) -> None:
-    """Remove what an earlier `initialize` registered with `model`."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, (CastInputs, CastOutputs))]:
-                del hooks[key]
-
-
-@dataclass(frozen=True)
-class CastInputs:
-    """Casts the floating point inputs of a model: a forward pre-hook.
-
-    A hook gets the module that is called. A copy of the model, or a replica of DataParallel, is cast by its own copy.
-    """
-
-    dtype: torch.dtype
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return `args` and `kwargs` with every floating point tensor cast."""
-        return applier(args, self.dtype), applier(kwargs, self.dtype)
-
-
-@dataclass(frozen=True)
-class CastOutputs:
-    """Casts the floating point outputs of a model: a forward hook. The loss is then computed in `dtype`."""
-
-    dtype: torch.dtype
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Return `output` with every floating point tensor cast."""
-        return applier(output, self.dtype)
-
-
-def applier(value: Any, dtype: torch.dtype) -> Any:
-    """Return `value` with every floating point tensor in it cast to `dtype`.
-
-    Lists, tuples, sets and mappings are copied, with their types. So is what has a method `to`, by `to(dtype)`.
-    The rest, such as strings and NumPy arrays, is returned itself.
-    """
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if hasattr(value, "to"):
-        return value.to(dtype)
-    if isinstance(value, Mapping):
-        return _apply_to_mapping(value, dtype)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(applier(item, dtype) for item in value))
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return type(value)(applier(item, dtype) for item in value)
-    return value
-
-
-def _apply_to_mapping(value: Mapping[Any, Any], dtype: torch.dtype) -> Any:
-    items = {applier(key, dtype): applier(item, dtype) for key, item in value.items()}
-    if type(value) is dict or not hasattr(value, "__setitem__"):
-        return items
-    # Classes such as the outputs of transformers have attributes too, which a plain dict would lose.
-    changed: Any = copy.copy(value)
-    for key, item in items.items():
-        changed[key] = item
-    return changed
 
 
 def _half_tensors(module: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:

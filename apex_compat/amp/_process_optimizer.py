@@ -4,7 +4,7 @@ Each function here that takes `self` becomes a method of the optimizer, which st
 their account in `optimizer._amp_stash`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from itertools import chain
 from types import MethodType
@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from apex_compat.amp._amp_state import maybe_print
+from apex_compat.amp._grad_stash import put_grads_back, take_grads, unscale_and_add
+from apex_compat.amp._half_grads import forget_scale, keeps_half_grads, post_half_grads
 from apex_compat.amp.scaler import LossScaler
 from apex_compat.amp.utils import casts, casts_disabled
 from apex_compat.fp16_utils import gradients
 from apex_compat.fp16_utils.checks import HALF_DTYPES, check_dtypes
-from apex_compat.fp16_utils.masters import followed, replace_by_masters
+from apex_compat.fp16_utils.masters import copy_to_unfrozen, followed, frozen_now, is_frozen, replace_by_masters
 
 fp32_values: Any = WeakTensorKeyDictionary()
 """Maps half-precision parameters to fp32 values: their masters, or what `load_state_dict` read for masters to come."""
@@ -38,7 +40,7 @@ class AmpOptimizerState:
         all_fp16_params, all_fp32_from_fp16_params, all_fp32_from_fp32_params: the same without groups.
         all_fp32_params: without masters, where the lists with "from" are empty, what `all_fp16_params` has not.
         earlier_grads: within `scale_loss`, by parameter, the gradients from before it that no master has.
-        frozen: half-precision parameters that did not require grad when their masters were made, nor since.
+        frozen: half-precision parameters that were frozen when a backward pass began or ended, or a step began.
     """
 
     def __init__(self) -> None:
@@ -63,12 +65,7 @@ def _process_optimizer(optimizer: Any, master_weights: bool | None) -> None:
     Args:
         optimizer: a torch optimizer, or anything with its methods and groups, such as LARC.
         master_weights: True keeps fp32 masters of its half-precision parameters.
-
-    Raises:
-        RuntimeError: the optimizer has these methods already.
     """
-    if hasattr(optimizer, "_amp_stash"):
-        raise RuntimeError("A given optimizer should only be passed through amp.initialize once.")
     optimizer._amp_stash = AmpOptimizerState()
     for name, method in (_WITH_MASTERS if master_weights else _WITHOUT_MASTERS).items():
         setattr(optimizer, name, MethodType(method, optimizer))
@@ -116,6 +113,7 @@ def _step(self: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 def _step_with_masters(self: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     _refuse_closure(args, kwargs)
     self._amp_lazy_init()
+    _update_frozen(self._amp_stash)
     skipped = self._amp_stash.already_patched
     result = _step(self, step, *args, **kwargs)
     if not skipped:
@@ -138,10 +136,10 @@ def _skip(self: Any) -> None:
     change = "reducing loss scale to" if scaler.dynamic else "keeping the static loss scale"
     maybe_print(f"Gradient overflow.  Skipping step, loss scaler {loss_id} {change} {scaler.loss_scale()}")
     _drop_master_grads(self)
-    if hasattr(self, "most_recent_scale"):  # FusedSGD
-        self.most_recent_scale, self.scale_set_by_backward = 1.0, False
-    # Without this a scheduler takes the skip for calls in the wrong order.
-    self._opt_called = True
+    forget_scale(self)
+    # Without this a scheduler takes the skip for calls in the wrong order. That of LARC may have the inner optimizer.
+    for each in (self, getattr(self, "optim", self)):
+        each._opt_called = True
     stash.already_patched, stash.overflowed = False, None
 
 
@@ -168,7 +166,7 @@ def _adopt(optimizer: Any, *groups: dict[str, Any]) -> None:
         check_dtypes("optimizer", group["params"])
         masters, moved = replace_by_masters(optimizer, group, _new_master)
         state_moved |= moved
-        stash.frozen.update(half for half in masters if not half.requires_grad)
+        stash.frozen.update(filter(is_frozen, masters))
         stash.fp16_groups.append(list(masters))
         stash.fp32_from_fp16_groups.append(list(masters.values()))
         made = set(map(id, masters.values()))
@@ -190,17 +188,19 @@ def _new_master(half: Tensor) -> Tensor:
     return master
 
 
+def _update_frozen(stash: AmpOptimizerState) -> None:
+    stash.frozen = frozen_now(stash.all_fp16_params, stash.all_fp32_from_fp16_params, stash.frozen)
+
+
 @torch.no_grad()
 def _prepare_with_masters(self: Any) -> None:
     """Clear the gradients of the model, so that the backward pass to come makes new ones at the loss scale."""
     self._amp_lazy_init()
     stash = self._amp_stash
-    for half in [half for half in stash.frozen if half.requires_grad]:  # unfrozen, and perhaps changed before that
-        stash.frozen.remove(half)
-        fp32_values[half].copy_(followed(fp32_values[half], half))
+    _update_frozen(stash)
     stash.earlier_grads = take_grads(stash.all_fp32_from_fp32_params)
     half_grads = take_grads(stash.all_fp16_params)
-    if _keeps_half_grads(self):  # elsewhere the masters have them, unscaled and in fp32
+    if keeps_half_grads(self):  # elsewhere the masters have them, unscaled and in fp32
         stash.earlier_grads |= half_grads
 
 
@@ -211,10 +211,11 @@ def _post_with_masters(self: Any, scaler: LossScaler) -> None:
     Only the new ones are checked.
     """
     self._amp_lazy_init()
-    if _keeps_half_grads(self):
-        _post_half_grads(self, scaler)
-        return
     stash = self._amp_stash
+    _update_frozen(stash)
+    if keeps_half_grads(self):
+        post_half_grads(self, scaler)
+        return
     masters = stash.all_fp32_from_fp16_params
     earlier = take_grads(masters)
     gradients.copy_to_masters(stash.all_fp16_params, masters)
@@ -226,23 +227,32 @@ def _post_with_masters(self: Any, scaler: LossScaler) -> None:
 @torch.no_grad()
 def _copy_masters_to_model(self: Any) -> None:
     stash = self._amp_stash
-    pairs = zip(stash.all_fp16_params, stash.all_fp32_from_fp16_params, strict=True)
-    moved = [(half, master) for half, master in pairs if half not in stash.frozen]
-    gradients.copy_values([half for half, _ in moved], [master for _, master in moved])
+    copy_to_unfrozen(stash.all_fp16_params, stash.all_fp32_from_fp16_params, stash.frozen)
 
 
 @torch.no_grad()
 def _zero_grad(self: Any, zero_grad: Callable[..., Any], set_to_none: bool = False) -> None:
-    """Zero the model's gradients, or drop them with `set_to_none`. Those of masters are dropped always."""
+    """Zero the model's gradients, or drop them with `set_to_none`.
+
+    Those of masters are dropped always. So are those of parameters that were frozen since: momentum and weight decay
+    would move weights for zeros.
+    """
     self._amp_lazy_init()
     stash = self._amp_stash
     _drop_master_grads(self)
+    kept = []
     for param in chain(stash.all_fp16_params, stash.all_fp32_from_fp32_params):
-        if set_to_none or param.grad is None or param.grad.layout != torch.strided:
+        grad = param.grad
+        if set_to_none or grad is None or grad.layout != torch.strided or not param.requires_grad:
             param.grad = None
-        else:
-            param.grad.detach_()
-            param.grad.zero_()
+            continue
+        if grad.grad_fn is not None:
+            grad.detach_()
+        else:  # a view cannot be detached in place
+            grad.requires_grad_(False)
+        kept.append(grad)
+    if kept:
+        torch._foreach_zero_(kept)
 
 
 def _load_state_dict(self: Any, load: Callable[..., Any], state_dict: dict[str, Any]) -> None:
@@ -299,69 +309,6 @@ def restore_grads(optimizer: Any) -> None:
     params = (*stash.all_fp16_params, *stash.all_fp32_params, *stash.all_fp32_from_fp32_params)
     put_grads_back(params, stash.earlier_grads)
     stash.earlier_grads = {}
-
-
-def put_grads_back(params: Iterable[Tensor], earlier: dict[Tensor, Tensor]) -> None:
-    """Give `params` the gradients that `take_grads` returned, and no others."""
-    for param in params:
-        param.grad = earlier.get(param)
-
-
-def take_grads(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """Return the gradients of `params` by parameter, and leave the parameters without."""
-    taken = {}
-    for param in params:
-        if param.grad is not None:
-            taken[param] = param.grad
-            param.grad = None
-    return taken
-
-
-@torch.no_grad()
-def unscale_and_add(params: Sequence[Tensor], earlier: dict[Tensor, Tensor], scaler: LossScaler) -> None:
-    """Unscale the gradients of `params` in place, and add `earlier` ones, which are unscaled already.
-
-    The sum is taken in fp32 and rounded once.
-    """
-    gradients.coalesce(params)
-    grads = {p: p.grad for p in params if p.grad is not None}
-    for param in grads.keys() & earlier.keys():
-        grads[param] = grads[param].to(torch.promote_types(param.dtype, torch.float32))
-    scaler.unscale_(map(gradients.dense, grads.values()))
-    for param in grads.keys() & earlier.keys():
-        param.grad = (grads[param] + earlier[param]).to(param.dtype)
-    for param, grad in earlier.items():
-        if param.grad is None:
-            param.grad = grad
-
-
-# FusedSGD with materialize_master_grads=False steps from half gradients, which stay scaled until then.
-
-
-def _keeps_half_grads(optimizer: Any) -> bool:
-    return not getattr(optimizer, "materialize_master_grads", True)
-
-
-def _post_half_grads(self: Any, scaler: LossScaler) -> None:
-    """Bring new and earlier gradients to the smaller of their two scales, and leave them in the model.
-
-    The smaller, since at the larger a sum could leave float16. The optimizer finds it in `most_recent_scale`.
-    """
-    stash = self._amp_stash
-    new_scale, earlier_scale = scaler.loss_scale(), self.most_recent_scale
-    scale = min(new_scale, earlier_scale) if self.scale_set_by_backward else new_scale
-    for param in (*stash.all_fp16_params, *stash.all_fp32_from_fp32_params):
-        earlier = stash.earlier_grads.get(param)
-        if param.grad is None:
-            param.grad = None if earlier is None else (earlier.float() * (scale / earlier_scale)).to(param.dtype)
-            continue
-        total = param.grad.float()
-        scaler.multiply_([gradients.dense(total)], torch.tensor(scale / new_scale))
-        if earlier is not None:
-            total += earlier.float() * (scale / earlier_scale)
-        param.grad = total.to(param.dtype)
-    stash.earlier_grads = {}
-    self.most_recent_scale, self.scale_set_by_backward = scale, True
 
 
 _WITH_MASTERS: dict[str, Callable[..., Any]] = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from apex_compat.amp._amp_state import _amp_state, maybe_print, warn_or_err
+from apex_compat.amp._amp_state import _amp_state, maybe_print, restored_after_an_error, warn_or_err
 from apex_compat.amp._initialize import _initialize
 from apex_compat.amp.amp import deactivate
 
@@ -177,6 +177,7 @@ class O3(OptLevel):
 opt_levels: dict[str, OptLevel] = {"O3": O3(), "O2": O2(), "O1": O1(), "O0": O0()}
 
 
+@restored_after_an_error()
 def initialize(
     models: Any,
     optimizers: Any = None,
@@ -202,6 +203,9 @@ def initialize(
             scaled_loss.backward()
         optimizer.step()
 
+    Under O0, O2 and O3 models cast their inputs and outputs, also where a script calls `model.forward`. Forward
+    pre-hooks of a model see its inputs uncast, and forward hooks see cast outputs.
+
     Under O1 the functions of torch.compile run uncompiled, since the casts change from call to call.
 
     Call it once, with all models and optimizers, and before any DistributedDataParallel. A further call, say for
@@ -222,9 +226,11 @@ def initialize(
         num_losses: how many loss scales there are. `scale_loss` takes one by its `loss_id`.
         verbosity: 0 prints nothing, 1 the options and each overflow, 2 each cast of O1 too.
         min_loss_scale: bounds dynamic loss scales from below; None means 2**-100.
-        max_loss_scale: bounds dynamic loss scales from above.
+        max_loss_scale: bounds dynamic loss scales from above; 2**127 does so too.
         check_overflow: False applies inf and nan under a static loss scale, as apex did, and prints it once. True
             skips such steps.
+
+    After an error everything is as it was before the call: models, optimizers, and what an earlier call did.
 
     Returns:
         Models, or models and optimizers unless those are None. Each is a list if it was given as one.
@@ -238,10 +244,9 @@ def initialize(
     """
     properties = _amp_state.opt_properties = Properties()
     _amp_state.verbosity = verbosity
-    _amp_state.check_overflow = check_overflow
-    _amp_state.loss_scalers = []
     if not enabled:
         deactivate()
+        _amp_state.loss_scalers = []
         return models if optimizers is None else (models, optimizers)
     if opt_level not in opt_levels:
         raise RuntimeError(
@@ -268,7 +273,7 @@ def initialize(
             setattr(properties, name, value)
     maybe_print("After processing overrides, optimization options are:", rank0=True)
     _print_options(properties)
-    return _initialize(models, optimizers, properties, num_losses, cast_model_outputs)
+    return _initialize(models, optimizers, properties, num_losses, cast_model_outputs, check_overflow)
 
 
 def _print_options(properties: Properties) -> None:

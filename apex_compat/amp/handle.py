@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import getattr_static
 from typing import Any, NoReturn
 
 import torch
@@ -72,8 +73,9 @@ def scale_loss(
 def _scaler(loss_id: int) -> LossScaler:
     scalers: list[LossScaler] = _amp_state.loss_scalers
     if not 0 <= loss_id < len(scalers):
+        allowed = f"0 to {len(scalers) - 1}" if scalers else "none"
         raise RuntimeError(
-            f"loss_id is {loss_id}; amp.initialize had num_losses={len(scalers)}, which allows 0 to {len(scalers) - 1}"
+            f"loss_id is {loss_id}; amp.initialize had num_losses={len(scalers)}, which allows {allowed}"
         )
     return scalers[loss_id]
 
@@ -150,7 +152,7 @@ class AmpHandle:
         self._undo: list[Callable[[], None]] = []
         self._patches: list[tuple[Any, str, Any]] = []
         self._half, self._caching, self._verbose = half, enable_caching, verbose
-        self._device_types = _accelerator_or_cpu() if device_types is None else device_types
+        self._device_types = accelerator_or_cpu() if device_types is None else device_types
         self._activate()
 
     def _activate(self) -> None:
@@ -170,8 +172,11 @@ class AmpHandle:
 
     def patch(self, owner: Any, name: str, function: Any) -> None:
         """Put `function` in the place of the attribute `name` of a module or class, until `_deactivate`."""
+        self._patches.append((owner, name, function))
         inherited = name not in vars(owner)
-        before = getattr(owner, name)
+        before = getattr(owner, name) if inherited else vars(owner)[name]  # a static method itself, not its function
+        if isinstance(owner, type) and isinstance(getattr_static(owner, name), (staticmethod, classmethod)):
+            function = staticmethod(function)  # it wraps what was bound already
 
         def undo() -> None:
             if inherited:
@@ -180,7 +185,6 @@ class AmpHandle:
                 setattr(owner, name, before)
 
         setattr(owner, name, function)
-        self._patches.append((owner, name, function))
         self._call_at_end(undo)
 
     def _call_at_end(self, undo: Callable[[], None]) -> None:
@@ -217,13 +221,13 @@ class AmpHandle:
         return casts.caching
 
     @property
-    def cache(self) -> dict[Tensor, Any]:
-        """Return the cast weights, by parameter."""
-        return casts.cache
+    def cache(self) -> dict[Tensor, Tensor]:
+        """Return the cast weights, by parameter, as a copy."""
+        return {param: cast for _, _, cast, param in casts.cache.values()}
 
     def remove_cache(self, param: Tensor) -> None:
         """Forget the cast of `param`."""
-        casts.cache.pop(param, None)
+        casts.cache.pop(id(param), None)
 
     def _clear_cache(self) -> None:
         casts.cache.clear()
@@ -263,7 +267,8 @@ class NoOpHandle:
         """Do nothing."""
 
 
-def _accelerator_or_cpu() -> frozenset[str]:
+def accelerator_or_cpu() -> frozenset[str]:
+    """Return the type of the machine's accelerator, or "cpu" where there is none, as a set."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return frozenset({accelerator.type if accelerator else "cpu"})
 

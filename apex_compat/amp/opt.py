@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from apex_compat.amp._amp_state import master_params, maybe_print
-from apex_compat.amp._process_optimizer import put_grads_back, take_grads, unscale_and_add
+from apex_compat.amp._grad_stash import put_grads_back, take_grads, unscale_and_add
 from apex_compat.amp.scaler import LossScaler
 from apex_compat.amp.utils import casts_disabled
 

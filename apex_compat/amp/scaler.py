@@ -9,6 +9,7 @@ from torch import Tensor
 from apex_compat.amp._amp_state import maybe_print
 from apex_compat.amp.utils import casts_disabled
 from apex_compat.fp16_utils import gradients
+from apex_compat.fp16_utils.checks import LARGEST_SCALE
 from apex_compat.fp16_utils.policy import DynamicScale, StaticScale
 
 
@@ -29,7 +30,7 @@ class LossScaler:
         scale_factor: what a dynamic scale is multiplied or divided by.
         scale_window: the updates in a row without overflow after which it grows.
         min_loss_scale: None or 0 stand for 2**-100. From 0 the scale could never come back.
-        max_loss_scale: bounds a dynamic scale from above.
+        max_loss_scale: bounds a dynamic scale from above. 2**127 bounds it too.
 
     Attributes:
         dynamic: True if the scale follows the overflows.
@@ -49,11 +50,12 @@ class LossScaler:
         self.check_overflow = False
         self._policy: StaticScale | DynamicScale
         if loss_scale == "dynamic":
-            start = min(max_loss_scale, init_scale)
-            self._policy = DynamicScale(cpu, start, scale_factor, scale_window, min_loss_scale or None, max_loss_scale)
+            start, largest = min(max_loss_scale, init_scale), min(max_loss_scale, LARGEST_SCALE)
+            self._policy = DynamicScale(cpu, start, scale_factor, scale_window, min_loss_scale or None, largest)
             self._policy.set(start)
         else:
             self._policy = StaticScale(float(loss_scale), cpu)
+            self._static_scale = float(loss_scale)
         self.dynamic = self._policy.dynamic
         self._static_updates = 0
         self._reported = False
@@ -65,11 +67,13 @@ class LossScaler:
 
     @property
     def _loss_scale(self) -> float:
-        return float(self._policy.scale.item())
+        # float32 has no 0.1. A static scale is saved as it was given.
+        return self._policy.scale.item() if isinstance(self._policy, DynamicScale) else self._static_scale
 
     @_loss_scale.setter
     def _loss_scale(self, value: float) -> None:
-        self._policy.set(float(value))
+        self._static_scale = float(value)
+        self._policy.set(self._static_scale)
 
     @property
     def _unskipped(self) -> int:

@@ -24,8 +24,9 @@ class Casts:
         half: the dtype of half precision, float16 or bfloat16.
         device_types: the types of the devices whose tensors are cast.
         caching: True keeps the casts of weights.
-        cache: by parameter, its version and requires_grad when it was cast, and the cast. A weight that is used twice
-            is cast once, and its two gradients are summed before they are cast back.
+        cache: by the id of a parameter, its version and requires_grad when it was cast, the cast, and the parameter
+            itself, without which another tensor could get the id. A weight that is used twice is cast once, and its
+            two gradients are summed before they are cast back.
         verbose: True prints each cast.
     """
 
@@ -37,7 +38,7 @@ class Casts:
         self.half = torch.float16
         self.device_types: frozenset[str] = frozenset()
         self.caching = True
-        self.cache: dict[Tensor, tuple[int, bool, Tensor]] = {}
+        self.cache: dict[int, tuple[int, bool, Tensor, Parameter]] = {}
         self.verbose = False
 
 
@@ -47,11 +48,12 @@ casts = Casts()
 @contextmanager
 def casts_disabled() -> Iterator[None]:
     """Let the wrapped functions be what they were, within this context. Without O1 it does nothing."""
-    before, casts.on = casts.on, False
+    before, handle, casts.on = casts.on, casts.handle, False
     try:
         yield
     finally:
-        casts.on = before and casts.handle is not None
+        if casts.handle is handle:  # a new one is on, and with none all is off
+            casts.on = before
 
 
 def half_of_casts(device_type: str) -> torch.dtype | None:
@@ -70,7 +72,7 @@ def maybe_half(value: Any, name: str = "") -> Any:
         name: the function, for the line that verbose=True prints.
     """
     if type(value) is Parameter:
-        entry = casts.cache.get(value)
+        entry = casts.cache.get(id(value))  # the hash of a tensor is a call of Python's
         if entry and entry[0] == value._version and entry[1] is value.requires_grad and has_grad():
             return entry[2]
         return _new_half(value, name)
@@ -101,7 +103,10 @@ def maybe_like(value: Any, dtype: torch.dtype, name: str = "") -> Any:
 def _is_cast_from(value: Any, dtype: torch.dtype) -> bool:
     """Return True if `value` is a tensor that a cast to `dtype` concerns."""
     found = getattr(value, "dtype", None)
-    return found is not dtype and found in FLOATING and value.device.type in casts.device_types
+    if found is dtype or found not in FLOATING:
+        return False
+    # A model may have a dtype and a device as well.
+    return isinstance(value, Tensor) and value.device.type in casts.device_types
 
 
 def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -116,7 +121,7 @@ def _new_half(param: Parameter, name: str) -> Tensor:
     cast = _cast(param, casts.half, name)
     # In evaluation the cache is not used. Moving averages swap weights there through `.data`, which leaves no trace.
     if casts.caching and has_grad() and not param.is_inference():
-        casts.cache[param] = (param._version, param.requires_grad, cast)
+        casts.cache[id(param)] = (param._version, param.requires_grad, cast, param)
     return cast
 
 
@@ -135,7 +140,7 @@ def is_mixed(values: Any) -> bool:
         dtype = getattr(value, "dtype", None)
         if dtype is not None and dtype is not first:
             if first is not None:
-                return {getattr(v, "dtype", None) for v in values} & FLOATING == {casts.half, torch.float32}
+                return {v.dtype for v in values if isinstance(v, Tensor)} & FLOATING == {casts.half, torch.float32}
             first = dtype
     return False
 
@@ -143,6 +148,8 @@ def is_mixed(values: Any) -> bool:
 def has_half(values: Any) -> bool:
     """Return True if one of `values`, or of the lists and tuples in it, is a tensor of half precision."""
     return any(
-        has_half(value) if isinstance(value, (list, tuple)) else getattr(value, "dtype", None) is casts.half
+        has_half(value)
+        if isinstance(value, (list, tuple))
+        else getattr(value, "dtype", None) is casts.half and isinstance(value, Tensor)
         for value in values
     )

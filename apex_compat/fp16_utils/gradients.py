@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 def dense(grad: Tensor) -> Tensor:
-    """Return `grad` itself if it is strided, or the values of a sparse one."""
-    return grad if grad.layout == torch.strided else grad._values()
+    """Return `grad` itself if it is strided, or the values of a sparse one; of complex ones a real view."""
+    values = grad if grad.layout == torch.strided else grad._values()
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:

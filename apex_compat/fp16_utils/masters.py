@@ -1,6 +1,6 @@
 """Keeps the master weights, and passes gradients and weights between masters and model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -80,7 +80,7 @@ class Masters:
     def _adopt(self, group: dict[str, Any]) -> bool:
         """Make the masters of one group; return whether state was moved to them."""
         masters, state_moved = replace_by_masters(self._optimizer, group, lambda half: half.detach().float())
-        self._frozen.update(filter(_is_frozen, masters))
+        self._frozen.update(filter(is_frozen, masters))
         self._half_groups.append(list(masters))
         self._master_groups.append(list(masters.values()))
         return state_moved
@@ -120,14 +120,13 @@ class Masters:
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Copy the masters, rounded, to the parameters that were not frozen at the last update."""
-        pairs = [(h, m) for h, m in zip(self._half, self._masters, strict=True) if h not in self._frozen]
-        gradients.copy_values([half for half, _ in pairs], [master for _, master in pairs])
+        copy_to_unfrozen(self._half, self._masters, self._frozen)
 
     @torch.no_grad()
     def _follow_frozen(self) -> None:
         """Copy frozen parameters to their masters. A master that still rounds to its parameter keeps its bits."""
         for half, master in zip(self._half, self._masters, strict=True):
-            if half in self._frozen or _is_frozen(half):
+            if half in self._frozen or is_frozen(half):
                 master.copy_(followed(master, half))
 
     @torch.no_grad()
@@ -177,9 +176,7 @@ class Masters:
             float32, shape (), on the device of `scale`: 1. if there was an inf or nan before or after
             unscaling, else 0.
         """
-        if not all(map(_is_frozen, self._frozen)):  # one was unfrozen
-            self._follow_frozen()
-        self._frozen = set(filter(_is_frozen, self._half))
+        self._frozen = frozen_now(self._half, self._masters, self._frozen)
         gradients.copy_to_masters(self._half, self._masters)
         gradients.coalesce(self._own)
         self._half_grads_scale = scale if self._half_grads_scale is None else self._half_grads_scale
@@ -235,5 +232,28 @@ def followed(fp32: Tensor, half: Tensor) -> Tensor:
     return torch.where(fp32.to(half.dtype) == half, fp32, half.float())
 
 
-def _is_frozen(half: Tensor) -> bool:
+def is_frozen(half: Tensor) -> bool:
+    """Return True if no step may change `half`: it requires no gradient, and has none from before."""
     return not half.requires_grad and half.grad is None
+
+
+@torch.no_grad()
+def frozen_now(halves: Sequence[Tensor], masters: Sequence[Tensor], before: set[Tensor]) -> set[Tensor]:
+    """Return the frozen ones of `halves`. Give the master of each that was unfrozen the values that it has now.
+
+    Args:
+        halves: half-precision parameters.
+        masters: their masters.
+        before: those that were frozen when this was called last.
+    """
+    for half, master in zip(halves, masters, strict=True) if before else ():
+        if half in before and not is_frozen(half):
+            master.copy_(followed(master, half))
+    return set(filter(is_frozen, halves))
+
+
+@torch.no_grad()
+def copy_to_unfrozen(halves: Sequence[Tensor], masters: Sequence[Tensor], frozen: set[Tensor]) -> None:
+    """Copy the masters, rounded, to those of their parameters `halves` that are not in `frozen`."""
+    pairs = [(half, master) for half, master in zip(halves, masters, strict=True) if half not in frozen]
+    gradients.copy_values([half for half, _ in pairs], [master for _, master in pairs])

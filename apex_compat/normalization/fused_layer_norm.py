@@ -6,7 +6,7 @@ of 1e-6, the modules one of 1e-5, as in apex.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -17,7 +17,8 @@ Shape = int | Sequence[int]
 
 
 def _shape(normalized_shape: Shape) -> list[int]:
-    return [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    # An integer of NumPy's is no int.
+    return list(normalized_shape) if isinstance(normalized_shape, Iterable) else [int(normalized_shape)]
 
 
 def _layer_norm(

@@ -44,8 +44,9 @@ class FusedOptimizer(Optimizer):
         """Change parameters and state in place."""
         raise NotImplementedError
 
-    def _gradients(self, params: list[Tensor]) -> list[Tensor | None]:
-        return [param.grad for param in params]
+    def _holders(self) -> dict[Tensor, Tensor]:
+        """Return the parameters whose gradient another tensor holds, each with that tensor."""
+        return {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -58,7 +59,8 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [self._work(group) for group in self.param_groups]
+        holders = self._holders()
+        work = [self._work(group, holders) for group in self.param_groups]
         if self.counts_steps:
             for group in self.param_groups:
                 group["step"] = group.get("step", 0) + 1
@@ -104,9 +106,10 @@ class FusedOptimizer(Optimizer):
         settings = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
         return settings | super().__getstate__()  # a copy takes its settings with it
 
-    def _work(self, group: dict[str, Any]) -> Work:
+    def _work(self, group: dict[str, Any], holders: dict[Tensor, Tensor]) -> Work:
         params, grads = [], []
-        for param, grad in zip(group["params"], self._gradients(group["params"]), strict=True):
+        for param in group["params"]:
+            grad = holders.get(param, param).grad
             if grad is None or grad.numel() == 0:
                 continue
             if grad.layout != torch.strided:

@@ -2,7 +2,6 @@
 
 from itertools import chain
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, required
 
@@ -15,10 +14,11 @@ class FusedSGD(FusedOptimizer):
 
     The state is 'momentum_buffer'. A parameter's first momentum is its gradient, undampened, whenever it joins.
 
-    Under amp with master weights, amp gives `_amp_stash.fp16_groups` and `_amp_stash.fp32_from_fp16_groups`, and `step`
-    writes the masters to the half parameters. With materialize_master_grads=False the masters get no gradients:
-    `step` takes those of the half parameters. All gradients are `most_recent_scale` times too large then. amp sets
-    `most_recent_scale` and `scale_set_by_backward` after a backward pass, and `step` sets them back to 1.0 and False.
+    Under amp with master weights, amp writes the masters to the half parameters after each step. With
+    materialize_master_grads=False the masters get no gradients: `step` takes those of the half parameters, which it
+    finds by `_amp_stash.fp16_groups` and `_amp_stash.fp32_from_fp16_groups`. All gradients are `most_recent_scale`
+    times too large then. amp sets `most_recent_scale` and `scale_set_by_backward` after a backward pass, and `step`
+    sets them back to 1.0 and False.
 
     Args:
         params: parameters or groups of them.
@@ -61,17 +61,13 @@ class FusedSGD(FusedOptimizer):
         self.most_recent_scale = 1.0
         self.scale_set_by_backward = False
 
-    def _halves(self) -> dict[Tensor, Tensor]:
-        """Return each master of amp's with its half parameter."""
+    def _holders(self) -> dict[Tensor, Tensor]:
+        """Return each master of amp's with its half parameter, if the masters get no gradients."""
+        if self.materialize_master_grads:
+            return {}
         stash = getattr(self, "_amp_stash", None)
         masters = chain.from_iterable(getattr(stash, "fp32_from_fp16_groups", []))
         return dict(zip(masters, chain.from_iterable(getattr(stash, "fp16_groups", [])), strict=True))
-
-    def _gradients(self, params: list[Tensor]) -> list[Tensor | None]:
-        if self.materialize_master_grads:
-            return super()._gradients(params)
-        halves = self._halves()
-        return [halves.get(param, param).grad for param in params]
 
     def _update(self, work: list[Work]) -> None:
         for group, params, grads in work:
@@ -91,8 +87,5 @@ class FusedSGD(FusedOptimizer):
                     first_run=first_run,
                     scale=1.0 / self.most_recent_scale,
                 )
-        halves = self._halves()
-        if halves:
-            torch._foreach_copy_(list(halves.values()), list(halves))
         self.most_recent_scale = 1.0
         self.scale_set_by_backward = False

@@ -124,7 +124,8 @@ class DistributedDataParallel(nn.Module):
         extract_tensors(output, tensors)
         for tensor in tensors:
             # A checkpointed part runs a backward of its own. Its end is not the end; that of the output's is.
-            if tensor.requires_grad:
+            # A leaf, such as a parameter that the module returns, and an input would keep a hook of each call.
+            if tensor.grad_fn is not None and torch.is_grad_enabled():
                 tensor.register_hook(self._queue)  # type: ignore[no-untyped-call]
         return output
 

@@ -1,7 +1,10 @@
 """The defects of apex.amp: those that are repaired here, and those that scripts may count on. One function each."""
 
 import gc
+import inspect
+import warnings
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -23,11 +26,17 @@ from amp_cases import (  # noqa: F401
     o1,
     torch_as_it_was,
 )
+from apex_compat.optimizers import FusedSGD
+from apex_compat.parallel import LARC
 from fp16_cases import same, snapshot
 
 
 def sgd(network):
     return OPTIMIZERS["sgd"](network.parameters())
+
+
+def fused_sgd(network, **kwargs):
+    return FusedSGD(network.parameters(), lr=0.1, momentum=0.9, **kwargs)
 
 
 def set_up(level, build=mlp, **kwargs):
@@ -68,10 +77,11 @@ def a_step_may_come_before_a_backward():
 
 
 def schedulers_do_not_warn():
-    for level in ("O0", "O1", "O2", "O3"):
+    for level, wrap in product(("O0", "O1", "O2", "O3"), (lambda optimizer: optimizer, LARC)):
         network = mlp()
-        optimizer = sgd(network)
-        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+        inner = sgd(network)
+        optimizer = wrap(inner)
+        schedulers = [torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)]
         network, optimizer = initialize(network, optimizer, opt_level=level, loss_scale="dynamic")
         schedulers.append(torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
         for i in range(3):
@@ -112,8 +122,9 @@ def a_replica_runs_its_own_weights():
         network, _ = set_up(level, lambda: nn.Linear(4, 1))
         replica = network._replicate_for_data_parallel()
         replica.weight, replica.bias = torch.zeros_like(network.weight), torch.zeros_like(network.bias)
-        assert replica(torch.ones(1, 4)).abs().sum() == 0
-        assert replica(torch.ones(1, 4)).dtype == torch.float32
+        for call in (replica, replica.forward):
+            assert call(torch.ones(1, 4)).abs().sum() == 0
+            assert call(torch.ones(1, 4)).dtype == torch.float32
 
 
 def casts_come_back_after_an_exception():
@@ -226,7 +237,211 @@ def tensors_elsewhere_are_not_cast():
     assert F.softmax(x.half(), dim=0).dtype == torch.float16
 
 
+def a_frozen_weight_moved_by_hand_stays():
+    """A momentum encoder, as MoCo and BYOL have one, is in the optimizer but updated by hand."""
+    for build in (sgd, fused_sgd, lambda n: fused_sgd(n, materialize_master_grads=False)):
+        network = mlp()
+        network[0].requires_grad_(False)
+        network, optimizer = initialize(network, build(network), opt_level="O2")
+        for value in (0.25, 0.5):
+            optimizer.zero_grad()
+            backward(loss_of(network), optimizer)
+            network[0].weight.data.fill_(value)
+            optimizer.step()
+            assert (network[0].weight == value).all()
+
+
+def a_weight_may_be_frozen_and_unfrozen_between_steps():
+    """Every way to accumulate, and the new values that a weight was given while it was frozen."""
+    for delay in ((False,), (False, False), (True, False), (True, True)):
+        network, optimizer = set_up("O2", loss_scale=128.0)
+        layer = network[0]
+        for frozen, value in ((True, 0.25), (False, 0.5), (True, 0.125), (False, 2.0)):
+            layer.requires_grad_(not frozen)
+            layer.weight.data.fill_(value)
+            optimizer.zero_grad()
+            for delay_unscale in delay:
+                backward(loss_of(network) * 64, optimizer, delay_unscale=delay_unscale)
+            if delay[-1]:  # a script that unscales by itself
+                masters = amp.master_params(optimizer)
+                for half, master in zip(network.parameters(), masters, strict=True):
+                    master.grad = None if half.grad is None else half.grad.float() / 128
+            optimizer.step()
+            moved = (layer.weight.float() - value).abs()
+            assert (moved == 0).all() if frozen else 0 < moved.max() < value / 2, (delay, frozen, value)
+
+
+def gradients_may_be_views():
+    """What torch's DistributedDataParallel(gradient_as_bucket_view=True) leaves in the model."""
+    network, optimizer = set_up("O2")
+    for kwargs in ({}, {"set_to_none": True}):
+        buckets = [torch.ones(p.numel(), dtype=p.dtype) for p in network.parameters()]
+        for param, bucket in zip(network.parameters(), buckets, strict=True):
+            param.grad = bucket.view_as(param)
+        optimizer.zero_grad(**kwargs)
+        assert all((bucket == len(kwargs)).all() for bucket in buckets)
+        assert all((p.grad is None) == bool(kwargs) for p in network.parameters())
+
+
+def a_gradient_with_a_graph_is_zeroed_without_it():
+    network, optimizer = set_up("O2")
+    with amp.scale_loss(loss_of(network), optimizer) as scaled, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a reference cycle
+        scaled.backward(create_graph=True)
+    optimizer.zero_grad()
+    assert not any(p.grad.requires_grad or p.grad.any() for p in network.parameters())
+
+
+def a_model_with_dtype_and_device_is_no_tensor():
+    """A decorated method gets its model as an argument, and the models of transformers have both."""
+
+    class Model(nn.Linear):
+        device = property(lambda self: self.weight.device)
+        dtype = property(lambda self: self.weight.dtype)
+
+        def seen(self, x, y=None):
+            return x.dtype, self.weight.dtype
+
+        half = amp.half_function(seen)
+        floating = amp.float_function(seen)
+        promoted = amp.promote_function(seen)
+
+    model, x = Model(2, 2), torch.ones(2)
+    initialize(model)
+    assert model.half(x) == (torch.float16, torch.float32)
+    assert model.floating(x.half()) == (torch.float32, torch.float32)
+    assert model.promoted(x.half()) == (torch.float16, torch.float32)
+    assert model.promoted(x.half(), x) == (torch.float32, torch.float32)
+    nn.Module.half(model)
+    assert model.half(x) == (torch.float16, torch.float16)
+    assert model.floating(x.half()) == (torch.float32, torch.float16)
+    assert model.promoted(x.half(), x) == (torch.float32, torch.float16)
+
+
+def o1_casts_on_the_accelerator_for_a_model_that_moves_there_later():
+    x = torch.ones(2, 2, device="meta")
+    for models in ([], mlp()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.accelerator, "is_available", lambda: True)
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+            initialize(models, sgd(mlp()))
+        assert (x @ x).dtype == torch.float16
+    initialize([], sgd(mlp()))
+    assert now("F", "linear")(torch.ones(1, 1), torch.ones(1, 1)).dtype == (
+        torch.float32 if torch.accelerator.is_available() else torch.float16
+    )
+
+
+def a_static_method_stays_one_when_the_casts_go():
+    class Losses:
+        @staticmethod
+        def own(x):
+            return x.dtype
+
+        @classmethod
+        def of_class(cls, x):
+            return cls, x.dtype
+
+    class Heir(Losses):
+        pass
+
+    for owner, name in ((Losses, "own"), (Losses, "of_class"), (Heir, "own")):
+        amp.register_half_function(owner, name)
+    x = torch.ones(1)
+    for dtype in (torch.float16, torch.float32):
+        if dtype == torch.float16:
+            o1()
+        else:
+            amp._amp_state.handle._deactivate()
+        assert Losses().own(x) == Losses.own(x) == Heir().own(x) == dtype
+        assert Losses().of_class(x) == Losses.of_class(x) == (Losses, dtype)
+    assert Heir.of_class(x) == (Heir, torch.float32)
+
+
+def o1_may_be_switched_on_within_disable_casts():
+    with amp.disable_casts():
+        o1()
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float16
+    with amp.disable_casts():
+        amp._amp_state.handle._deactivate()
+    assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+
+
+def complex_parameters_are_unscaled():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    _, optimizer = initialize(nn.ParameterList([weight]), torch.optim.SGD([weight], lr=1.0), loss_scale=128.0)
+    for times in (1, 2):
+        backward((weight * (2 + 1j)).real.sum(), optimizer)
+        assert weight.grad.tolist() == [times * (2 - 1j)] * 2
+    amp._amp_state.loss_scalers[0].check_overflow = True
+    backward((weight * INF).real.sum(), optimizer)
+    optimizer.step()
+    assert weight.tolist() == [1, 1]
+
+
+def a_static_scale_is_saved_as_it_was_given():
+    set_up("O2", loss_scale=0.1)
+    state = amp.state_dict()
+    assert state["loss_scaler0"]["loss_scale"] == amp._amp_state.loss_scalers[0].loss_scale() == 0.1
+    amp.load_state_dict({"loss_scaler0": {"loss_scale": 0.3, "unskipped": 0}})
+    assert amp.state_dict()["loss_scaler0"]["loss_scale"] == 0.3
+
+
+def a_scale_may_grow_without_a_bound():
+    set_up("O1", max_loss_scale=INF)
+    (scaler,) = amp._amp_state.loss_scalers
+    assert scaler.loss_scale() == 2.0**16
+    for scale in (2.0**24, 2.0**126, 2.0**127):
+        scaler._loss_scale, scaler._unskipped = scale, 1999
+        scaler.update_scale()
+        assert scaler.loss_scale() == min(2 * scale, 2.0**127)
+
+
+def forward_may_be_called_directly():
+    """GANs do so: self.netG.forward(x). A script may have put its own there, and hooks, before and after."""
+
+    class Shifted(nn.Linear):
+        def forward(self, input, *, shift=0.0):
+            return super().forward(input) + shift
+
+    x, seen = torch.ones(1, 4), []
+
+    def note(module, given, out=None):
+        seen.append((given[0] if out is None else out).dtype)
+
+    for level in ("O0", "O2", "O3"):
+        for own in (None, lambda input, *, shift=0.0: input.sum() + shift):
+            network = Shifted(4, 4)
+            if own:
+                network.forward = own
+            network.register_forward_pre_hook(note)
+            network.register_forward_hook(note)
+            for again in (level, "O2", level):
+                initialize(network, opt_level=again)
+                assert network.forward(x.double(), shift=x[0]).dtype == torch.float32
+                assert torch.equal(network.forward(x.double(), shift=x[0]), network(x.double(), shift=x[0]))
+                assert list(inspect.signature(network.forward).parameters) == ["input", "shift"]
+                assert seen == [torch.float64, torch.float32]
+                seen.clear()
+                network.float()
+            initialize(network, opt_level="O1")
+            assert network.forward(x.half()).dtype == (torch.float32 if own else torch.float16)
+            assert own is None or network.forward is own
+
+
 REPAIRED = [
+    forward_may_be_called_directly,
+    a_model_with_dtype_and_device_is_no_tensor,
+    o1_casts_on_the_accelerator_for_a_model_that_moves_there_later,
+    a_static_method_stays_one_when_the_casts_go,
+    o1_may_be_switched_on_within_disable_casts,
+    complex_parameters_are_unscaled,
+    a_static_scale_is_saved_as_it_was_given,
+    a_scale_may_grow_without_a_bound,
+    gradients_may_be_views,
+    a_gradient_with_a_graph_is_zeroed_without_it,
+    a_frozen_weight_moved_by_hand_stays,
+    a_weight_may_be_frozen_and_unfrozen_between_steps,
     a_weight_is_used_twice_in_an_iteration,
     gradients_may_be_zeroed_or_dropped,
     a_step_may_come_before_a_backward,
@@ -319,6 +534,14 @@ def test_repaired(check):
 @pytest.mark.parametrize("check", KEPT, ids=lambda check: check.__name__)
 def test_kept(check):
     check()
+
+
+@pytest.mark.slow
+def test_torch_exports_and_compiles_a_cast_model():
+    network, _ = set_up("O2")
+    x = torch.ones(2, 4)
+    assert torch.equal(torch.export.export(network, (x,)).module()(x), network(x))
+    assert torch.equal(torch.compile(network, backend="eager", fullgraph=True)(x), network(x))
 
 
 def test_a_static_scale_says_once_that_inf_is_applied(capsys):

@@ -153,6 +153,47 @@ def test_initialize_refuses(call, error, said):
         call()
 
 
+def twice():
+    network = mlp()
+    optimizer = sgd(network)
+    return initialize(network, [optimizer, optimizer], opt_level="O2")
+
+
+FAILURES = [
+    *((lambda kwargs=kwargs: initialize(mlp(), sgd(mlp()), **kwargs), error) for kwargs, error, _ in OVERRIDES),
+    *((call, error) for call, error, _ in REFUSED.values()),
+    (twice, RuntimeError),
+    (lambda: initialize(mlp(), min_loss_scale=2.0, max_loss_scale=1.0), ValueError),
+    (lambda: initialize(mlp(), num_losses="2"), TypeError),
+    (lambda: initialize(mlp(), opt_level="O2", cast_model_type=torch.int32), TypeError),
+]
+
+
+def test_an_initialize_that_fails_leaves_everything_as_it_was():
+    others = [mlp(), mlp()]
+    initialized = initialize(*(network := mlp(), sgd(network)), loss_scale=128.0, verbosity=1)
+    before = dict(vars(amp._amp_state))
+    calls = [*FAILURES, (lambda: initialize(others, [sgd(mlp()), initialized[1]], opt_level="O2"), RuntimeError)]
+    for call, error in calls:
+        with pytest.raises(error):
+            call()
+        assert vars(amp._amp_state) == before
+        assert amp._amp_state.handle.is_active()
+    assert {p.dtype for other in others for p in other.parameters()} == {torch.float32}
+    model, optimizer = initialized
+    with amp.scale_loss(model(torch.ones(1, 4)).sum(), optimizer) as scaled:
+        assert scaled.item() == pytest.approx(128 * model(torch.ones(1, 4)).sum().item(), rel=1e-2)
+
+
+def test_a_first_initialize_that_fails_is_none(capsys):
+    with pytest.raises(RuntimeError, match="FP16_Optimizer"):
+        REFUSED["FP16_Optimizer"][0]()
+    test_scale_loss_needs_initialize()
+    initialize(mlp(), num_losses=0)
+    with pytest.raises(RuntimeError, match=r"^loss_id is 0; amp\.initialize had num_losses=0, which allows none$"):
+        backward(torch.ones(()), [])
+
+
 @each_level
 def test_an_optimizer_passes_once(level):
     network = mlp()

@@ -265,6 +265,7 @@ def test_copies_and_pickles_are_networks_of_their_own(level):
         with torch.no_grad():
             for param in made.parameters():
                 param.zero_()
-            assert made(x).abs().sum() == 0
-            assert made(x).dtype == (torch.float16 if level == "O1" else torch.float32)
+            for call in (made, made.forward):
+                assert call(x).abs().sum() == 0
+                assert call(x).dtype == (torch.float16 if level == "O1" else torch.float32)
     assert network.eval()(x).abs().sum() > 0

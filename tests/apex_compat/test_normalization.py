@@ -1,7 +1,9 @@
 """apex_compat.normalization: the formulas in float64, gradients, and which dtype comes out of which."""
 
 import itertools
+from numbers import Integral
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,14 +12,14 @@ from apex_compat.normalization import FusedLayerNorm, FusedRMSNorm, MixedFusedLa
 from apex_compat.normalization import fused_layer_norm as functions
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-SHAPES = [((3, 8), 8), ((2, 3, 4), (3, 4)), ((2, 5), [5])]
+SHAPES = [((3, 8), 8), ((2, 3, 4), (3, 4)), ((2, 5), [5]), ((2, 4), np.int64(4))]
 LAYER, RMS = (FusedLayerNorm, MixedFusedLayerNorm), (FusedRMSNorm, MixedFusedRMSNorm)
 
 
 def formula(kind, x, shape, eps, weight=None, bias=None):
     """The norm in float64 of whatever dtype `x` has."""
     x = x.detach().double()
-    dims = tuple(range(-len(torch.Size([shape] if isinstance(shape, int) else shape)), 0))
+    dims = tuple(range(-len(torch.Size([shape] if isinstance(shape, Integral) else shape)), 0))
     if kind in ("layer", *LAYER):
         x = x - x.mean(dims, keepdim=True)
     y = x / (x.pow(2).mean(dims, keepdim=True) + eps).sqrt()
@@ -38,7 +40,7 @@ def drawn(module):
 def test_modules_compute_the_formula(cls, size, shape):
     torch.manual_seed(1)
     module, x = drawn(cls(shape, eps=0.1)), torch.randn(size) * 3 + 1
-    assert tuple(module.normalized_shape) == tuple([shape] if isinstance(shape, int) else shape)
+    assert tuple(module.normalized_shape) == tuple([shape] if isinstance(shape, Integral) else shape)
     assert set(module.state_dict()) == ({"weight", "bias"} if cls in LAYER else {"weight"})
     wanted = formula(cls, x, shape, 0.1, module.weight, getattr(module, "bias", None))
     torch.testing.assert_close(module(x).double(), wanted, rtol=1e-6, atol=1e-6)

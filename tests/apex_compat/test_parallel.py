@@ -129,6 +129,12 @@ def test_reducer_averages_on_request(found):
         assert [t.tolist() for t in (got["loose"][0], got["loose"][1]["x"][0])] == [[mean] * 2, [mean] * 3]
 
 
+def test_a_parameter_that_is_returned_gathers_no_hooks(found):
+    for rank in found:
+        assert rank["temperature"]["hooks"] == [0, 0]
+        assert rank["temperature"]["gradient"].item() == 1 + 6.0 * sum(range(len(found))) / len(found)
+
+
 WRONG = [
     ({"shared_param": True}, "shared_param is given; it must be None: a shared parameter needs no option"),
     (

@@ -95,6 +95,33 @@ def reducers(rank, _):
     return {"parameter": module.a.detach(), "gradients": gradients_of(module), "loose": loose}
 
 
+class Scaled(nn.Module):
+    """Returns its temperature too, as CLIP does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale, self.scale, x
+
+
+def temperature(rank, _):
+    """The gradient of a parameter that the module returns, and the hooks that it and an input have gathered."""
+    module = Scaled()
+    parallel = DistributedDataParallel(module)
+    x = torch.full((), 6.0 * rank, requires_grad=True) * 1
+    out, scale, _ = parallel(x)
+    of_x = len(x._backward_hooks)
+    with torch.no_grad():
+        parallel(x)
+    (out + scale).backward()
+    return {
+        "gradient": module.scale.grad,
+        "hooks": [len(module.scale._backward_hooks or ()), len(x._backward_hooks) - of_x],
+    }
+
+
 # --- when it is done ---
 
 
@@ -382,7 +409,7 @@ def mistakes(*_):
     return found
 
 
-CASES = (reductions, unused, reducers, ways, training, batch_norms, mistakes)
+CASES = (reductions, unused, reducers, temperature, ways, training, batch_norms, mistakes)
 
 
 def run(folder):
