@@ -114,7 +114,7 @@ def multi_tensor_sgd(
     grads, params, buffers, *copies = tensor_lists
     formulas.sgd_(
         params,
-        grads,
+        widened(grads),
         buffers,
         lr=lr,
         momentum=momentum,
@@ -147,7 +147,7 @@ def multi_tensor_adam(
     grads, params, exp_avgs, exp_avg_sqs = tensor_lists
     formulas.adam_(
         params,
-        grads,
+        widened(grads),
         exp_avgs,
         exp_avg_sqs,
         lr=lr,
@@ -186,7 +186,7 @@ def multi_tensor_lamb(
     grads, params, exp_avgs, exp_avg_sqs = tensor_lists
     formulas.lamb_(
         params,
-        grads,
+        widened(grads),
         exp_avgs,
         exp_avg_sqs,
         lr=lr,
@@ -229,7 +229,7 @@ def multi_tensor_novograd(
     grads, params, exp_avgs = tensor_lists
     formulas.novograd_(
         params,
-        grads,
+        widened(grads),
         exp_avgs,
         norms.unbind(),
         lr=lr,
@@ -256,7 +256,7 @@ def multi_tensor_adagrad(
 ) -> None:
     """Take a step of Adagrad for tensor_lists [grads, params, sums]. Mode 1 decouples the decay."""
     grads, params, sums = tensor_lists
-    formulas.adagrad_(params, grads, sums, lr=lr, eps=epsilon, decoupled=bool(mode), weight_decay=weight_decay)
+    formulas.adagrad_(params, widened(grads), sums, lr=lr, eps=epsilon, decoupled=bool(mode), weight_decay=weight_decay)
 
 
 def __getattr__(name: str) -> Any:

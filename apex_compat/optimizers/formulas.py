@@ -2,7 +2,8 @@
 
 Every function computes in fp32 whatever dtype its tensors have, in float64 for float64 ones, and rounds once to the
 dtype of each tensor that it changes. All tensors of a list may lie on different devices. No function waits for a
-device. Gradients are read and left as they are.
+device. The gradients that a step takes are in fp32 or float64 already, as `widened` returns them. They are read and
+left as they are.
 """
 
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def adam_(
     if not params:
         return
     with _wide(params, exp_avgs, exp_avg_sqs) as (p, m, v):
-        g = widened(grads) if decoupled else _decayed(widened(grads), p, weight_decay)
+        g = grads if decoupled else _decayed(grads, p, weight_decay)
         updates = _adam_update(g, m, v, betas, 1 - betas[0], eps, _corrections(step, betas, bias_correction))
         if decoupled:
             updates = _decayed(updates, p, weight_decay)
@@ -100,7 +101,7 @@ def lamb_(
     with _wide(params, exp_avgs, exp_avg_sqs) as (p, m, v):
         clip = torch.where(norm > max_norm, norm / max_norm, torch.ones_like(norm))
         clips = {device: clip.to(device) for device in {grad.device for grad in grads}}
-        g: Tensors = torch._foreach_div(widened(grads), [clips[grad.device] for grad in grads])
+        g: Tensors = torch._foreach_div(grads, [clips[grad.device] for grad in grads])
         if not decoupled:
             g = _decayed(g, p, weight_decay)
         share = 1 - betas[0] if grad_averaging else 1.0
@@ -140,7 +141,7 @@ def sgd_(
     if not params:
         return
     with _wide(params, buffers if momentum else []) as (p, b):
-        d: Tensors = widened(grads)
+        d: Tensors = grads
         if scale != 1.0:
             d = torch._foreach_mul(d, scale)
         if not wd_after_momentum:
@@ -186,7 +187,7 @@ def novograd_(
         return
     c1, square = _corrections(step, betas, bias_correction)
     with _wide(params, exp_avgs) as (p, m):
-        g: Tensors = widened(grads)
+        g: Tensors = grads
         _blend_norms_(norms, torch._foreach_norm(g, norm_type), betas[1], norm_type)
         denominators = torch._foreach_div(norms, square**0.5)
         torch._foreach_add_(denominators, eps)
@@ -211,7 +212,7 @@ def adagrad_(
     if not params:
         return
     with _wide(params, sums) as (p, h):
-        g = widened(grads) if decoupled else _decayed(widened(grads), p, weight_decay)
+        g = grads if decoupled else _decayed(grads, p, weight_decay)
         torch._foreach_addcmul_(h, g, g)
         denominators = torch._foreach_sqrt(h)
         torch._foreach_add_(denominators, eps)

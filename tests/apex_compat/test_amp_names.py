@@ -281,7 +281,12 @@ def test_the_legacy_handle_skips_if_any_loss_overflows():
     assert not torch.equal(before[0], next(network.parameters()))
     assert all(torch.isfinite(g).all() for g in both)
     assert handle.has_cache
+    network(torch.ones(2, 4))
+    assert [(p.dtype, cast.dtype) for p, cast in handle.cache.items()] == [(torch.float32, torch.float16)] * 4
+    handle.remove_cache(network[0].weight)
+    assert list(map(id, handle.cache)) == list(map(id, [network[0].bias, *network[2].parameters()]))
     handle._clear_cache()
+    assert handle.cache == {}
 
 
 def test_a_legacy_handle_may_be_disabled():
