@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apex_compat.amp._amp_state import _amp_state
+from apex_compat.amp._forward import applier as applier  # the name that scripts import from here
 from apex_compat.amp._forward import cast_forward, uncast_forward
 from apex_compat.amp._process_optimizer import _process_optimizer, fp32_values
 from apex_compat.amp.amp import deactivate, install

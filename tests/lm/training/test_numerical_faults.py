@@ -274,7 +274,7 @@ def test_what_to_try_fits_the_mode(programs) -> None:
         err = programs.run(script, *TINY, *flags, "--max-skipped", "1", "--run-dir", mode).err
         tried[mode] = err.partition("; try ")[2]
     assert all("--lr" in advice for advice in tried.values())
-    half = {"manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-fp16-static"}
+    half = {"manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-fp16-static", "apex-o1", "apex-o2"}
     assert {mode for mode, advice in tried.items() if "bfloat16" in advice} == half
     static = {"manual", "fp16-optimizer", "amp-fp16-static"}
     assert {mode for mode, advice in tried.items() if "dynamic" in advice} == static

@@ -126,7 +126,8 @@ def test_config_says_what_ran(programs, script):
     assert (options["script"], options["device"], config["seed"]) == (script, "cpu", 1111)
     assert (config["job"]["lr"], config["job"]["emsize"], config["job"]["dry_run"]) == (7.5, 8, True)
     assert precision["mode"] == {"main": "manual", "main_amp": "amp-fp16"}.get(script, "fp16-optimizer-dynamic")
-    assert precision["equals"] == (["manual", "fp16-optimizer"] if script == "main" else [])
+    equals = {"main": ["manual", "fp16-optimizer"], "main_amp": []}
+    assert precision["equals"] == equals.get(script, ["fp16-optimizer-dynamic", "apex-o2"])
     assert (precision["dtype"], precision["loss_scale"]) == ("float16", 128.0 if script == "main" else None)
     assert environment["device"]
     assert environment["torch"] == torch.__version__
