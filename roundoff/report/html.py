@@ -11,7 +11,7 @@ from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
 from roundoff.report.summary import columns, legend, problems, row, unfinished
 from roundoff.runs.reading import Run, has_perplexity
-from roundoff.verdict.types import LONGEST_UNIT, TEST_LOSS, Comparison, ModeSummary
+from roundoff.verdict.types import LONGEST_UNIT, Comparison, ModeSummary
 
 WORDS = {"better", "diverged", "equivalent", "incomplete", "undecided", "worse"}
 
@@ -68,11 +68,10 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
     unit = f"losses are in {printable(comparison.unit, LONGEST_UNIT)}; " if comparison.unit else ""
     margin = f"{comparison.margin:g} {comparison.short_unit}".rstrip()
-    ends = "test losses" if comparison.end == TEST_LOSS else "losses over the last tenth of the steps"
     return (
         f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
-        f"The reference is {comparison.reference}; {unit}modes whose mean {ends} surely differ by less than {margin} "
-        "are equivalent."
+        f"The reference is {comparison.reference}; {unit}modes whose mean training losses over the last "
+        f"quarter of the steps surely differ by less than {margin} are equivalent."
     )
 
 

@@ -14,9 +14,9 @@ from roundoff.errors import printable
 from roundoff.extras import needs
 from roundoff.runs.jsonfile import write_json
 from roundoff.runs.reading import Run
-from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
+from roundoff.verdict.types import Comparison, Difference, ModeSummary, Verdict
 
-TOKENS, MEMORY = "tokens\n/s", "peak\nmemory"
+TOKENS, MEMORY, TEST_DIFFERENCE = "tokens\n/s", "peak\nmemory", "test loss difference\n[95% interval]"
 LONGEST_NAME = 22
 LONGEST_SENTENCE = 1000
 PIPE = 100
@@ -25,13 +25,14 @@ PIPE = 100
 
 def columns(comparison: Comparison) -> dict[str, str]:
     """Return the heads of the table, each with the alignment of its column."""
-    loss = ("test\nppl" if comparison.has_perplexity else "test\nloss") if comparison.end == TEST_LOSS else "end\nloss"
     unit = comparison.short_unit
     found = {
         "mode": "left",
-        loss: "right",
+        "end\nloss": "right",
         f"difference [95% interval]\nin {unit}" if unit else "difference\n[95% interval]": "left",
         "verdict": "left",
+        "test\nppl" if comparison.has_perplexity else "test\nloss": "right",
+        TEST_DIFFERENCE: "left",
         "differs\nat step": "right",
         "updates": "right",
         "skipped": "right",
@@ -39,6 +40,8 @@ def columns(comparison: Comparison) -> dict[str, str]:
         TOKENS: "right",
         MEMORY: "right",
     }
+    if not comparison.has_test_loss:
+        del found["test\nppl" if comparison.has_perplexity else "test\nloss"], found[TEST_DIFFERENCE]
     if not comparison.has_perplexity:  # a loop of one's own need not measure them
         if all(mode.tokens_per_second is None for mode in comparison.modes):
             del found[TOKENS]
@@ -49,15 +52,15 @@ def columns(comparison: Comparison) -> dict[str, str]:
 
 def legend(comparison: Comparison) -> list[str]:
     """Return the sentences that explain the columns."""
-    if comparison.end != TEST_LOSS:
-        first = "End loss is the mean loss of the last tenth of the steps, over the seeds that have finished"
-    elif comparison.has_perplexity:
-        first = "Test ppl is exp of the mean test loss of the seeds that have finished"
-    else:
-        first = "Test loss is the mean of the seeds that have finished"
+    tested = ""
+    if comparison.has_test_loss:
+        name = "ppl is exp of the mean test loss" if comparison.has_perplexity else "loss is a mean of the same kind"
+        tested = f" Test {name}; the difference beside it is of test losses, and decides nothing by itself."
     return [
-        f"{first}; updates and skipped steps are sums over all seeds. An update is a step whose gradients were "
-        "applied; a skipped step has used up its batch and changed no weight.",
+        "End loss is the mean training loss over the last quarter of the steps, of the seeds that have finished; the "
+        f"difference beside it decides the verdict.{tested}",
+        "Updates and skipped steps are sums over all seeds. An update is a step whose gradients were applied; a "
+        "skipped step has used up its batch and changed no weight.",
         "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
         "Steps count batches, skipped ones too.",
     ]
@@ -139,9 +142,10 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
     """Return the table's row of `mode`, a text for each of `columns`."""
     cells = [
         printable(mode.label, LONGEST_NAME),
-        _end(mode, comparison),
-        _difference(mode),
+        _loss(mode.end_loss),
+        _difference(mode.verdict),
         mode.verdict.word,
+        *_test_cells(mode, comparison),
         _first_difference(mode, comparison),
         str(mode.updates),
         str(mode.skipped),
@@ -154,22 +158,24 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
     return cells + [cell for name, cell in measured.items() if name in columns(comparison)]
 
 
-def _end(mode: ModeSummary, comparison: Comparison) -> str:
-    """Return how the mode ends: its test perplexity where there is one, else its loss."""
-    if comparison.has_perplexity and comparison.end == TEST_LOSS:
-        value, digits = mode.test_ppl, ".2f"
-    else:
-        value, digits = mode.end_loss, ".4f"
+def _loss(value: float | None, digits: str = ".4f") -> str:
     return "-" if value is None else f"{value:{digits}}" if value < 1e6 else f"{value:.3g}"
 
 
-def _difference(mode: ModeSummary) -> str:
-    verdict = mode.verdict
-    if verdict.difference is None:
+def _test_cells(mode: ModeSummary, comparison: Comparison) -> list[str]:
+    """Return the cells on the test data: perplexity or loss, and difference; none where no mode has a test loss."""
+    if not comparison.has_test_loss:
+        return []
+    end = _loss(mode.test_ppl, ".2f") if comparison.has_perplexity else _loss(mode.test_loss)
+    return [end, "-" if mode.test_difference is None else _difference(mode.test_difference)]
+
+
+def _difference(found: Verdict | Difference) -> str:
+    if found.difference is None:
         return "-"
-    if verdict.interval is None:
-        return f"{verdict.difference:+.4f}"
-    return f"{verdict.difference:+.4f} [{verdict.interval[0]:+.4f}, {verdict.interval[1]:+.4f}]"
+    if found.interval is None:
+        return f"{found.difference:+.4f}"
+    return f"{found.difference:+.4f} [{found.interval[0]:+.4f}, {found.interval[1]:+.4f}]"
 
 
 def _first_difference(mode: ModeSummary, comparison: Comparison) -> str:
@@ -223,16 +229,12 @@ def write_summary(path: Path, comparison: Comparison) -> None:
     machine, versions and command, the rows of its epochs, test loss, number of steps, and problems. A probe has the
     name of the file with its result. An epoch's row has "train_loss" too, the mean of the finite losses of its steps,
     skipped ones included; it is null where there is none. So the file can stand for runs that are not kept. `unit`
-    is absent where the loss is in nats a word, and `test_ppl` where exp of a loss is no perplexity. `end` and
-    `end_loss` are there only where the test loss is not what is compared.
+    is absent where the loss is in nats a word, and `test_ppl` where exp of a loss is no perplexity.
 
     Raises:
         OSError: `path` cannot be written.
     """
-    left_out = set[str]()
-    if comparison.end == TEST_LOSS:
-        left_out |= {"end", "end_loss"}
-    left_out |= {"unit"} if comparison.has_perplexity else {"test_ppl"}
+    left_out = {"unit"} if comparison.has_perplexity else {"test_ppl"}
     content = _without(left_out, vars(comparison)) | {
         "modes": [
             _without(left_out, vars(mode))
@@ -240,6 +242,7 @@ def write_summary(path: Path, comparison: Comparison) -> None:
                 "runs": [_run(run) for run in mode.runs],
                 "failures": [vars(failure) for failure in mode.failures],
                 "verdict": vars(mode.verdict),
+                "test_difference": None if mode.test_difference is None else vars(mode.test_difference),
             }
             for mode in comparison.modes
         ],

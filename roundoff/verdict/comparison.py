@@ -10,12 +10,12 @@ from typing import Any
 from roundoff.errors import UsageError, printable
 from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import Run, machine, perplexity
-from roundoff.verdict.statistics import judge
+from roundoff.verdict.endpoint import end_losses, test_losses
+from roundoff.verdict.statistics import difference, heed_test_loss, judge
 from roundoff.verdict.types import (
-    LAST_TENTH,
-    TEST_LOSS,
     BitEquality,
     Comparison,
+    Difference,
     Failure,
     ModeSummary,
     Verdict,
@@ -53,8 +53,8 @@ def compare_runs(
     """Compare the modes of `runs`, each with every seed it has.
 
     A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". The verdicts
-    compare the test losses of the runs that have finished. Where none of them has one, they compare the mean loss of
-    the last tenth of the steps of each, skipped steps left out.
+    compare the mean training loss of the last quarter of the steps of the runs that have finished. The difference of
+    the test losses stands beside it. A mode whose test loss surely differs is not called equivalent.
 
     Args:
         runs: runs of any modes, none twice. Their order is the order of the modes.
@@ -92,11 +92,10 @@ def compare_runs(
         way = "add --anyway" if flags else "give anyway=True"
         raise UsageError(f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or {way}")
     unit = runs[0].loss_unit if len({run.loss_unit for run in runs}) == 1 else None
-    end = LAST_TENTH if _only_losses_of_steps(runs) else TEST_LOSS
-    found = Comparison(reference, margin, [], [], [], differences, unit=unit, end=end)
+    found = Comparison(reference, margin, [], [], [], differences, unit=unit)
     rows = [_summarize(label, modes[label], failed[label], modes[reference], found) for label in labels]
     pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
-    return replace(found, modes=rows, pairs=pairs, covers=_covers(runs, rows, end))
+    return replace(found, modes=rows, pairs=pairs, covers=_covers(runs, rows))
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
@@ -220,42 +219,19 @@ def _names(runs: list[Run]) -> str:
     return ", ".join(printable(run.path) for run in runs[:3]) + more
 
 
-def finished(runs: Iterable[Run], end: str = TEST_LOSS) -> dict[int, float]:
-    """Return seed -> loss at the end of the finished runs; an interrupted run has trained for another length."""
-    ended = [run for run in runs if run.status == "finished"]
-    losses = {run.seed: run.test_loss if end == TEST_LOSS else last_tenth(run) for run in ended}
-    return {seed: loss for seed, loss in losses.items() if loss is not None}
-
-
-def _only_losses_of_steps(runs: Sequence[Run]) -> bool:
-    """Return whether runs have finished, and none of them with a test loss."""
-    ended = [run for run in runs if run.status == "finished"]
-    return bool(ended) and all(run.test_loss is None for run in ended)
-
-
-def last_tenth(run: Run) -> float:
-    """Return the mean loss of the last tenth of the steps, at least one; nan where all of these were skipped."""
-    first = len(run.steps["loss"]) - max(1, len(run.steps["loss"]) // 10)
-    pairs = zip(run.steps["loss"][first:], run.steps["applied"][first:], strict=True)
-    losses = [loss for loss, applied in pairs if applied]
-    return sum(loss / len(losses) for loss in losses) if losses else math.nan
-
-
 def _summarize(
     label: str, runs: list[Run], failures: list[Failure], reference_runs: list[Run], found: Comparison
 ) -> ModeSummary:
     """Return the row of a mode; `found` has all of the comparison but its rows."""
-    losses = finished(runs, found.end)
-    diverged = [run.seed for run in runs if run.status == "diverged"]
-    whole = losses and not diverged  # else the mean of the others would hide that
-    end_loss = sum(loss / len(losses) for loss in losses.values()) if whole else None
-    test_loss = end_loss if found.end == TEST_LOSS else None
-    unit = short_unit(found.unit)
+    losses = end_losses(runs, reference_runs)
+    diverged = any(run.status == "diverged" for run in runs)  # the mean of the others would hide that
+    end_loss, test_loss = (None if diverged else _mean(of) for of in (losses, test_losses(runs)))
+    test_difference = None
     if label == found.reference:
-        sentence = _reference_sentence(label, end_loss, len(losses), unit, found.end)
+        sentence = _reference_sentence(label, end_loss, len(losses), short_unit(found.unit), found.end)
         verdict = Verdict("reference", sentence, len(losses))
     else:
-        verdict = judge(label, losses, finished(reference_runs, found.end), found.margin, unit, found.end, diverged)
+        verdict, test_difference = _judge(label, runs, reference_runs, found)
     lost = {failure.seed for failure in failures} - {run.seed for run in runs}
     partner = {run.seed: run for run in reference_runs}
     firsts = [first_difference(partner[run.seed], run) for run in runs if run.seed in partner]
@@ -279,7 +255,28 @@ def _summarize(
         tokens_per_second=sum(speeds) / len(speeds) if speeds else None,
         peak_memory_bytes=max((r["peak_memory_bytes"] for r in results if r["peak_memory_bytes"]), default=None),
         end_loss=end_loss,
+        test_difference=test_difference,
     )
+
+
+def _judge(
+    label: str, runs: list[Run], reference_runs: list[Run], found: Comparison
+) -> tuple[Verdict, Difference | None]:
+    """Return the verdict on a mode, and the difference of its test losses."""
+    tested, reference_tested = test_losses(runs), test_losses(reference_runs)
+    diverged = {run.seed for run in runs if run.status == "diverged"}
+    diverged |= {s for s, loss in tested.items() if math.isfinite(reference_tested.get(s, loss)) > math.isfinite(loss)}
+    losses, reference_losses = end_losses(runs, reference_runs), end_losses(reference_runs, runs)
+    unit = short_unit(found.unit)
+    verdict = judge(label, losses, reference_losses, found.margin, unit, found.end, diverged)
+    test_difference = difference(tested, reference_tested)
+    if test_difference is not None:
+        verdict = heed_test_loss(label, verdict, test_difference, found.margin, unit)
+    return verdict, test_difference
+
+
+def _mean(losses: dict[int, float]) -> float | None:
+    return sum(loss / len(losses) for loss in losses.values()) if losses else None
 
 
 def _reference_sentence(label: str, loss: float | None, count: int, unit: str, figure: str) -> str:
@@ -384,7 +381,7 @@ def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> B
     return BitEquality(first, second, expected, steps, equal, f"{first} and {second}: {sentence}.")
 
 
-def _covers(runs: Sequence[Run], rows: list[ModeSummary], end: str) -> list[str]:
+def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
     lines = [
         "An interval covers the variation between seeds, which is that of the initial weights and the dropout masks, "
         "in this job as it was run.",
@@ -392,12 +389,9 @@ def _covers(runs: Sequence[Run], rows: list[ModeSummary], end: str) -> list[str]
         "training, or other hardware.",
         "A pair of runs with one seed starts alike and sees the same batches, but training soon amplifies a "
         "difference in one bit: a step at which losses differ is no sign of a worse mode.",
+        "The verdict compares the mean training loss over the last quarter of a run's steps. How a model does on data "
+        "that it was not trained on, only a test loss shows.",
     ]
-    if end == LAST_TENTH:
-        lines.append(
-            "No run has a test loss. What is compared is the mean training loss over the last tenth of the steps of a "
-            "run, skipped steps left out. It does not show how a model does on data that it was not trained on."
-        )
     judged = sum(row.verdict.p_equivalence is not None for row in rows)
     if judged > 1:
         lines.append(f"Each of the {judged} verdicts has its own 5% risk of error; together the risk is larger.")

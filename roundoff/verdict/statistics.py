@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from roundoff.extras import needs
-from roundoff.verdict.types import TEST_LOSS, Verdict
+from roundoff.verdict.types import END_LOSS, TEST_LOSS, Difference, Verdict
 
 ALPHA = 0.05
 POWER = 0.8
@@ -40,7 +40,7 @@ def judge(
     reference_losses: dict[int, float],
     margin: float,
     unit: str = "",
-    figure: str = TEST_LOSS,
+    figure: str = END_LOSS,
     diverged: Collection[int] = (),
 ) -> Verdict:
     """Compare a mode's losses with the reference's, seed by seed.
@@ -93,6 +93,38 @@ def judge(
         f"a verdict takes {ENOUGH_PAIRS} seeds or more.{remark}"
     )
     return Verdict("described", sentence, paired.n, paired.mean, bounds)
+
+
+def difference(mode_losses: dict[int, float], reference_losses: dict[int, float]) -> Difference | None:
+    """Return the paired difference of two modes' losses by seed; None without a pair whose difference is finite."""
+    pairs = ((loss, reference_losses.get(seed, math.nan)) for seed, loss in sorted(mode_losses.items()))
+    counted = [loss - other for loss, other in pairs if math.isfinite(loss - other)]
+    if not counted:
+        return None
+    paired = summarize(counted)
+    return Difference(paired.n, paired.mean, interval(paired) if paired.n > 1 else None)
+
+
+def heed_test_loss(label: str, verdict: Verdict, tested: Difference, margin: float, unit: str = "") -> Verdict:
+    """Return `verdict` as it is where the test loss agrees with it, or shows nothing; else with what it shows.
+
+    The test loss of three pairs or more shows something where its 95% interval excludes 0 and reaches beyond
+    `margin`. A mode that trains equivalently is "worse" or "better" then. Any other word stays, and the sentence says
+    what the test loss shows.
+    """
+    if tested.interval is None or tested.pairs < ENOUGH_PAIRS or verdict.word == "diverged":
+        return verdict
+    low, high = tested.interval
+    sign = "worse" if low > 0 else "better" if high < 0 else None
+    if sign in (None, verdict.word) or -margin < low <= high < margin:
+        return verdict
+    said_unit = f" {unit}" if unit else ""
+    seen = _seen(Paired(tested.pairs, tested.difference, 0.0), tested.interval, said_unit)
+    minus = f"{TEST_LOSS} minus the reference's is {seen}"
+    if verdict.word == "equivalent":
+        said = f"{label} is {sign} than the reference on the test data; {minus}. As to training, {verdict.sentence}"
+        return replace(verdict, word=sign, sentence=said)
+    return replace(verdict, sentence=f"{verdict.sentence} On the test data it is {sign}: {minus}.")
 
 
 def _diverged(label: str, seeds: list[int], counted: list[float], unit: str, figure: str) -> Verdict:
