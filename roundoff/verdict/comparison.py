@@ -10,7 +10,7 @@ from typing import Any
 from roundoff.errors import UsageError, printable
 from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import Run, machine, perplexity
-from roundoff.verdict.endpoint import end_losses, test_losses
+from roundoff.verdict.endpoint import end_losses, losses_on_test_data
 from roundoff.verdict.statistics import difference, heed_test_loss, judge
 from roundoff.verdict.types import (
     BitEquality,
@@ -225,7 +225,7 @@ def _summarize(
     """Return the row of a mode; `found` has all of the comparison but its rows."""
     losses = end_losses(runs, reference_runs)
     diverged = any(run.status == "diverged" for run in runs)  # the mean of the others would hide that
-    end_loss, test_loss = (None if diverged else _mean(of) for of in (losses, test_losses(runs)))
+    end_loss, test_loss = (None if diverged else _mean(of) for of in (losses, losses_on_test_data(runs)))
     test_difference = None
     if label == found.reference:
         sentence = _reference_sentence(label, end_loss, len(losses), short_unit(found.unit), found.end)
@@ -263,7 +263,7 @@ def _judge(
     label: str, runs: list[Run], reference_runs: list[Run], found: Comparison
 ) -> tuple[Verdict, Difference | None]:
     """Return the verdict on a mode, and the difference of its test losses."""
-    tested, reference_tested = test_losses(runs), test_losses(reference_runs)
+    tested, reference_tested = losses_on_test_data(runs), losses_on_test_data(reference_runs)
     diverged = {run.seed for run in runs if run.status == "diverged"}
     diverged |= {s for s, loss in tested.items() if math.isfinite(reference_tested.get(s, loss)) > math.isfinite(loss)}
     losses, reference_losses = end_losses(runs, reference_runs), end_losses(reference_runs, runs)

@@ -19,13 +19,13 @@ def end_losses(runs: Iterable[Run], partners: Iterable[Run] = ()) -> dict[int, f
     says nothing of them, and the step counts neither in the run nor in the run of `partners` with the same seed. So
     both means are of the same batches.
 
-    The end loss is nan where no step counts, and inf or nan where an applied step has such a loss.
+    The end loss is nan where no step of the run counts, and inf or nan where an applied step has such a loss.
     """
     others = {run.seed: run for run in _finished(partners)}
     return {run.seed: _end_loss(run, others.get(run.seed, run)) for run in _finished(runs)}
 
 
-def test_losses(runs: Iterable[Run]) -> dict[int, float]:
+def losses_on_test_data(runs: Iterable[Run]) -> dict[int, float]:
     """Return seed -> loss on the test data of the finished `runs` that have one."""
     return {run.seed: run.test_loss for run in _finished(runs) if run.test_loss is not None}
 
@@ -35,8 +35,9 @@ def _finished(runs: Iterable[Run]) -> Sequence[Run]:
 
 
 def _end_loss(run: Run, partner: Run) -> float:
-    left_out = _overflowed(run) | _overflowed(partner)
-    losses = [loss for step, loss, _ in _end(run) if step not in left_out]
+    mine, theirs = _overflowed(run), _overflowed(partner)
+    own = {step: loss for step, loss, _ in _end(run) if step not in mine}
+    losses = [loss for step, loss in own.items() if step not in theirs] or own.values()
     return sum(losses) / len(losses) if losses else math.nan
 
 

@@ -101,7 +101,7 @@ def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None
     expected = comparison.modes[1]
     assert manual["verdict"] == vars(expected.verdict) | {"interval": list(expected.verdict.interval or ())}
     assert manual["test_difference"] == vars(expected.test_difference) | {"interval": [0.0, 0.0]}
-    for name in ("label", "status", "end_loss", "test_loss", "test_ppl", "first_difference", "steps", "updates", "skipped"):
+    for name in ("label", "status", "end_loss", "test_loss", "test_ppl", "first_difference", "steps", "skipped"):
         assert manual[name] == getattr(expected, name)
     end = (5.5 + 5.25 + 2 * 4.5 + 2**-9) / 4
     assert manual["runs"][0] == {

@@ -72,7 +72,8 @@ def test_the_reference_comes_first_and_is_fp32_unless_asked(run) -> None:
     seen = compare_runs(runs, reference="manual")
     assert (seen.reference, labels(seen)) == ("manual", ["manual", "amp-fp16", "fp32"])
     assert words(seen) == ["reference", "described", "described"]
-    assert seen.modes[0].verdict.sentence == "manual is the reference: training loss at the end 4.8750 nats, mean of 1 seed."
+    said = "manual is the reference: training loss at the end 4.8750 nats, mean of 1 seed."
+    assert seen.modes[0].verdict.sentence == said
 
 
 def test_failures(run) -> None:

@@ -15,7 +15,7 @@ from scipy import integrate, stats
 from fuzzing import fuzz
 from roundoff.verdict import statistics
 from roundoff.verdict.statistics import Paired, judge
-from roundoff.verdict.types import Verdict
+from roundoff.verdict.types import END_LOSS, Verdict
 
 WORDS = ("described", "equivalent", "better", "worse", "undecided", "diverged", "incomplete", "not finished")
 MIRRORED = {"better": "worse", "worse": "better"}
@@ -65,8 +65,16 @@ OF_THREE = " nats on average of 3 seeds, 95% interval "
 CERTAIN = " That it is {}, by less than the margin, is as certain (95%)."
 SAID = [
     ([0.001, -0.001, 0.0005], "equivalent", ["manual is equivalent to the reference within 0.01 nats; ", OF_THREE]),
-    ([0.1, 0.11, 0.12], "worse", ["manual is worse than the reference: its training loss at the end is higher; ", OF_THREE]),
-    ([-0.1, -0.11, -0.12], "better", ["manual is better than the reference: its training loss at the end is lower; ", OF_THREE]),
+    (
+        [0.1, 0.11, 0.12],
+        "worse",
+        [f"manual is worse than the reference: its {END_LOSS} is higher; ", OF_THREE],
+    ),
+    (
+        [-0.1, -0.11, -0.12],
+        "better",
+        [f"manual is better than the reference: its {END_LOSS} is lower; ", OF_THREE],
+    ),
     (
         [0.02, -0.02, 0.001],
         "undecided",
@@ -112,7 +120,10 @@ def test_seeds_that_went_well_do_not_speak_for_those_that_did_not() -> None:
     seen = judge("m", mode, reference, 0.01)
     assert (seen.word, seen.pairs) == ("incomplete", 3)
     assert seen.sentence.startswith("m lacks seeds of the reference. m is equivalent to the reference within 0.01; ")
-    assert "Not counted: seeds 4, 5, 6, 7, 8 and 2 more, which have a training loss at the end in one of the two" in seen.sentence
+    assert (
+        "Not counted: seeds 4, 5, 6, 7, 8 and 2 more, which have a training loss at the end in one of the two"
+        in seen.sentence
+    )
     better = {seed: loss - 0.1 for seed, loss in mode.items()}
     assert judge("m", better, reference, 0.01).word == "incomplete"
     worse = {seed: loss + 0.1 for seed, loss in mode.items()}
@@ -151,7 +162,9 @@ def test_pairs_are_of_one_seed() -> None:
     assert (seen.word, seen.pairs) == ("undecided", 3)
     half = 4.30265273 * 0.1 / math.sqrt(3)  # of -0.3, -0.2 and -0.1
     assert seen.interval == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-7)
-    assert "Not counted: seeds 8, 9, which have a training loss at the end in one of the two modes only." in seen.sentence
+    assert (
+        "Not counted: seeds 8, 9, which have a training loss at the end in one of the two modes only." in seen.sentence
+    )
     for bad in (math.nan, math.inf, -math.inf):
         both = judge("manual", {1: bad}, {1: bad}, 0.01)
         assert (both.word, both.pairs, both.difference) == ("not finished", 0, None)
