@@ -95,7 +95,7 @@ def compare(
 
         print(compare(train, ["fp32", "amp-bf16"], seeds=5, margin=0.01))
 
-    The verdicts compare the mean training loss of the last quarter of the steps, paired by seed. Where `train` returns
+    The verdicts compare the mean training loss of the second half of the steps, paired by seed. Where `train` returns
     test losses, their difference stands beside it. From three seeds on a mode is judged.
 
     Args:

@@ -70,8 +70,8 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
     margin = f"{comparison.margin:g} {comparison.short_unit}".rstrip()
     return (
         f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
-        f"The reference is {comparison.reference}; {unit}modes whose mean training losses over the last "
-        f"quarter of the steps surely differ by less than {margin} are equivalent."
+        f"The reference is {comparison.reference}; {unit}modes whose mean training losses over the "
+        f"second half of the steps surely differ by less than {margin} are equivalent."
     )
 
 

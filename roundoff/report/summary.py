@@ -28,7 +28,7 @@ def columns(comparison: Comparison) -> dict[str, str]:
     unit = comparison.short_unit
     found = {
         "mode": "left",
-        "end\nloss": "right",
+        "train\nloss": "right",
         f"difference [95% interval]\nin {unit}" if unit else "difference\n[95% interval]": "left",
         "verdict": "left",
         "test\nppl" if comparison.has_perplexity else "test\nloss": "right",
@@ -57,7 +57,7 @@ def legend(comparison: Comparison) -> list[str]:
         name = "ppl is exp of the mean test loss" if comparison.has_perplexity else "loss is a mean of the same kind"
         tested = f" Test {name}; the difference beside it is of test losses, and decides nothing by itself."
     return [
-        "End loss is the mean training loss over the last quarter of the steps, of the seeds that have finished; the "
+        "Train loss is the mean over the second half of the steps, of the seeds that have finished; the "
         f"difference beside it decides the verdict.{tested}",
         "Updates and skipped steps are sums over all seeds. An update is a step whose gradients were applied; a "
         "skipped step has used up its batch and changed no weight.",

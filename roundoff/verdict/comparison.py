@@ -53,7 +53,7 @@ def compare_runs(
     """Compare the modes of `runs`, each with every seed it has.
 
     A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". The verdicts
-    compare the mean training loss of the last quarter of the steps of the runs that have finished. The difference of
+    compare the mean training loss of the second half of the steps of the runs that have finished. The difference of
     the test losses stands beside it. A mode whose test loss surely differs is not called equivalent.
 
     Args:
@@ -389,7 +389,7 @@ def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
         "training, or other hardware.",
         "A pair of runs with one seed starts alike and sees the same batches, but training soon amplifies a "
         "difference in one bit: a step at which losses differ is no sign of a worse mode.",
-        "The verdict compares the mean training loss over the last quarter of a run's steps. How a model does on data "
+        "The verdict compares the mean training loss over the second half of a run's steps. How a model does on data "
         "that it was not trained on, only a test loss shows.",
     ]
     judged = sum(row.verdict.p_equivalence is not None for row in rows)

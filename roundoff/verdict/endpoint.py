@@ -1,6 +1,6 @@
 """The figures at the end of a run that two modes are compared by.
 
-The verdicts compare the end loss, the mean training loss of the last quarter of the steps. `docs/compare.md` has the
+The verdicts compare the end loss, the mean training loss of the second half of the steps. `docs/compare.md` has the
 reasons.
 """
 
@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from roundoff.runs.reading import Run
-
-QUARTERS = 4
 
 
 def end_losses(runs: Iterable[Run], partners: Iterable[Run] = ()) -> dict[int, float]:
@@ -42,11 +40,11 @@ def _end_loss(run: Run, partner: Run) -> float:
 
 
 def _overflowed(run: Run) -> set[int]:
-    """Return the steps at the end that were skipped with a loss that is not finite."""
+    """Return the steps of the second half that were skipped with a loss that is not finite."""
     return {step for step, loss, applied in _end(run) if not applied and not math.isfinite(loss)}
 
 
 def _end(run: Run) -> Iterable[tuple[int, float, bool]]:
-    """Return step, loss and whether it was applied, of the last quarter of the steps, at least one."""
-    first = len(run.steps["step"]) - max(1, len(run.steps["step"]) // QUARTERS)
+    """Return step, loss and whether it was applied, of the second half of the steps, at least one."""
+    first = len(run.steps["step"]) - max(1, len(run.steps["step"]) // 2)
     return zip(*(run.steps[name][first:] for name in ("step", "loss", "applied")), strict=True)

@@ -9,8 +9,8 @@ from roundoff.runs.reading import Run, has_perplexity
 
 LONGEST_UNIT = 20
 """Letters; units come from run directories."""
-END_LOSS = "training loss at the end"
-"""What the verdicts compare: the mean training loss of the last quarter of a run's steps."""
+END_LOSS = "training loss of the second half"
+"""What the verdicts compare: the mean training loss of the second half of a run's steps."""
 TEST_LOSS = "test loss"
 
 
@@ -27,7 +27,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of a mode by its training losses at the end, paired with those of the reference.
+    """The judgement of a mode by its training losses, paired with those of the reference.
 
     Attributes:
         word: "reference", "described" (fewer than three pairs), "equivalent", "better", "worse", "undecided",
@@ -80,8 +80,8 @@ class ModeSummary:
         steps, updates, skipped: batches seen, of these applied, of these skipped, summed over the runs.
         final_loss_scale: of the last step of the first seed.
         tokens_per_second, peak_memory_bytes: mean and maximum; None where no run has them.
-        end_loss: mean of the training loss at the end over the seeds that have finished; None where there is none, or
-            one has diverged.
+        end_loss: mean training loss of the second half of the steps, of the seeds that have finished; None where there
+            is none, or one has diverged.
         test_difference: of the test losses; None without a pair.
     """
 
@@ -153,7 +153,7 @@ class Comparison:
         differences: what the runs do not have in common though they should (only with --anyway), a line each.
         probes: of the reference's initial and final weights, where they were asked for.
         unit: of the losses, such as "nats a word"; None where the runs say none.
-        end: what the verdicts compare: "training loss at the end", over the last quarter of a run's steps.
+        end: what the verdicts compare: "training loss of the second half" of a run's steps.
     """
 
     reference: str

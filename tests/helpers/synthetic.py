@@ -95,8 +95,8 @@ def make_run(
 
 
 def ending(loss: float) -> list[float]:
-    """`LOSSES`, but for the last quarter of the steps, which verdicts compare."""
-    return [*LOSSES[:6], loss, loss]
+    """`LOSSES`, but for the second half of the steps, which verdicts compare."""
+    return [*LOSSES[:4], *[loss] * 4]
 
 
 def make_runs(

@@ -72,7 +72,7 @@ def test_the_reference_comes_first_and_is_fp32_unless_asked(run) -> None:
     seen = compare_runs(runs, reference="manual")
     assert (seen.reference, labels(seen)) == ("manual", ["manual", "amp-fp16", "fp32"])
     assert words(seen) == ["reference", "described", "described"]
-    said = "manual is the reference: training loss at the end 4.8750 nats, mean of 1 seed."
+    said = "manual is the reference: training loss of the second half 5.1250 nats, mean of 1 seed."
     assert seen.modes[0].verdict.sentence == said
 
 
@@ -192,7 +192,7 @@ def test_figures_of_a_mode(run) -> None:
     assert mode.test_ppl == pytest.approx(math.exp(5.375), rel=1e-15)
     assert (mode.steps, mode.updates, mode.skipped) == (19, 18, 1)
     assert (mode.final_loss_scale, mode.tokens_per_second, mode.peak_memory_bytes) == (32768.0, 750.0, 400_000_000)
-    assert (mode.verdict.word, mode.verdict.pairs, mode.verdict.difference) == ("described", 2, 0.0)
+    assert (mode.verdict.word, mode.verdict.pairs, mode.verdict.difference) == ("described", 2, pytest.approx(0))
     half = 0.125 * math.tan(0.475 * math.pi)  # of 0.25 and 0
     assert mode.test_difference == Difference(2, 0.125, pytest.approx((0.125 - half, 0.125 + half)))  # type: ignore[arg-type]
     assert mode.first_difference == 5
@@ -255,9 +255,12 @@ def test_a_finished_run_may_have_no_test_loss(run) -> None:
     assert (seen.has_test_loss, seen.modes[1].verdict.pairs, seen.modes[1].test_difference) == (True, 1, None)
     assert not compare_runs([run(test_loss=None), run("manual", test_loss=None)]).has_test_loss
     unfinished = compare_runs([run(status=None), run("manual")])
-    said = "fp32 is the reference, of which no finished run has a training loss at the end."
+    said = "fp32 is the reference, of which no finished run has a training loss of the second half."
     assert unfinished.modes[0].verdict.sentence == said
-    assert "Not counted: seed 1111, which has a training loss at the end in one" in unfinished.modes[1].verdict.sentence
+    assert (
+        "Not counted: seed 1111, which has a training loss of the second half in one"
+        in unfinished.modes[1].verdict.sentence
+    )
 
 
 def test_a_loss_scale_that_no_run_says_is_that_of_its_steps(run, tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_what_the_intervals_cover(run) -> None:
     assert len(lines) == 4
     assert "covers the variation between seeds" in lines[0]
     assert "does not cover other data" in lines[1]
-    assert "mean training loss over the last quarter" in lines[3]
+    assert "mean training loss over the second half" in lines[3]
     three = [run(label, seed, test_loss=seed / 200) for label in ("a", "b", "c") for seed in SEEDS[:3]]
     assert "Each of the 2 verdicts has its own 5% risk" in compare_runs(three).covers[4]
 

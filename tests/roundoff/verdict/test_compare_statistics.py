@@ -91,11 +91,11 @@ SAID = [
     (
         [0.001, -0.001, 0.0005, math.nan],
         "diverged",
-        ["manual diverged with seed 3, and the reference did not. With the others its training loss at the", OF_THREE],
+        ["manual diverged with seed 3, and the reference did not. With the others its training loss of the", OF_THREE],
     ),
     ([0.001, -0.001, math.inf, -math.inf], "diverged", ["manual diverged with seeds 2, 3, and the reference did not."]),
     ([math.nan, math.inf, -math.inf], "diverged", ["manual diverged with seeds 0, 1, 2, and the reference did not."]),
-    ([], "not finished", ["no seed has finished with a finite training loss at the end in both modes."]),
+    ([], "not finished", ["no seed has finished with a finite training loss of the second half in both modes."]),
 ]
 
 
@@ -121,7 +121,7 @@ def test_seeds_that_went_well_do_not_speak_for_those_that_did_not() -> None:
     assert (seen.word, seen.pairs) == ("incomplete", 3)
     assert seen.sentence.startswith("m lacks seeds of the reference. m is equivalent to the reference within 0.01; ")
     assert (
-        "Not counted: seeds 4, 5, 6, 7, 8 and 2 more, which have a training loss at the end in one of the two"
+        "Not counted: seeds 4, 5, 6, 7, 8 and 2 more, which have a training loss of the second half in one of the two"
         in seen.sentence
     )
     better = {seed: loss - 0.1 for seed, loss in mode.items()}
@@ -163,7 +163,8 @@ def test_pairs_are_of_one_seed() -> None:
     half = 4.30265273 * 0.1 / math.sqrt(3)  # of -0.3, -0.2 and -0.1
     assert seen.interval == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-7)
     assert (
-        "Not counted: seeds 8, 9, which have a training loss at the end in one of the two modes only." in seen.sentence
+        "Not counted: seeds 8, 9, which have a training loss of the second half in one of the two modes only."
+        in seen.sentence
     )
     for bad in (math.nan, math.inf, -math.inf):
         both = judge("manual", {1: bad}, {1: bad}, 0.01)
