@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Python keeps the bytecode of torch, even where the environment forbids it. Else each process compiles it anew, in seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-cuda lint docs notebook clean
 
 # The main job on a slice of WikiText-2, in every precision mode, side by side.

@@ -1,4 +1,4 @@
-"""Train a language model with torch.autocast and torch.amp.GradScaler."""
+"""Train a language model with torch.autocast and torch.amp.GradScaler, or as apex.amp did."""
 
 # PYTHON_ARGCOMPLETE_OK
 import sys
@@ -16,16 +16,20 @@ from lm.options.options import Options
 from lm.training.build import make_model, make_optimizer
 from lm.training.loop import fit
 from lm.training.process import set_up
+from roundoff.apex_amp import AmpPrecision
 from roundoff.precision import Autocast, Precision
 
 
 # --- precision ---------------------------------------------------------------
 def make_precision(args: Options, model: RNNModel) -> Precision:
-    """Return autocast over fp32 weights with GradScaler; its loss scale is dynamic in fp16, else static."""
-    optimizer = make_optimizer(args, model.parameters())
+    """Return autocast over fp32 weights with GradScaler, or apex's amp; the loss scale is dynamic in fp16, else 1."""
+    optimizer, dtype = make_optimizer(args, model.parameters()), getattr(torch, args.dtype)
+    if args.opt_level is not None:
+        policy = args.loss_scale, args.init_scale, args.scale_window
+        return AmpPrecision(model, optimizer, args.opt_level, dtype, *policy)
     init = args.loss_scale or args.init_scale
     scaler = torch.amp.GradScaler(torch.device(args.device).type, init_scale=init, growth_interval=args.scale_window)
-    return Autocast(optimizer, scaler, args.device, getattr(torch, args.dtype), args.loss_scale)
+    return Autocast(optimizer, scaler, args.device, dtype, args.loss_scale)
 
 
 # -----------------------------------------------------------------------------

@@ -46,8 +46,9 @@ def why_not(name: str) -> str | None:
 def refuse(name: str) -> None:
     """Raise ModuleNotFoundError with the line of `why_not`, if there is one.
 
-    Scripts that fall back where an import of apex fails do so here too: it is an ImportError.
+    Scripts that fall back where an import of apex fails do so here too: it is an ImportError. It does not carry the
+    name of the module, or `from apex import contrib` would drop it and raise a line of its own.
     """
     line = why_not(name)
     if line is not None:
-        raise ModuleNotFoundError(line, name=name)
+        raise ModuleNotFoundError(line)

@@ -1,6 +1,7 @@
 """Mixed-precision training: the seam, the record of a run, and what a precision does to it, for any model and any loop.
 
-`MasterWeights`, `WrappedOptimizer` and `Autocast` are each a `Precision`, whose `step` returns a `StepResult`.
+`MasterWeights`, `WrappedOptimizer`, `Autocast` and `AmpPrecision` are each a `Precision`, and `step` of each returns a
+`StepResult`.
 `RunDirectory` writes the record of a run and tells each `Listener` of it. `read_run` reads a record. `compare_runs`
 puts runs side by side, and `compare` trains them first. Each name is imported when it is first asked for, so that
 `import roundoff` takes no time.
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from roundoff.lazy import front_door
 
 if TYPE_CHECKING:
+    from roundoff.apex_amp import AmpPrecision as AmpPrecision
     from roundoff.errors import CheckError as CheckError
     from roundoff.errors import UsageError as UsageError
     from roundoff.library.comparing import ComparisonReport as ComparisonReport
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
+    "roundoff.apex_amp": ("AmpPrecision",),
     "roundoff.errors": ("CheckError", "UsageError"),
     "roundoff.library.comparing": ("ComparisonReport", "compare"),
     "roundoff.library.probing": ("ProbeReport", "probe"),

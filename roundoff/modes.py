@@ -7,6 +7,8 @@ masters-bf16   bf16     fp32     -                        bf16
 amp-fp16       fp32     -        dynamic, from 2**16 on   fp16 where autocast has it so
 amp-bf16       fp32     -        -                        bf16 where autocast has it so
 bf16-weights   bf16     -        -                        bf16
+apex-o1        fp32     -        dynamic, from 2**16 on   fp16 where apex's O1 has it so
+apex-o2        fp16     fp32     dynamic, from 2**16 on   fp16; BatchNorm in fp32
 
 `fp16` and `bf16` alone mean autocast, as elsewhere.
 """
@@ -20,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apex_compat.fp16_utils import convert_network, prep_param_lists
+from roundoff.apex_amp import AmpPrecision
 from roundoff.errors import UsageError
 from roundoff.precision import Autocast, MasterWeights, Precision
 
@@ -66,6 +69,13 @@ def _amp(dtype: torch.dtype) -> Build:
     return build
 
 
+def _apex(opt_level: str) -> Build:
+    def build(model: nn.Module, optimizer: MakeOptimizer = sgd) -> Precision:
+        return AmpPrecision(model, optimizer(_trained(model)), opt_level)
+
+    return build
+
+
 STOCK: Mapping[str, Build] = {
     "fp32": _fp32,
     "masters-fp16": _masters(torch.float16, STATIC_SCALE),
@@ -73,6 +83,8 @@ STOCK: Mapping[str, Build] = {
     "amp-fp16": _amp(torch.float16),
     "amp-bf16": _amp(torch.bfloat16),
     "bf16-weights": _bf16_weights,
+    "apex-o1": _apex("O1"),
+    "apex-o2": _apex("O2"),
 }
 SHORT = {"fp16": "amp-fp16", "bf16": "amp-bf16"}
 

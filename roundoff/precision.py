@@ -132,7 +132,7 @@ class MasterWeights:
             model_grads_to_master_grads(self._params, self._masters)
         if self._scaled:
             torch._foreach_mul_([m.grad for m in self._masters if m.grad is not None], self._inverse_scale)
-        norm, found_inf = _clip_if_finite(self._masters, max_norm)
+        norm, found_inf = clip_if_finite(self._masters, max_norm)
         _step_unless(found_inf, self.optimizer)
         if self._has_copies:
             master_params_to_model_params(self._params, self._masters)
@@ -290,7 +290,7 @@ class Autocast:
     def step(self, max_norm: float) -> StepResult:
         """See `Precision.step`."""
         self._scaler.unscale_(self.optimizer)
-        norm, found_inf = _clip_if_finite(self._params, max_norm)
+        norm, found_inf = clip_if_finite(self._params, max_norm)
         for flag in self._scaler._found_inf_per_device(self.optimizer).values():
             # GradScaler tests before it multiplies by 1/S: with S < 1 the product can still become inf.
             torch.maximum(flag, found_inf.float(), out=flag)
@@ -316,7 +316,7 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _clip_if_finite(params: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_if_finite(params: list[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip the gradients as `clip_grad_norm_` does; return their norm (fp32) and whether it is not finite (bool).
 
     A norm that is nan is returned as inf. Non-finite gradients stay as they are, to be seen; clipping by a nan norm

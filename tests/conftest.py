@@ -1,5 +1,6 @@
 """Set-up shared by all tests."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fuzzing
 import jobs
 import ranks as several
 from lm.model.model_file import save_model
@@ -17,6 +19,14 @@ from switches import CUBLAS, switches_kept
 # The suite runs one process a core; more threads than cores only get in each other's way.
 torch.set_num_threads(1)
 
+# Where there is no GPU torch keeps each seed for one, with the call stack as text: a tenth of the time of short tests.
+if not torch.cuda.is_available():
+    for kind in (torch.cuda, torch.xpu, torch.mtia):
+        kind.manual_seed_all = lambda seed: None
+
+# Sacred gives the root logger a handler if it has none, and that one would write to the standard error of one test.
+logging.getLogger().addHandler(logging.NullHandler())
+
 # torch reads it at the first product of a process on a GPU, and never again: a test with --deterministic comes later.
 os.environ.setdefault(CUBLAS, ":16:8")
 
@@ -24,6 +34,12 @@ os.environ.setdefault(CUBLAS, ":16:8")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --slow."""
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the tests that change files at random, which are imported later, try all of their examples with --slow."""
+    if config.getoption("--slow"):
+        fuzzing.share = 1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -155,6 +155,14 @@ def test_half_weights_without_masters_train_a_table_worse(ran) -> None:
     assert table.row("bf16-weights")[1] > 10 * abs(table.row("masters-bf16")[1])
 
 
+def test_torch_amp_repeats_apex(ran) -> None:
+    """O1 and autocast cast the same products of this model, and both loss scales move alike, overflows included."""
+    example = ran("from_apex")
+    assert [example.row(mode)[2] for mode in example.module.MODES[:3]] == ["reference", "equivalent", "equivalent"]
+    differs_at_step = dict(re.findall(r"^(\S+) .* equivalent +(\w+) ", example.printed, re.MULTILINE))
+    assert differs_at_step["amp-fp16"] == "none" != differs_at_step["apex-o2"]
+
+
 def test_two_modes_are_trained_and_plotted(monkeypatch, tmp_path, capsys):
     matplotlib.use("Agg")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -148,7 +148,7 @@ def test_the_metadata_say_what_the_base_needs_and_what_each_extra_brings(about):
         extra: {r.name for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})}
         for extra in about.metadata.get_all("Provides-Extra")
     }
-    assert extras.keys() == {"report", "sacred", "tensorboard", "onnx", "completion", "frameworks", "dev"}
+    assert extras.keys() == {"report", "sacred", "tensorboard", "onnx", "completion", "docs", "frameworks", "dev"}
     assert extras["report"] == {"matplotlib", "plotly", "scipy", "tabulate"}
     (own,) = (r for r in requirements if r.name == "roundoff")
     assert own.extras == extras.keys() - {"dev", "frameworks"}

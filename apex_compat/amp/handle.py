@@ -148,12 +148,21 @@ class AmpHandle:
     ) -> None:
         self.loss_scale = loss_scale
         self._undo: list[Callable[[], None]] = []
+        self._patches: list[tuple[Any, str, Any]] = []
+        self._half, self._caching, self._verbose = half, enable_caching, verbose
+        self._device_types = _accelerator_or_cpu() if device_types is None else device_types
+        self._activate()
+
+    def _activate(self) -> None:
+        """Switch the casts on, with the functions that earlier calls of `patch` put in place."""
         casts.cache.clear()
-        casts.on, casts.handle, casts.half = True, self, half
-        casts.caching, casts.verbose = enable_caching, verbose
-        casts.device_types = _accelerator_or_cpu() if device_types is None else device_types
+        casts.on, casts.handle, casts.half = True, self, self._half
+        casts.caching, casts.verbose, casts.device_types = self._caching, self._verbose, self._device_types
         self._call_at_end(_without_fast_path_of_attention())
         self._call_at_end(_without_compiler())
+        patches, self._patches = self._patches, []
+        for patch in patches:
+            self.patch(*patch)
 
     def is_active(self) -> bool:
         """Return True while the patched functions cast."""
@@ -171,13 +180,17 @@ class AmpHandle:
                 setattr(owner, name, before)
 
         setattr(owner, name, function)
+        self._patches.append((owner, name, function))
         self._call_at_end(undo)
 
     def _call_at_end(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
 
     def _deactivate(self) -> None:
-        """Undo all patches, the last first: a function that was patched twice had its first patch inside."""
+        """Undo all patches, the last first: a function that was patched twice had its first patch inside.
+
+        `_activate` puts them back.
+        """
         while self._undo:
             self._undo.pop()()
         if casts.handle is self:

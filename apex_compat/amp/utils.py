@@ -54,6 +54,11 @@ def casts_disabled() -> Iterator[None]:
         casts.on = before and casts.handle is not None
 
 
+def half_of_casts(device_type: str) -> torch.dtype | None:
+    """Return the half precision to which O1 casts tensors on such a device here; None where it casts nothing."""
+    return casts.half if casts.on and device_type in casts.device_types else None
+
+
 def maybe_half(value: Any, name: str = "") -> Any:
     """Return `value` in half precision, the cast of a parameter from the cache.
 

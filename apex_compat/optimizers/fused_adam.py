@@ -27,7 +27,8 @@ class FusedAdam(FusedOptimizer):
         weight_decay: its factor.
         amsgrad: refused.
         set_grad_none: `zero_grad()` sets gradients to None.
-        capturable, master_weights: refused.
+        capturable: refused where True.
+        master_weights: refused where True.
 
     Raises:
         RuntimeError: amsgrad, or master_weights without capturable.

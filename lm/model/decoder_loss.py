@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.autograd.function import once_differentiable
 
-from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded
+from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded, uncast
 
 aten: Any = torch.ops.aten
 
@@ -101,9 +101,13 @@ def _keep_memory(logits: Tensor) -> None:
 
 
 class _DecoderLoss(torch.autograd.Function):
-    """Forward has `out=`, on which autocast has no hold; backward belongs outside of autocast, as torch says."""
+    """Forward has `out=`, on which autocast has no hold; backward belongs outside of autocast, as torch says.
+
+    O1 of apex would cast in both. Here all operands have their dtypes.
+    """
 
     @staticmethod
+    @uncast
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, logits: Tensor, half: torch.dtype | None
     ) -> Tensor:
@@ -121,6 +125,7 @@ class _DecoderLoss(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
+    @uncast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, targets, count, logits = ctx.saved_tensors

@@ -1,25 +1,44 @@
 """Replacements for kernels of torch that would be right but needlessly slow on some CPUs."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apex_compat.amp import disable_casts
+from apex_compat.amp.utils import half_of_casts
+
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype in which a matrix product with `weight` runs here: autocast's if it is on, else its own."""
+    """Return the dtype in which a matrix product with `weight` runs here: autocast's or O1's if on, else its own."""
     device = weight.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return half_of_casts(device) or weight.dtype
 
 
-def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which products with `weight` run in the dtype of their operands."""
+@contextmanager
+def without_autocast(weight: Tensor) -> Iterator[None]:
+    """Let products with `weight` run in the dtype of their operands: without torch.autocast and apex's O1."""
     device = weight.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    autocast: Any = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with autocast, disable_casts():
+        yield
+
+
+def uncast(function: Any) -> Any:
+    """Decorate a method of an autograd function, whose operands have their dtypes: O1 of apex casts nothing in it."""
+
+    @wraps(function)
+    def wrapper(*args: Any) -> Any:
+        with disable_casts():
+            return function(*args)
+
+    return wrapper
 
 
 def cpu_multiplies(half: torch.dtype) -> bool:

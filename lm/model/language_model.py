@@ -140,10 +140,13 @@ def _recurrent_layers(kind: str, emsize: int, nhid: int, nlayers: int, dropout: 
 def next_word_loss(model: nn.Module, tokens: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
     """Return the mean cross entropy in nats a word (fp32, shape ()), and the new state.
 
-    `model` is an RNNModel, or wraps one; the other arguments are those of `RNNModel.forward`.
+    `model` is an RNNModel, or wraps one; the other arguments are those of `RNNModel.forward`. The new state has the
+    dtype of `hidden`.
     """
-    loss, hidden = model(tokens, hidden, targets)
-    return loss, hidden
+    loss, after = model(tokens, hidden, targets)
+    if isinstance(after, tuple):  # O2 of apex casts all that a model returns to fp32, from which nothing is lost
+        return loss, tuple(new.to(old.dtype) for new, old in zip(after, hidden, strict=True))
+    return loss, after.to(hidden.dtype)  # type: ignore[union-attr]
 
 
 def detach(hidden: Hidden) -> Hidden:

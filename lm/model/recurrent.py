@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.backends import cudnn
 from torch.backends.cudnn.rnn import get_cudnn_mode
 
-from lm.model.kernels import compute_dtype, half_through_fp32, rounded, without_autocast
+from lm.model.kernels import compute_dtype, half_through_fp32, rounded, uncast, without_autocast
 
 
 class _BiasOverTime(torch.autograd.Function):
@@ -33,6 +33,7 @@ class _BiasOverTime(torch.autograd.Function):
         return bias.expand(*shape, -1).contiguous()
 
     @staticmethod
+    @uncast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, states = grad.flatten(0, 1), torch.cat(ctx.states)

@@ -9,6 +9,7 @@ from roundoff.cli import nearest
 
 FP32 = ("fp32", "fp16-optimizer-fp32", "amp-fp32")
 FP16_STATIC = ("manual", "fp16-optimizer")
+FP16_DYNAMIC = ("fp16-optimizer-dynamic", "apex-o2")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,18 @@ MODES: dict[str, Mode] = {
         Mode("fp32", "main", {}, "float32", FP32),
         Mode("manual", "main", {"fp16": True}, "float16", FP16_STATIC),
         Mode("fp16-optimizer", "main_fp16_optimizer", {"fp16": True}, "float16", FP16_STATIC),
-        Mode("fp16-optimizer-dynamic", "main_fp16_optimizer", {"fp16": True, "dynamic_loss_scale": True}, "float16"),
+        Mode(
+            "fp16-optimizer-dynamic",
+            "main_fp16_optimizer",
+            {"fp16": True, "dynamic_loss_scale": True},
+            "float16",
+            FP16_DYNAMIC,
+        ),
         Mode("amp-fp16", "main_amp", {}, "float16"),
         Mode("amp-bf16", "main_amp", {"dtype": "bfloat16"}, "bfloat16"),
         Mode("amp-fp32", "main_amp", {"dtype": "float32"}, "float32", FP32),
+        Mode("apex-o1", "main_amp", {"opt_level": "O1"}, "float16"),
+        Mode("apex-o2", "main_amp", {"opt_level": "O2"}, "float16", FP16_DYNAMIC),
         Mode("fp16-optimizer-fp32", "main_fp16_optimizer", {}, "float32", FP32),
     )
 }
@@ -54,10 +63,13 @@ PROBED = ("fp32", "manual", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16")
 
 def mode_of(options: Options) -> Mode:
     """Return the mode in which a run with these options trains; one that is not in `MODES` is called by its script."""
-    asked = options.script, options.dtype, options.dynamic_loss_scale
+    asked = options.script, options.dtype, options.dynamic_loss_scale, options.opt_level
     for mode in MODES.values():
-        if (mode.script, mode.dtype, mode.options.get("dynamic_loss_scale", False)) == asked:
+        given = mode.options.get("dynamic_loss_scale", False), mode.options.get("opt_level")
+        if (mode.script, mode.dtype, *given) == asked:
             return mode
+    if options.opt_level is not None:
+        return Mode(f"apex-{options.opt_level.lower()}-{options.dtype}", options.script, {}, options.dtype)
     return Mode(f"{options.script}-{options.dtype}-dynamic", options.script, {}, options.dtype)
 
 

@@ -12,6 +12,7 @@ from roundoff.cli import finite_above_0, invalid_choice, nearest, number, whole
 from roundoff.errors import UsageError, printable
 
 SCRIPTS = ("main", "main_fp16_optimizer", "main_amp")
+OPT_LEVELS = ("O1", "O2")
 DTYPES = ("float16", "bfloat16", "float32")
 SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 FP16_STATIC_LOSS_SCALE = 128.0
@@ -176,6 +177,15 @@ class Options:
         choices=DTYPES,
         scripts=("main_amp",),
         otherwise="float16",
+    )
+    opt_level: str | None = option(
+        "precision",
+        str,
+        None,
+        "train as apex.amp did, in the place of autocast and GradScaler; O1: fp32 weights and casts around torch's "
+        "functions; O2: half weights with fp32 masters",
+        choices=OPT_LEVELS,
+        scripts=("main_amp",),
     )
     dynamic_loss_scale: bool = option(
         "precision", bool, False, "with --fp16; supersedes --static-loss-scale", scripts=("main_fp16_optimizer",)

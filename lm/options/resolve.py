@@ -136,6 +136,11 @@ def _dtype(given: Options) -> str:
         return "float16" if given.fp16 else "float32"
     if given.fp16 and given.dtype not in (None, "float16"):
         raise UsageError(f"--fp16 and --dtype {given.dtype} contradict each other: give one of them")
+    if given.opt_level is not None and given.dtype == "float32":
+        raise UsageError(
+            f"--opt-level {given.opt_level} with --dtype float32: {given.opt_level} is a level of half precision; "
+            "leave one of them out, or give --dtype float16 or bfloat16"
+        )
     return given.dtype or "float16"
 
 

@@ -54,10 +54,12 @@ def _schedule(args: Options) -> dict[str, Any]:
 
 
 def _settings(args: Options) -> dict[str, Any]:
-    """Return what else decides a mode's numbers: how its loss scale moves, and whose fp16_utils runs."""
+    """Return what else decides a mode's numbers: how its loss scale moves, apex's opt level, whose fp16_utils runs."""
     found: dict[str, Any] = {}
     if args.loss_scale is None:
         found |= {"init_scale": args.init_scale, "scale_window": args.scale_window}
+    if args.opt_level is not None:
+        found["opt_level"] = args.opt_level
     if args.script == "main_fp16_optimizer":
         found["fp16_utils"] = args.fp16_utils
     return found

@@ -76,7 +76,9 @@ def check(args: Options, model: RNNModel, run_dir: Path | None, name: str, loss:
     if first > last:
         began = f"up to step {last} the training loss is below {bound}"
     advice = "a smaller --lr" + (", or --clip 0.25" if args.clip == math.inf else "")
-    if args.dtype == "float16" and args.script != "main_amp":
+    if args.dtype == "float16" and args.opt_level == "O2":
+        advice += ", or main_amp.py without --opt-level, whose weights are fp32"
+    elif args.dtype == "float16" and args.script != "main_amp":
         advice += ", or main_amp.py, whose weights are fp32"
     raise RunError(f"{_has_diverged(args)}: {what}; {began}; try {advice}")
 

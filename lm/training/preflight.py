@@ -69,12 +69,13 @@ def _dtypes(model: RNNModel, precision: Precision) -> dict[str, str]:
     """Return the dtype of each kind of tensor, as it comes out of a tiny batch."""
     tokens = torch.zeros((3, 2), dtype=torch.int64, device=model.decoder.weight.device)
     model.train()
+    # Past the hooks of a mode: O2 of apex casts what comes out of the model to fp32.
     with precision.forward():
-        loss, hidden = next_word_loss(model, tokens[:-1], tokens[1:].flatten(), model.init_hidden(2))
+        loss, hidden = model.forward(tokens[:-1], model.init_hidden(2), tokens[1:].flatten())
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     model.eval()
     with torch.no_grad(), precision.forward():
-        logits, _ = model(tokens, model.init_hidden(2))
+        logits, _ = model.forward(tokens, model.init_hidden(2))
     masters = [p for group in precision.param_groups for p in group["params"]]
     dtypes = {
         "weights": model.decoder.weight.dtype,

@@ -65,7 +65,8 @@ def restore_state(state: dict[str, Any], model: RNNModel, precision: Precision, 
     """
     try:
         with precision.forward():
-            expected_hidden = list(_tuple(model.init_hidden(batch_size)) or ())
+            fresh = model.init_hidden(batch_size)
+        expected_hidden = list(_tuple(fresh) or ())  # outside: O1 of apex casts what goes to the CPU
         weights = model.state_dict()
         check_like(state["model"], weights, "model")
         check_like(state["precision"], precision.state_dict(), "precision")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from apex_compat.amp.utils import half_of_casts
 from roundoff.device import get_random_states, set_random_states
 from roundoff.errors import UsageError, printable
 from roundoff.gradients.casts import SameDraws, Wide, cast, each_tensor
@@ -391,7 +392,7 @@ def _compute_dtype(model: nn.Module, weights: torch.dtype) -> torch.dtype:
     device = next(model.parameters()).device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return weights
+    return half_of_casts(device) or weights
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

@@ -332,10 +332,18 @@ def _must_agree(first: list[Run], second: list[Run]) -> bool:
     """Return whether each mode names the other, with the same job, the same machine and exact loss scales."""
     runs = first + second
     named = all(b.label in a.equals and a.label in b.equals for a in first for b in second)
-    scales = {run.loss_scale for run in runs}
-    exact = all(scale and 0 < scale < math.inf and math.frexp(scale)[0] == 0.5 for scale in scales)
+    scales = {_loss_scales(run) for run in runs}
+    exact = all(scale and 0 < scale < math.inf and math.frexp(scale)[0] == 0.5 for scale, _ in scales)
     same = len(scales) == 1 or all(run.dtype in WIDE for run in runs)
     return bool(first and second) and named and exact and same and len({_deciding(run) for run in runs}) == 1
+
+
+def _loss_scales(run: Run) -> tuple[float | None, int | None]:
+    """Return the static loss scale, or where a dynamic one starts and its window; None for what is not known."""
+    if run.loss_scale is not None:
+        return run.loss_scale, None
+    precision = run.config["precision"]
+    return precision.get("init_scale"), precision.get("scale_window")
 
 
 def _deciding(run: Run) -> str:

@@ -3,9 +3,13 @@
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+share = 1 / 3
+"""How much of the examples a test tries; `conftest` makes it 1 for --slow."""
+
 
 def fuzz(examples: int) -> settings:
-    """Always the same examples."""
+    """Always the same examples: as many with --slow, and a share of them without."""
+    examples = round(examples * share)
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=quiet)
 

@@ -26,7 +26,7 @@ MODES = {name: [mode.script, *words(mode.options)] for name, mode in modes.MODES
 """Every kind of precision management, as the command line that asks for it."""
 
 
-DYNAMIC = ("fp16-optimizer-dynamic", "amp-fp16")
+DYNAMIC = ("fp16-optimizer-dynamic", "amp-fp16", "apex-o1", "apex-o2")
 """Those of them whose loss scale is dynamic."""
 
 

@@ -15,6 +15,8 @@ SUMS = {  # the dtype in which the parts add up, as docs/your-model.md has it; i
     "amp-fp16": (torch.float32, 2.0**-9),
     "amp-bf16": (torch.float32, 2.0**-6),
     "bf16-weights": (torch.bfloat16, 2.0**-6),
+    "apex-o1": (torch.float32, 2.0**-9),
+    "apex-o2": (torch.float16, 2.0**-9),
 }
 
 

@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from roundoff.runs.tensor_file import load_tensors, save_tensors
 from runs import plain
 
 FP16_MODES = [mode for mode in jobs.MODES if "fp32" not in mode and "bf16" not in mode]
-DYNAMIC_MODES = ["fp16-optimizer-dynamic", "amp-fp16"]
+DYNAMIC_MODES = jobs.DYNAMIC
 
 
 @pytest.fixture
@@ -127,10 +128,18 @@ def test_the_update_is_clipped_to_max_norm_after_unscaling(make, mode) -> None:
     assert moved == pytest.approx(job.args.lr * 0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("name", ["encoder.weight", "rnn.weight_hh_l1", "decoder.bias"])
-@pytest.mark.parametrize("mode", jobs.MODES)
+def overflows() -> Iterator[Any]:
+    """Mode, parameter, value and optimizer, in all ways; quick is a third of them.
+
+    As in a Latin square each mode meets every two of the other three in all their ways.
+    """
+    names, values = ("encoder.weight", "rnn.weight_hh_l1", "decoder.bias"), (math.inf, -math.inf, math.nan)
+    every = product(jobs.MODES, enumerate(names), enumerate(values), enumerate(OPTIMIZERS))
+    for mode, (i, name), (k, value), (n, optimizer) in every:
+        yield pytest.param(mode, name, value, optimizer, marks=[] if (i + n) % 3 == k else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("mode", "name", "value", "optimizer"), list(overflows()))
 def test_overflow_changes_no_bit_but_the_scale(make, mode, name, value, optimizer) -> None:
     job = make(mode, optimizer=OPTIMIZERS[optimizer])
     assert step(job, 0).applied
@@ -258,7 +267,8 @@ def test_files_of_one_device_are_read_on_another(make, tmp_path, mode, optimizer
     assert step(elsewhere, 3).applied
     job.save_model()
     loaded, _ = load_model(job.args.save)
-    assert jobs.bits(list(loaded.parameters())) == jobs.bits([p.float() for p in job.model.parameters()])
+    saved = job.model.state_dict()  # under O2 of apex the masters
+    assert jobs.bits(list(loaded.state_dict().values())) == jobs.bits([weight.float() for weight in saved.values()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,7 +339,7 @@ def test_half_arithmetic_is_what_runs(make, mode) -> None:
     job = make(mode)
     assert job.dtypes["hidden"] == job.dtypes["logits"] == "float16"
     assert job.dtypes["loss"] == job.dtypes["master_weights"] == "float32"
-    assert job.dtypes["gradients"] == ("float32" if mode.startswith("amp") else "float16")
+    assert job.dtypes["gradients"] == ("float32" if mode.startswith("amp") or mode == "apex-o1" else "float16")
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"])

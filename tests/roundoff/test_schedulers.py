@@ -70,7 +70,7 @@ def of_apex(model: nn.Module, optimizer: MakeOptimizer) -> Precision:
 
 
 MODES: dict[str, Build] = {
-    **{name: STOCK[name] for name in ("fp32", "masters-fp16", "masters-bf16", "amp-fp16", "amp-bf16")},
+    **{name: STOCK[name] for name in STOCK if name != "bf16-weights"},
     "fp16-optimizer": wrapped(static_loss_scale=128.0),
     "fp16-optimizer-dynamic": wrapped(dynamic_loss_scale=True),
     "amp-fp16-static": by_hand,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fuzzing import fuzz
 from lm.data import corpora
 from lm.data import corpus as lm_data
 from lm.data.corpus import Corpus, Dictionary, batchify, get_batch
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("corpus")
 
 
-@settings(deadline=None, max_examples=300)
+@fuzz(300)
 @given(train=TEXTS, valid=TEXTS, test=TEXTS, piece=st.sampled_from([1, 2, 7, lm_data.PIECE]))
 @example(train="a", valid="a", test="a", piece=1)
 @example(train="\n\na\n\n", valid="b\r\n\r\n<eos>", test=" c \u2028 d\re", piece=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import jobs
 import lm.extras
 from lm.options.options import help_of, options_of
 from programs import MODEL, ROOT, SCRIPTS, TINY, Done, Programs, read_run
@@ -215,7 +216,7 @@ def test_the_model_of_another_run_is_no_artifact(programs):
         ("-F", "-F is no command line of Sacred; see help"),
     ],
 )
-@every_script
+@pytest.mark.parametrize("script", jobs.mostly_slow(SCRIPTS, "main"))
 def test_a_mistake_is_one_line_as_all_others_are(programs, script, words, said):
     error = programs.refuse(script, *words.split(), *(["-F", "observed"] if words.startswith("with") else []))
     assert all(part in error for part in said.split()), error

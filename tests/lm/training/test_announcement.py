@@ -48,7 +48,7 @@ def follow(programs: Programs, words: list[str]) -> str:
     return done.out
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", mostly_slow(SCRIPTS, "main_fp16_optimizer"))
 def test_the_commands_of_a_run_that_has_ended_can_be_copied(programs, script) -> None:
     run = programs.train(script, name="a run")
     assert "| the best model is in model.safetensors, the records are in a run\n" in run.out

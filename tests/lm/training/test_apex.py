@@ -22,6 +22,7 @@ class ApexLike:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._own = FP16_Optimizer(*args, **kwargs)
+        self.optimizer = self._own  # an inner optimizer, whose groups are the same
         self.param_groups = self._own.param_groups
         self.backward = self._own.backward
         self.update_master_grads = self._own.update_master_grads

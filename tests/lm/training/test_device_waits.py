@@ -122,7 +122,7 @@ def test_no_step_on_a_gpu_waits_for_it(monkeypatch, tmp_path, corpus, waits_refu
         job.records.flush()
 
 
-@pytest.mark.parametrize("mode", jobs.MODES)
+@pytest.mark.parametrize("mode", jobs.mostly_slow(jobs.MODES, "manual", "fp16-optimizer-dynamic", "amp-fp16"))
 def test_an_optimizer_that_cannot_skip_by_itself_costs_the_wait_that_gradscaler_makes(
     monkeypatch, tmp_path, corpus, mode
 ) -> None:

@@ -217,15 +217,19 @@ CALLS = {
 REFUSALS = ("full disk", "refused call", "read-only disk", "kill -9")
 
 
-@pytest.mark.parametrize("do", REFUSALS)
-@pytest.mark.parametrize("moment", CALLS)
+def failures() -> Iterator[Any]:
+    """Every call with every failure; quick is one failure for each call, in turn."""
+    for i, moment in enumerate(CALLS):
+        for k, do in enumerate(REFUSALS):
+            yield pytest.param(moment, do, marks=[] if i % len(REFUSALS) == k else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("moment", "do"), list(failures()))
 def test_a_disk_that_fails_at_any_call(request, faulty: Faulty, moment: str, do: str) -> None:
-    """Quick is one failure for each call; slow are all, each time that the call comes."""
+    """At one time that the call comes; with --slow at each."""
     expected = faulty.undisturbed(SHORT)
-    slow = request.config.getoption("--slow")
-    if not slow and do != REFUSALS[list(CALLS).index(moment) % len(REFUSALS)]:
-        pytest.skip("slow: make test-all tries each call with each failure")
-    for n in range(1, expected.moments.count(moment) + 1) if slow else [CALLS[moment]]:
+    every = range(1, expected.moments.count(moment) + 1)
+    for n in every if request.config.getoption("--slow") else [CALLS[moment]]:
         ended = faulty.start(SHORT, at={"moment": moment, "n": n, "do": do})
         check_whole(faulty.folder, killed=do in ("kill -9", "read-only disk"))
         if do == "kill -9":

@@ -29,7 +29,7 @@ from runs import act_at
 VALUES = (math.inf, -math.inf, math.nan)
 GRADIENTS = ("encoder.weight", "rnn.weight_hh_l0", "decoder.bias")
 PLACES = ("loss", "loss-offset", "encoder", "rnn", "hidden", "score", "scores", *GRADIENTS)
-DYNAMIC_MODES = ("fp16-optimizer-dynamic", "amp-fp16")
+DYNAMIC_MODES = jobs.DYNAMIC
 LR, CLIP, BPTT, BATCH = 2.0, 0.25, 5, 4  # those of jobs.SIZE, and the default
 
 
@@ -49,8 +49,9 @@ class Plain(NamedTuple):
 
 def plain_loop(monkeypatch: pytest.MonkeyPatch, corpus: Path, mode: str, plan: Plan, steps: int) -> Plain:
     """Training without roundoff, lm.training and apex_compat: what `mode` says, an unfused SGD, and `if finite`."""
-    half = "--fp16" in jobs.MODES[mode]
-    dtype = {"amp-fp16": torch.float16, "amp-fp16-static": torch.float16, "amp-bf16": torch.bfloat16}.get(mode)
+    half = "--fp16" in jobs.MODES[mode] or mode == "apex-o2"
+    dtypes = {"amp-bf16": torch.bfloat16} | dict.fromkeys(("amp-fp16", "amp-fp16-static", "apex-o1"), torch.float16)
+    dtype = dtypes.get(mode)
     scale = 2.0**16 if mode in DYNAMIC_MODES else 128.0 if half or dtype is torch.float16 else 1.0
     text = Corpus(corpus)
     torch.manual_seed(1111)
@@ -84,7 +85,10 @@ def plain_loop(monkeypatch: pytest.MonkeyPatch, corpus: Path, mode: str, plan: P
             elif mode in DYNAMIC_MODES:
                 scale /= 2
     bad = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
-    return Plain(rows, model.state_dict(), bad[0] if bad else "none")
+    weights = model.state_dict()
+    if mode == "apex-o2":  # whose model says its masters
+        weights = {name: m.detach() for name, m in zip(weights, masters, strict=True)}
+    return Plain(rows, weights, bad[0] if bad else "none")
 
 
 class Watched(NamedTuple):

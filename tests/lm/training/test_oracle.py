@@ -294,7 +294,7 @@ class ClipsScaledGradients(MasterWeights):  # type: ignore[misc]
     def step(self, max_norm: float) -> StepResult:
         norm = nn.utils.clip_grad_norm_(self._masters, max_norm)
         torch._foreach_mul_([m.grad for m in self._masters], self._inverse_scale)
-        self._optimizer.step()
+        self.optimizer.step()
         return StepResult(norm.isfinite(), norm * self._inverse_scale, self._loss_scale)
 
 
@@ -324,6 +324,26 @@ def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device
     assert len(jobs.rows(manual)) >= STEPS
     left = [outcome(run.parent, run.name, f"{run.name}.pt") for run in (manual, wrapped)]
     assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("job", jobs.mostly_slow(JOBS, "GRU tied", "Transformer, AdamW"))
+@pytest.mark.parametrize("pair", [("apex-o2", "fp16-optimizer-dynamic"), ("apex-o1", "amp-fp16")])
+def test_a_level_of_apex_is_its_successor_over_a_whole_run(train, device, job, pair) -> None:
+    """Steps with overflows and growth, validation, test loss and model, of which O2 saves the masters."""
+    flags = [*JOBS[job], "--init-scale", str(2.0**20), "--scale-window", "8", "--max-steps", "40", *on(device)]
+    apex, other = (train(mode, *jobs.MODES[mode], *flags) for mode in pair)
+    applied = [row["applied"] for row in jobs.rows(apex)]
+    assert not all(applied)
+    assert sum(applied) > 20
+    keep = ("loss", "grad_norm", "loss_scale", "applied", "lr", "valid_loss")
+    for name in ("steps.jsonl", "epochs.jsonl"):
+        rows = [[[row.get(key) for key in keep] for row in jobs.rows(run, name)] for run in (apex, other)]
+        assert rows[0] == rows[1]
+    models = [load_model(Path(f"{run}.pt"))[0].state_dict().values() for run in (apex, other)]
+    half = pair[0] == "apex-o2"
+    assert jobs.bits([w.half() if half else w for w in models[0]]) == jobs.bits(
+        [w.half() if half else w for w in models[1]]
+    )
 
 
 @pytest.mark.slow

@@ -359,7 +359,7 @@ def test_files_changed_at_random_are_compared_or_refused(tmp_path: Path) -> None
         assert len(said) < 700
 
     check()
-    assert min(map(outcomes.count, ("compared", "refused"))) > 30
+    assert min(map(outcomes.count, ("compared", "refused"))) > len(outcomes) / 13
 
 
 @fuzz(300)

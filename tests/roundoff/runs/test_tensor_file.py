@@ -256,7 +256,7 @@ json_trees = st.recursive(
 def test_any_json_is_a_tree_or_refused(tmp_path: Path) -> None:
     accepted = []
 
-    @fuzz(200)
+    @fuzz(600)
     @given(json_trees)
     def check(tree: Any) -> None:
         found = read(tmp_path / "file", sealed_tree(tree, FORMAT, {"a": torch.arange(3.0), "b": torch.zeros(())}))
