@@ -15,6 +15,8 @@ from roundoff.extras import needs
 from roundoff.verdict.types import END_LOSS, TEST_LOSS, Difference, Verdict
 
 ALPHA = 0.05
+TEST_LOSS_ALPHA = 0.01
+"""Smaller, since it comes on top of the verdict's own risk, and all modes share the test losses of the reference."""
 POWER = 0.8
 MAX_SEEDS = 1000
 ENOUGH_PAIRS = 3
@@ -102,25 +104,26 @@ def difference(mode_losses: dict[int, float], reference_losses: dict[int, float]
     if not counted:
         return None
     paired = summarize(counted)
-    return Difference(paired.n, paired.mean, interval(paired) if paired.n > 1 else None)
+    bounds = interval(paired) if paired.n > 1 else None
+    return Difference(paired.n, paired.mean, bounds, p_difference(paired) if paired.n >= ENOUGH_PAIRS else None)
 
 
 def heed_test_loss(label: str, verdict: Verdict, tested: Difference, margin: float, unit: str = "") -> Verdict:
     """Return `verdict` as it is where the test loss agrees with it, or shows nothing; else with what it shows.
 
-    The test loss of three pairs or more shows something where its 95% interval excludes 0 and reaches beyond
-    `margin`. A mode that trains equivalently is "worse" or "better" then. Any other word stays, and the sentence says
-    what the test loss shows.
+    The test loss shows something where it differs at 1%, and its 95% interval reaches beyond `margin`. A mode that
+    trains equivalently is "worse" or "better" then. Any other word stays, and the sentence says what the test loss
+    shows.
     """
-    if tested.interval is None or tested.pairs < ENOUGH_PAIRS or verdict.word == "diverged":
+    if tested.interval is None or tested.p_difference is None or verdict.word == "diverged":
         return verdict
-    low, high = tested.interval
-    sign = "worse" if low > 0 else "better" if high < 0 else None
-    if sign in (None, verdict.word) or -margin < low <= high < margin:
+    within = -margin < tested.interval[0] <= tested.interval[1] < margin
+    sign = "worse" if tested.difference > 0 else "better"
+    if tested.p_difference >= TEST_LOSS_ALPHA or within or sign == verdict.word:
         return verdict
     said_unit = f" {unit}" if unit else ""
     seen = _seen(Paired(tested.pairs, tested.difference, 0.0), tested.interval, said_unit)
-    minus = f"{TEST_LOSS} minus the reference's is {seen}"
+    minus = f"{TEST_LOSS} minus the reference's is {seen}, p = {tested.p_difference:.2g} for no difference"
     if verdict.word == "equivalent":
         said = f"{label} is {sign} than the reference on the test data; {minus}. As to training, {verdict.sentence}"
         return replace(verdict, word=sign, sentence=said)
@@ -176,6 +179,13 @@ def interval(paired: Paired) -> tuple[float, float]:
     """Return the two-sided 95% interval of the mean (Student's t) of two differences or more."""
     half = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
     return paired.mean - half, paired.mean + half
+
+
+def p_difference(paired: Paired) -> float:
+    """Return the p-value of the two-sided t-test against 0; 0 or 1 if the differences do not vary."""
+    if paired.error == 0:
+        return 0.0 if paired.mean else 1.0
+    return 2 * float(_scipy().t.sf(abs(paired.mean) / paired.error, paired.n - 1))
 
 
 def p_equivalence(paired: Paired, margin: float) -> float:
