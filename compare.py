@@ -20,7 +20,7 @@ from roundoff.cli import HelpFormatter, OneLineParser, add_version, complete, wh
 from roundoff.errors import RunError, UsageError
 from roundoff.extras import require_report
 from roundoff.program import exit_code
-from roundoff.report.compare_command import add_options, default_out, publish, settings
+from roundoff.report.compare_command import RUN_HELP, add_options, default_out, given_run, publish, read_given, settings
 from roundoff.runs.reading import Run, read_run
 from roundoff.terminal import say
 from roundoff.verdict.comparison import compare_runs
@@ -40,7 +40,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "compare.py", USAGE, __doc__, epilog=EPILOG, allow_abbrev=False, formatter_class=HelpFormatter
     )
     add_version(parser)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directory, finished or not")
+    parser.add_argument("runs", nargs="*", type=given_run, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--modes",
         type=mode_names,
@@ -129,7 +129,7 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     require_report()
     if args.runs:
-        runs, failures = [read_run(path) for path in args.runs], list[Failure]()
+        runs, failures = read_given(args.runs), list[Failure]()
     else:
         runs, failures = run_modes(args)
     comparison = compare_runs(runs, failures, **settings(args))

@@ -1,16 +1,15 @@
 """Puts runs side by side: do they train the same job, how does each mode end, and where does the first bit differ?"""
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 from roundoff.errors import UsageError, printable
-from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import Run, machine, perplexity
+from roundoff.verdict.differences import all_differences, canonical, refused_differences
 from roundoff.verdict.endpoint import end_losses, losses_on_test_data
+from roundoff.verdict.labels import named, tell_apart
 from roundoff.verdict.statistics import difference, heed_test_loss, judge
 from roundoff.verdict.types import (
     BitEquality,
@@ -25,23 +24,9 @@ from roundoff.verdict.types import (
 WIDE = ("float32", "float64")
 """Dtypes in which a power of two as loss scale changes no bit. Half dtypes overflow and underflow."""
 
-MOST_DIFFERENCES = 20
-
-
-NO_SETTING = ("mode", "dtypes", "equals", "loss_scale")
-"""Fields of a run's precision that no user sets, or that tell modes apart already."""
-
-MISSING = object()
-
-PAIRED = {"processes": MISSING, "tf32": MISSING, "deterministic": MISSING, "accumulate": 1}
-"""Fields of a run's environment that must be equal where its steps are to be paired with another's.
-
-Each with what a run that does not say it has; a run that may have anything is not asked.
-"""
-
 
 def compare_runs(
-    runs: Sequence[Run],
+    runs: Sequence[Run] | Mapping[str, Run | Sequence[Run]],
     failures: Sequence[Failure] = (),
     *,
     reference: str | None = None,
@@ -52,12 +37,15 @@ def compare_runs(
 ) -> Comparison:
     """Compare the modes of `runs`, each with every seed it has.
 
-    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". The verdicts
+    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". So is one
+    with two runs of one seed: they are called by what differs, as "fp32 lr=5", else by a folder of theirs. The verdicts
     compare the mean training loss of the second half of the steps of the runs that have finished. The difference of
     the test losses stands beside it. A mode whose test loss surely differs is not called equivalent.
 
     Args:
-        runs: runs of any modes, none twice. Their order is the order of the modes.
+        runs: runs of any modes, none twice. Their order is the order of the modes. A mapping names them: label -> a
+            run, or one for each seed. A group that has a name may differ from the others in job and settings, which
+            `Comparison.differences` then lists; in data, unit and seeds it may not.
         failures: runs that left nothing.
         reference: label of the mode to compare with; by default "fp32" if it has a run, else the first that has one.
         margin: margin of equivalence in the losses' own unit, above 0.
@@ -67,9 +55,9 @@ def compare_runs(
         flags: errors name the options of a command line, such as --anyway, in place of the arguments.
 
     Raises:
-        UsageError: a label is unknown, a mode has two runs of one seed, or the runs do not train the same job.
+        UsageError: a label is unknown, a run is there twice, or the runs do not train the same job.
     """
-    runs = _told_apart(runs)
+    runs = tell_apart(named(runs))
     labels = list(dict.fromkeys([run.label for run in runs] + [failure.label for failure in failures]))
     if not labels:
         raise UsageError("no runs to compare; give at least one run directory")
@@ -86,38 +74,14 @@ def compare_runs(
     labels.sort(key=lambda label: label != reference)
     modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
     failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
-    differences = unit_differences(runs) + job_differences(runs) + setting_differences(modes)
-    differences += seed_differences(modes, failed)
-    if differences and not anyway:
+    if not anyway and (refused := refused_differences(modes, failed)):
         way = "add --anyway" if flags else "give anyway=True"
-        raise UsageError(f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or {way}")
+        raise UsageError(f"these runs do not train the same job: {'; '.join(refused)}; leave some out, or {way}")
     unit = runs[0].loss_unit if len({run.loss_unit for run in runs}) == 1 else None
-    found = Comparison(reference, margin, [], [], [], differences, unit=unit)
+    found = Comparison(reference, margin, [], [], [], all_differences(modes, failed), unit=unit)
     rows = [_summarize(label, modes[label], failed[label], modes[reference], found) for label in labels]
     pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
     return replace(found, modes=rows, pairs=pairs, covers=_covers(runs, rows))
-
-
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Return `runs` with the loss scale in the label of a mode that ran at several.
-
-    Where a run does not say its scale, and a rule moved it, a rule may have moved that of the mode's other runs too.
-    """
-    scales: dict[str, set[float | None]] = {}
-    for run in runs:
-        scales.setdefault(run.label, set()).add(run.loss_scale)
-    moved = {run.label for run in runs if run.loss_scale is None and not run.says_loss_scale}
-    several = {label for label, found in scales.items() if len(found) > 1 and label not in moved}
-    return [replace(run, label=_label_with_scale(run)) if run.label in several else run for run in runs]
-
-
-def _label_with_scale(run: Run) -> str:
-    scale = run.loss_scale
-    if scale is None:
-        return f"{run.label}-dynamic"
-    mantissa, exponent = math.frexp(scale)
-    as_power = mantissa == 0.5 and not 1 <= scale <= 2**16
-    return f"{run.label}-scale-{f'2^{exponent - 1}' if as_power else f'{scale:.9g}'}"
 
 
 def _refuse_duplicates(runs: Sequence[Run]) -> None:
@@ -136,87 +100,6 @@ def _refuse_unknown(labels: list[str], name: str, given: Iterable[str]) -> None:
         if label not in labels:
             known = printable(", ".join(labels))
             raise UsageError(f"{name}: no run of the mode {printable(label)!r}; there are {known}")
-
-
-def job_differences(runs: Sequence[Run]) -> list[str]:
-    """Return a line for each field of the job that differs between the runs, with its values and their runs."""
-    found = list(_field_differences([(run, run.job) for run in runs], ""))
-    more = len(found) - MOST_DIFFERENCES
-    return found if more <= 0 else [*found[:MOST_DIFFERENCES], f"{more} more fields of the job differ"]
-
-
-def _field_differences(values: Sequence[tuple[Run, Any]], path: str) -> Iterator[str]:
-    if all(isinstance(value, dict) for _, value in values):
-        for name in dict.fromkeys(name for _, value in values for name in value):
-            fields = [(run, value.get(name, MISSING)) for run, value in values]
-            yield from _field_differences(fields, f"{path}.{name}" if path else str(name))
-        return
-    groups: dict[str, list[tuple[Run, Any]]] = {}
-    for run, value in values:
-        groups.setdefault(_canonical(value), []).append((run, value))
-    if len(groups) > 1:
-        shown = [f"{_shown(group[0][1])} in {_names([run for run, _ in group])}" for group in groups.values()]
-        yield f"{printable(path, 60)} is {', '.join(shown)}"
-
-
-def _shown(value: Any) -> str:
-    """Return a value of a job as JSON, so that 1 and "1" look different."""
-    return "not there" if value is MISSING else printable(to_json(value), 22)
-
-
-def _canonical(value: Any) -> str:
-    """Return one text for all values that say the same: 20 and 20.0, nan and "nan"."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(name): plain(inner) for name, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(inner) for inner in value]
-        if isinstance(value, float):
-            return int(value) if value.is_integer() else value if math.isfinite(value) else str(value)
-        return value
-
-    return "missing" if value is MISSING else json.dumps(plain(value), sort_keys=True, default=str)
-
-
-def unit_differences(runs: Sequence[Run]) -> list[str]:
-    """Return a line if the losses of the runs are in different units."""
-    return list(_field_differences([(run, run.loss_unit or MISSING) for run in runs], "loss_unit"))
-
-
-def setting_differences(modes: dict[str, list[Run]]) -> list[str]:
-    """Return a line for each setting beside the job that differs between runs to be paired, or within one mode.
-
-    The number of processes, and of the parts of a batch, decides what dropout each draws.
-    """
-    lines: list[str] = []
-    every = [run for runs in modes.values() for run in runs]
-    for name, otherwise in PAIRED.items():
-        values = [(run, run.config["environment"].get(name, otherwise)) for run in every]
-        lines += _field_differences([(run, value) for run, value in values if value is not MISSING], name)
-    for label, runs in modes.items():
-        for name in dict.fromkeys(name for run in runs for name in run.config["precision"]):
-            if name not in NO_SETTING:
-                settings = [(run, run.config["precision"][name]) for run in runs if name in run.config["precision"]]
-                lines += _field_differences(settings, f"{printable(label)}: {name}")
-    return lines
-
-
-def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:
-    """Return a line if the modes did not run with the same seeds; a run that failed has run."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for label, runs in modes.items():
-        seeds = {run.seed for run in runs} | {failure.seed for failure in failures[label]}
-        groups.setdefault(tuple(sorted(seeds)), []).append(printable(label))
-    if len(groups) < 2:
-        return []
-    parts = [f"{', '.join(map(str, seeds))} in {', '.join(labels)}" for seeds, labels in groups.items()]
-    return [f"seed is {' but '.join(parts)}"]
-
-
-def _names(runs: list[Run]) -> str:
-    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-    return ", ".join(printable(run.path) for run in runs[:3]) + more
 
 
 def _summarize(
@@ -352,7 +235,7 @@ def _deciding(run: Run) -> str:
     job = {name: value for name, value in run.job.items() if name not in run.length}
     others = {"tf32": False, "processes": 1, "accumulate": 1}
     more = {name: environment.get(name, otherwise) for name, otherwise in others.items()}
-    return _canonical([job, machine(run.config), more])
+    return canonical([job, machine(run.config), more])
 
 
 def _machines(runs: Sequence[Run]) -> set[tuple[tuple[str, str], ...]]:

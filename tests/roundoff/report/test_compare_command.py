@@ -11,6 +11,7 @@ import pytest
 
 from programs import ROOT, Programs
 from roundoff.__main__ import main
+from roundoff.report.compare_command import given_run, read_given
 from synthetic import LOSSES, change_json, make_run
 
 REPORT = {"summary.json", "report.html", "curves.png"}
@@ -68,15 +69,37 @@ def test_the_options_are_heeded_and_a_report_needs_no_out(command) -> None:
     assert json.loads((out / "summary.json").read_text())["margin"] == 0.5
 
 
+def test_names_for_runs(command) -> None:
+    """A path that is there is one, whatever is in it; after an option a name is a name too."""
+    programs, words = command
+    make_run(programs.folder / "lr=5", seed=1, job={"lr": 5})
+    for given, expected in (
+        (["slow=a", "lr=5"], ["slow", "fp32"]),
+        (["slow=a", "it=lr=5", "all of it=b"], ["slow", "it", "all of it"]),
+        (["lr=5/"], ["fp32"]),
+    ):
+        assert [run.label for run in read_given([given_run(word) for word in given])] == expected
+    done = programs.run(*words, "slow=a", "--out", "o", "fast=lr=5")
+    assert (done.code, done.err) == (0, "")
+    assert "lr is 20.0 in a, 5 in lr=5" in done.out
+    summary = json.loads((programs.folder / "o/summary.json").read_text())
+    assert [mode["label"] for mode in summary["modes"]] == ["slow", "fast"]
+
+
 MISTAKES = {
+    "name of nothing": (["a", "b=nowhere"], "b=nowhere: there is no run 'nowhere' to be called 'b'"),
+    "name alone": (["a", "b="], "b=: there is no run '' to be called 'b'"),
+    "no name": (["=a"], "=a: a NAME=RUN needs a name, which has no comma"),
+    "two names": (["--margin", "1", "x,y=a"], "x,y=a: a NAME=RUN needs a name, which has no comma"),
+    "one run of two names": (["x=a", "x=b"], "a and b are both x with seed 1; leave one of them out"),
     "missing run": (["nowhere"], "nowhere: there is no such directory"),
     "file for run": (["file"], "file: this is no directory"),
     "run of no steps": (["empty"], "no steps"),
     "other job": (["a", "other"], "1111 in manual; leave some out, or add --anyway"),
     "unknown reference": (["a", "--reference", "manual"], "--reference: no run of the mode 'manual'"),
     "unknown pair": (["a", "--expect-equal", "fp32,manual"], "--expect-equal: no run of the mode 'manual'"),
-    "half a pair": (["a", "--expect-equal", "fp32"], "'fp32' is not two different modes"),
-    "pair of one": (["a", "--expect-equal", "fp32,fp32"], "not two different modes"),
+    "half a pair": (["a", "--expect-equal", "fp32"], "'fp32' is not two different modes or names"),
+    "pair of one": (["a", "--expect-equal", "fp32,fp32"], "not two different modes or names"),
     "negative margin": (["a", "--margin", "-1"], "--margin: '-1' is not a number above 0"),
     "unknown option": (["a", "--mode", "fp32", "b"], "unrecognized arguments: --mode"),
     "report below a file": (["a", "--out", "file/o"], "--out file/o: cannot write there"),

@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +91,15 @@ def test_failures(run) -> None:
 
 
 def test_what_is_refused(run) -> None:
-    runs = [run(), run("manual"), run()]
+    runs = [run(), run("manual")]
     assert refusal([]) == "no runs to compare; give at least one run directory"
-    twice = f"{runs[0].path} and {runs[2].path} are both fp32 with seed 1111; leave one of them out"
-    assert refusal(runs) == refusal(runs, anyway=True) == twice
+    twice = f"{runs[0].path} and {runs[0].path} are both fp32 with seed 1111; leave one of them out"
+    again = [*runs[:2], replace(runs[0])]
+    assert refusal(again) == refusal(again, anyway=True) == twice
     known = "there are fp32, manual"
-    assert refusal(runs[:2], reference="x\n") == f"reference: no run of the mode 'x\\\\n'; {known}"
-    assert refusal(runs[:2], expect_equal=[("fp32", "y")]) == f"expect_equal: no run of the mode 'y'; {known}"
-    assert "a mode equals itself" in refusal(runs[:2], expect_equal=[("fp32", "fp32")])
+    assert refusal(runs, reference="x\n") == f"reference: no run of the mode 'x\\\\n'; {known}"
+    assert refusal(runs, expect_equal=[("fp32", "y")]) == f"expect_equal: no run of the mode 'y'; {known}"
+    assert "a mode equals itself" in refusal(runs, expect_equal=[("fp32", "fp32")])
 
 
 A, B, C = ({"name": "A"}, {"name": "B"}, {"name": "C", "more": {"a": [1, 2]}})
@@ -423,7 +426,11 @@ def test_each_loss_scale_is_a_mode_with_its_seeds(run) -> None:
     one = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 2), ("amp-fp16", None, 1), ("amp-fp16", None, 2))
     assert labels(compare_runs(one)) == ["manual", "amp-fp16"]
     twice = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 1), ("manual", 2.0, 1))
-    assert "are both manual-scale-1 with seed 1" in refusal(twice)
+    assert [label.rpartition("-")[0] for label in labels(compare_runs(twice, anyway=True))] == [
+        "manual-scale-1 manual-1",
+        "manual-scale-1 manual-1",
+        "manual-scale",
+    ]
 
 
 def test_reading_and_comparing_need_no_torch_and_judging_names_its_extra(tmp_path: Path) -> None:
@@ -446,3 +453,79 @@ def test_every_field_of_a_job_counts(run) -> None:
         other = {"another": 1} if isinstance(value, dict) else 7.5
         (line,) = compare_runs([run(), run("manual", job={name: other})], anyway=True).differences
         assert line.startswith(name)
+
+
+def test_names_say_what_is_meant(run) -> None:
+    """Groups that have names may train other jobs, which is listed; runs of one name, and those of none, may not."""
+    slow, fast = ([run("fp32", seed, job={"lr": lr}) for seed in (1, 2)] for lr in (5.0, 20.0))
+    seen = compare_runs({"slow": slow, "fast": fast})
+    assert [(mode.label, [r.seed for r in mode.runs]) for mode in seen.modes] == [("slow", [1, 2]), ("fast", [1, 2])]
+    assert [line.partition(" is ")[0] for line in seen.differences] == ["lr"]
+    assert (seen.pairs, words(seen)) == ([], ["reference", "described"])
+    assert labels(compare_runs({"gpu": run("fp32", environment={"tf32": True}), "cpu": run()})) == ["gpu", "cpu"]
+    assert "lr is 5.0 in" in refusal({"mixed": [slow[0], fast[1]], "fast": fast})  # type: ignore[arg-type]
+    assert "are both all with seed 1" in refusal({"all": [*slow, *fast]})  # type: ignore[arg-type]
+    other = [replace(each, label="bf16") for each in fast]
+    assert "lr is 5.0 in" in refusal([*slow, *other])
+    named = [replace(each, label="mine", named=True) for each in fast]
+    assert labels(compare_runs([*slow, *named])) == ["fp32", "mine"]
+    data = run("fp32", 1, job={"corpus": {"words": 3}})
+    assert "corpus.words is 2186 in" in refusal({"before": slow[0], "after": data})  # type: ignore[arg-type]
+    assert "loss_unit is" in refusal({"before": slow[0], "after": run(seed=1, loss_unit="bits")})  # type: ignore[arg-type]
+    assert "seed is 1, 2 in slow but 1 in fast" in refusal({"slow": slow, "fast": fast[0]})  # type: ignore[arg-type]
+
+
+APART: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "a field of the job": ([{"job": {"lr": 5.0}}, {"job": {"lr": 20.0}}], ["fp32 lr=5.0", "fp32 lr=20.0"]),
+    "two fields": (
+        [{"job": {"model": "GRU", "nhid": 4}}, {"job": {"model": "LSTM"}}],
+        ["fp32 model=GRU nhid=4", "fp32 model=LSTM nhid=8"],
+    ),
+    "a field deep in it, or not there": (
+        [{"job": {"data_order": {"by": "length"}}}, {}], ["fp32 by=length", "fp32 no by"],
+    ),
+    "the job before the machine": (
+        [{"job": {"lr": 5.0}, "environment": {"torch": "2.14"}}, {}], ["fp32 lr=5.0", "fp32 lr=20.0"],
+    ),
+    "two versions of torch": (
+        [{"environment": {"torch": "2.6"}}, {"environment": {"torch": "2.14"}}], ["fp32 torch=2.6", "fp32 torch=2.14"],
+    ),
+    "two commits": (
+        [{"environment": {"git_commit": "ab12"}}, {"environment": {"git_commit": "cd34"}}],
+        ["fp32 commit=ab12", "fp32 commit=cd34"],
+    ),
+    "a setting of the precision": (
+        [{"precision": {"scale_window": 9}}, {"precision": {"scale_window": 8}}],
+        ["fp32 scale_window=9", "fp32 scale_window=8"],
+    ),
+    "harm": (
+        [{"job": {"a\n": "\x1b[2J"}}, {}], [r"fp32 a\n=\x1b[2J", r"fp32 no a\n"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", APART)
+def test_runs_of_one_mode_and_seed_are_called_by_what_differs(run, case: str) -> None:
+    """With several seeds too, and beside another mode, which keeps its name."""
+    changes, expected = APART[case]
+    runs = [run("fp32", seed, **change) for change in changes for seed in (1, 2)]
+    seen = compare_runs([*runs, *(run("manual", seed) for seed in (1, 2))])
+    assert labels(seen) == [*expected, "manual"]
+    assert [r.path for mode in seen.modes[:2] for r in mode.runs] == [r.path for r in runs]
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (lambda when, seed: f"{when}/fp32-{seed}", ["fp32 before", "fp32 after"]),
+        (lambda when, seed: f"{when}/runs/fp32-{seed}", ["fp32 before", "fp32 after"]),
+        (lambda when, seed: f"{when}-{seed}", ["fp32 before-1", "fp32 before-2", "fp32 after-1", "fp32 after-2"]),
+    ],
+)
+def test_runs_that_do_not_differ_are_called_by_their_folder(
+    tmp_path: Path, place: Callable[[str, int], str], expected: list[str]
+) -> None:
+    runs = [
+        read_run(make_run(tmp_path / place(when, seed), seed=seed)) for when in ("before", "after") for seed in (1, 2)
+    ]
+    assert labels(compare_runs(runs, anyway=True)) == expected
