@@ -81,7 +81,7 @@ HEEDED: dict[str, tuple[list[float], list[float | None], str, str]] = {
     "noise on the test data": (SAME, [*NOISE], "equivalent", ""),
     "worse on the test data alone": (SAME, [*WORSE], "worse", "m is worse than the reference on the test data; "),
     "better on the test data alone": (SAME, [*BETTER], "better", "m is better than the reference on the test data; "),
-    # 0.05 with an error of 0.0046 or 0.0035: t(0.975, 2) is 4.30 and t(0.995, 2) is 9.92, so that 99% reach below the margin.
+    # 0.05 with an error of 0.0046 or 0.0035; t(0.995, 2) is 9.92, and the margin 0.01.
     "likely worse on the test data": (SAME, [0.042, 0.05, 0.058], "equivalent", ""),
     "surely worse on the test data": (SAME, [0.044, 0.05, 0.056], "worse", "m is worse than the reference on the test"),
     "worse by less than the margin": (SAME, [0.001, 0.0011, 0.0012], "equivalent", ""),
