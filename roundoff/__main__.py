@@ -11,8 +11,8 @@ from roundoff.report.compare_command import RUN_HELP, add_options, default_out, 
 
 COMPARE = """Do these runs train alike, and if not, from which step on and by how much? Reads run directories, prints a
 table with a verdict for each mode, and writes report.html, curves.png and summary.json."""
-EPILOG = """Exit code: 0; 1 if a pair of --expect-equal differs; 2 after a mistake in the command; 130 when
-interrupted."""
+EPILOG = """Exit code: 0; 1 if a pair of --expect-equal differs, or one of --expect-equivalent is not shown to be
+equivalent; 2 after a mistake in the command; 130 when interrupted."""
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:

@@ -76,6 +76,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--expect-equal", type=pair, action="append", metavar="A,B", help="exit with 1 if a loss differs in a bit"
     )
     parser.add_argument(
+        "--expect-equivalent",
+        type=pair,
+        action="append",
+        metavar="A,B",
+        help="exit with 1 unless B is shown equivalent to A within the margin",
+    )
+    parser.add_argument(
         "--anyway",
         action="store_true",
         help="compare runs that were given no names and whose job differs, or any whose data or seeds do",
@@ -96,6 +103,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "reference": args.reference,
         "margin": args.margin,
         "expect_equal": args.expect_equal or [],
+        "expect_equivalent": args.expect_equivalent or [],
         "anyway": args.anyway,
         "flags": True,
     }
@@ -111,7 +119,8 @@ def publish(comparison: "Comparison", args: argparse.Namespace) -> None:
 
     Raises:
         UsageError: the files cannot be written.
-        RunError: a pair of --expect-equal differs; the files are written.
+        RunError: a pair of --expect-equal differs, or one of --expect-equivalent is not shown to be equivalent; the
+            files are written.
     """
     from roundoff.report.probe_table import table as probe_table  # here, as below
     from roundoff.report.summary import table
@@ -130,6 +139,9 @@ def publish(comparison: "Comparison", args: argparse.Namespace) -> None:
         found = equal[frozenset(both)]
         if not found.equal:
             raise RunError(f"--expect-equal {','.join(both)}: {found.sentence}")
+    for each in comparison.equivalences:
+        if each.verdict.word != "equivalent":
+            raise RunError(f"--expect-equivalent {each.first},{each.second}: {each.sentence}")
 
 
 def write_files(folder: Path, comparison: "Comparison") -> None:

@@ -10,11 +10,12 @@ from roundoff.runs.reading import Run, machine, perplexity
 from roundoff.verdict.differences import all_differences, canonical, refused_differences
 from roundoff.verdict.endpoint import end_losses, losses_on_test_data
 from roundoff.verdict.labels import named, tell_apart
-from roundoff.verdict.statistics import difference, heed_test_loss, judge
+from roundoff.verdict.statistics import heed_test_loss, interval, judge, paired_by_seed
 from roundoff.verdict.types import (
     BitEquality,
     Comparison,
     Difference,
+    Equivalence,
     Failure,
     ModeSummary,
     Verdict,
@@ -32,15 +33,17 @@ def compare_runs(
     reference: str | None = None,
     margin: float = 0.01,
     expect_equal: Sequence[tuple[str, str]] = (),
+    expect_equivalent: Sequence[tuple[str, str]] = (),
     anyway: bool = False,
     flags: bool = False,
+    looks: int = 1,
 ) -> Comparison:
     """Compare the modes of `runs`, each with every seed it has.
 
     A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". So is one
     with two runs of one seed: they are called by what differs, as "fp32 lr=5", else by a folder of theirs. The verdicts
     compare the mean training loss of the second half of the steps of the runs that have finished. The difference of
-    the test losses stands beside it. A mode whose test loss surely differs is not called equivalent.
+    the test losses stands beside it. A mode is not equivalent whose test loss surely differs by more than the margin.
 
     Args:
         runs: runs of any modes, none twice. Their order is the order of the modes. A mapping names them: label -> a
@@ -51,8 +54,11 @@ def compare_runs(
         margin: margin of equivalence in the losses' own unit, above 0.
         expect_equal: pairs of labels whose bit-equality is asked for. They come first in `Comparison.pairs`, as
             given; the pairs that must agree by design follow.
+        expect_equivalent: pairs of labels whose equivalence is asked for, the second one's to the first. They are
+            `Comparison.equivalences`, in this order.
         anyway: accept runs of different jobs, and list the differences.
         flags: errors name the options of a command line, such as --anyway, in place of the arguments.
+        looks: how often the verdicts may be looked at while seeds are added. The risk of 5% is that of all looks.
 
     Raises:
         UsageError: a label is unknown, a run is there twice, or the runs do not train the same job.
@@ -66,11 +72,8 @@ def compare_runs(
         trained = [run.label for run in runs] or labels
         reference = "fp32" if "fp32" in trained else trained[0]
     _refuse_unknown(labels, "--reference" if flags else "reference", [reference])
-    equal = "--expect-equal" if flags else "expect_equal"
-    for pair in expect_equal:
-        _refuse_unknown(labels, equal, pair)
-        if pair[0] == pair[1]:
-            raise UsageError(f"{equal} {printable(','.join(pair))}: a mode equals itself; give two modes")
+    _check_pairs(labels, "--expect-equal" if flags else "expect_equal", expect_equal)
+    _check_pairs(labels, "--expect-equivalent" if flags else "expect_equivalent", expect_equivalent)
     labels.sort(key=lambda label: label != reference)
     modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
     failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
@@ -78,10 +81,11 @@ def compare_runs(
         way = "add --anyway" if flags else "give anyway=True"
         raise UsageError(f"these runs do not train the same job: {'; '.join(refused)}; leave some out, or {way}")
     unit = runs[0].loss_unit if len({run.loss_unit for run in runs}) == 1 else None
-    found = Comparison(reference, margin, [], [], [], all_differences(modes, failed), unit=unit)
+    found = Comparison(reference, margin, [], [], [], all_differences(modes, failed), unit=unit, looks=looks)
     rows = [_summarize(label, modes[label], failed[label], modes[reference], found) for label in labels]
     pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
-    return replace(found, modes=rows, pairs=pairs, covers=_covers(runs, rows))
+    equivalences = [Equivalence(a, b, _judge(b, modes[b], modes[a], found)[0]) for a, b in expect_equivalent]
+    return replace(found, modes=rows, pairs=pairs, equivalences=equivalences, covers=_covers(runs, rows, looks))
 
 
 def _refuse_duplicates(runs: Sequence[Run]) -> None:
@@ -100,6 +104,13 @@ def _refuse_unknown(labels: list[str], name: str, given: Iterable[str]) -> None:
         if label not in labels:
             known = printable(", ".join(labels))
             raise UsageError(f"{name}: no run of the mode {printable(label)!r}; there are {known}")
+
+
+def _check_pairs(labels: list[str], name: str, pairs: Iterable[tuple[str, str]]) -> None:
+    for pair in pairs:
+        _refuse_unknown(labels, name, pair)
+        if pair[0] == pair[1]:
+            raise UsageError(f"{name} {printable(','.join(pair))}: a mode equals itself; give two modes")
 
 
 def _summarize(
@@ -151,11 +162,12 @@ def _judge(
     diverged |= {s for s, loss in tested.items() if math.isfinite(reference_tested.get(s, loss)) > math.isfinite(loss)}
     losses, reference_losses = end_losses(runs, reference_runs), end_losses(reference_runs, runs)
     unit = short_unit(found.unit)
-    verdict = judge(label, losses, reference_losses, found.margin, unit, found.end, diverged)
-    test_difference = difference(tested, reference_tested)
-    if test_difference is not None:
-        verdict = heed_test_loss(label, verdict, test_difference, found.margin, unit)
-    return verdict, test_difference
+    verdict = judge(label, losses, reference_losses, found.margin, unit, found.end, diverged, found.looks)
+    paired = paired_by_seed(tested, reference_tested, found.looks)
+    if paired is None:
+        return verdict, None
+    beside = Difference(paired.n, paired.mean, interval(paired) if paired.n > 1 else None)
+    return heed_test_loss(label, verdict, paired, found.margin, unit), beside
 
 
 def _mean(losses: dict[int, float]) -> float | None:
@@ -272,7 +284,7 @@ def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> B
     return BitEquality(first, second, expected, steps, equal, f"{first} and {second}: {sentence}.")
 
 
-def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
+def _covers(runs: Sequence[Run], rows: list[ModeSummary], looks: int) -> list[str]:
     lines = [
         "An interval covers the variation between seeds, which is that of the initial weights and the dropout masks, "
         "in this job as it was run.",
@@ -286,6 +298,11 @@ def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
     judged = sum(row.verdict.p_equivalence is not None for row in rows)
     if judged > 1:
         lines.append(f"Each of the {judged} verdicts has its own 5% risk of error; together the risk is larger.")
+    if looks > 1:
+        lines.append(
+            f"Seeds were added until every mode was decided, with {looks} planned looks at most. Each look has "
+            f"{5 / looks:.3g}% of the risk of 5%, so intervals are wider, and p-values {looks} times as large."
+        )
     if len(_machines(runs)) > 1:
         lines.append("The runs differ in device, torch, cuDNN or threads, which alone can change bits.")
     return lines

@@ -58,13 +58,11 @@ class Difference:
         pairs: seeds with which both modes have the figure, and the difference is finite; at least one.
         difference: mean of mode minus reference.
         interval: its 95% interval (Student's t); None with one pair.
-        p_difference: p-value of the two-sided t-test against 0; None with fewer than three pairs.
     """
 
     pairs: int
     difference: float
     interval: tuple[float, float] | None
-    p_difference: float | None
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,20 @@ class BitEquality:
 
 
 @dataclass(frozen=True)
+class Equivalence:
+    """The verdict on the mode `second` with `first` as its reference."""
+
+    first: str
+    second: str
+    verdict: Verdict
+
+    @property
+    def sentence(self) -> str:
+        """Return the verdict's sentence, and which mode is the reference in it."""
+        return f"with {self.first} as the reference, {self.verdict.sentence}"
+
+
+@dataclass(frozen=True)
 class Probe:
     """The result of a probe, or why there is none.
 
@@ -152,10 +164,13 @@ class Comparison:
         modes: in the order they were asked for; the reference first.
         pairs: bit-equality of the pairs that must agree or were named with --expect-equal.
         covers: sentences on what the intervals cover and what not.
-        differences: what the runs do not have in common though they should (only with --anyway), a line each.
+        differences: what the runs do not have in common, a line each: between groups that have names, else only with
+            --anyway.
         probes: of the reference's initial and final weights, where they were asked for.
         unit: of the losses, such as "nats a word"; None where the runs say none.
         end: what the verdicts compare: "training loss of the second half" of a run's steps.
+        equivalences: of the pairs named with --expect-equivalent.
+        looks: how often the verdicts may be looked at while seeds are added.
     """
 
     reference: str
@@ -167,6 +182,8 @@ class Comparison:
     probes: list[Probe] = field(default_factory=list)
     unit: str | None = None
     end: str = END_LOSS
+    equivalences: list[Equivalence] = field(default_factory=list)
+    looks: int = 1
 
     @property
     def short_unit(self) -> str:

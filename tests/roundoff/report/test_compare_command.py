@@ -12,7 +12,7 @@ import pytest
 from programs import ROOT, Programs
 from roundoff.__main__ import main
 from roundoff.report.compare_command import given_run, read_given
-from synthetic import LOSSES, change_json, make_run
+from synthetic import LOSSES, change_json, ending, make_run
 
 REPORT = {"summary.json", "report.html", "curves.png"}
 COMMANDS = {"compare": (), "roundoff.__main__": ("compare",)}
@@ -59,6 +59,32 @@ def test_a_pair_that_differs_is_exit_code_1_after_the_report(command) -> None:
     assert json.loads((programs.folder / "o/summary.json").read_text())["reference"] == "manual"
 
 
+EQUIVALENCES: dict[str, tuple[list[float], str | None]] = {
+    "equivalent": ([0.001, -0.001, 0.002], None),
+    "worse": ([0.5, 0.51, 0.49], "y is worse than the reference: .*"),
+    "undecided": (
+        [0.01, -0.02, 0.0],
+        "y is shown neither to differ from the reference nor to equal it within 0.01 nats; .* it takes about "
+        r"\d+ seeds to show equivalence .*",
+    ),
+    "described": ([0.0, 0.0], "y: .* described, not judged: a verdict takes 3 seeds or more."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EQUIVALENCES)
+def test_a_pair_that_is_not_shown_equivalent_is_exit_code_1(programs, monkeypatch, case: str) -> None:
+    """Whatever the reference of the table is."""
+    differences, told = EQUIVALENCES[case]
+    for seed, difference in enumerate(differences):
+        for name, loss in (("x", 5.0), ("y", 5.0 + difference), ("z", 9.0)):
+            make_run(programs.folder / f"{name}{seed}", "fp32", seed, ending(loss), None)
+    monkeypatch.setattr("roundoff.report.compare_command.write_files", lambda *_: None)
+    runs = [f"{name}={name}{seed}" for name in "xyz" for seed in range(len(differences))]
+    done = programs.run("roundoff.__main__", "compare", *runs, "--reference", "z", "--expect-equivalent", "x,y")
+    said = "" if told is None else f"error: --expect-equivalent x,y: with x as the reference, {told}\n"
+    assert (done.code, bool(re.fullmatch(said, done.err))) == (int(told is not None), True), done.err
+
+
 def test_the_options_are_heeded_and_a_report_needs_no_out(command) -> None:
     programs, words = command
     done = programs.run(*words, "a", "other", "--anyway", "--margin", "0.5")
@@ -69,7 +95,7 @@ def test_the_options_are_heeded_and_a_report_needs_no_out(command) -> None:
     assert json.loads((out / "summary.json").read_text())["margin"] == 0.5
 
 
-def test_names_for_runs(command) -> None:
+def test_names_for_runs(command, monkeypatch) -> None:
     """A path that is there is one, whatever is in it; after an option a name is a name too."""
     programs, words = command
     make_run(programs.folder / "lr=5", seed=1, job={"lr": 5})
@@ -79,11 +105,12 @@ def test_names_for_runs(command) -> None:
         (["lr=5/"], ["fp32"]),
     ):
         assert [run.label for run in read_given([given_run(word) for word in given])] == expected
+    written = []
+    monkeypatch.setattr("roundoff.report.compare_command.write_files", lambda _, found: written.append(found))
     done = programs.run(*words, "slow=a", "--out", "o", "fast=lr=5")
     assert (done.code, done.err) == (0, "")
     assert "lr is 20.0 in a, 5 in lr=5" in done.out
-    summary = json.loads((programs.folder / "o/summary.json").read_text())
-    assert [mode["label"] for mode in summary["modes"]] == ["slow", "fast"]
+    assert [mode.label for mode in written[0].modes] == ["slow", "fast"]
 
 
 MISTAKES = {
@@ -99,6 +126,8 @@ MISTAKES = {
     "unknown reference": (["a", "--reference", "manual"], "--reference: no run of the mode 'manual'"),
     "unknown pair": (["a", "--expect-equal", "fp32,manual"], "--expect-equal: no run of the mode 'manual'"),
     "half a pair": (["a", "--expect-equal", "fp32"], "'fp32' is not two different modes or names"),
+    "unknown equivalence": (["a", "--expect-equivalent", "fp32,x"], "--expect-equivalent: no run of the mode 'x'"),
+    "half an equivalence": (["a", "--expect-equivalent", "fp32,"], "--expect-equivalent: 'fp32,' is not two different"),
     "pair of one": (["a", "--expect-equal", "fp32,fp32"], "not two different modes or names"),
     "negative margin": (["a", "--margin", "-1"], "--margin: '-1' is not a number above 0"),
     "unknown option": (["a", "--mode", "fp32", "b"], "unrecognized arguments: --mode"),

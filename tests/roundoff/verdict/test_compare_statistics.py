@@ -14,6 +14,7 @@ from scipy import integrate, stats
 
 from fuzzing import fuzz
 from roundoff.verdict import statistics
+from roundoff.verdict.sequential import Auto
 from roundoff.verdict.statistics import Paired, judge
 from roundoff.verdict.types import END_LOSS, Verdict
 
@@ -239,3 +240,46 @@ def test_false_verdicts_are_as_rare_as_promised(seeds: int) -> None:
     assert 65 <= sum(low > 0 or high < 0 for low, high in intervals) <= 135  # 100 expected, deviation 9.7
     passed = sum(statistics.p_equivalence(statistics.summarize(list(row + 0.03)), 0.03) < 0.05 for row in noise)
     assert 65 <= passed <= 135
+
+
+@pytest.mark.parametrize("wrong", ["equivalent", "different"])
+def test_adding_seeds_until_decided_keeps_the_risk(wrong: str) -> None:
+    """By simulation: the true difference is the margin, or 0. With the risk of one look at each, 5% are exceeded."""
+    trials, looks = 500, Auto().looks
+    drawn = np.random.default_rng(26).normal(1.0 if wrong == "equivalent" else 0.0, 1.0, (trials, looks[-1]))
+
+    def errors(said_looks: int) -> float:
+        found = 0
+        for sample in drawn:
+            for count in looks:
+                paired = statistics.summarize(list(sample[:count]), said_looks)
+                low, high = statistics.interval(paired)
+                equivalent = statistics.p_equivalence(paired, 1.0) < statistics.ALPHA
+                if equivalent or not low <= 0 <= high:
+                    found += equivalent if wrong == "equivalent" else not low <= 0 <= high
+                    break
+        return found / trials
+
+    assert errors(len(looks)) <= 0.05 < errors(1)
+
+
+def test_a_verdict_of_several_looks_gives_each_its_part_of_the_risk() -> None:
+    losses = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.25}
+    reference = dict.fromkeys(losses, 0.0)
+    one, five = (judge("m", losses, reference, 0.5, looks=looks) for looks in (1, 5))
+    assert one.p_equivalence is not None
+    assert five.p_equivalence == pytest.approx(5 * one.p_equivalence)
+    assert five.interval == pytest.approx(
+        stats.t.interval(0.99, 3, np.mean([*losses.values()]), stats.sem([*losses.values()]))
+    )
+    assert statistics.power_of_difference(Paired(8, 1.0, 1.0, 5)) < statistics.power_of_difference(Paired(8, 1.0, 1.0))
+    assert statistics.power_of_equivalence(Paired(8, 0.0, 1.0, 5), 1.0) < statistics.power_of_equivalence(
+        Paired(8, 0.0, 1.0), 1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("most", "looks"), [(3, [3]), (4, [3, 4]), (20, [3, 5, 8, 12, 20]), (21, [3, 5, 8, 12, 20, 21])]
+)
+def test_planned_looks(most: int, looks: list[int]) -> None:
+    assert Auto(most).looks == looks
