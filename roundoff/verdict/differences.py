@@ -75,11 +75,11 @@ def _field_differences(values: Sequence[tuple[Run, Any]], path: str) -> Iterator
     for run, value in values:
         groups.setdefault(canonical(value), []).append((run, value))
     if len(groups) > 1:
-        shown = [f"{shown_value(group[0][1])} in {_names([run for run, _ in group])}" for group in groups.values()]
+        shown = [f"{_shown(group[0][1])} in {_names([run for run, _ in group])}" for group in groups.values()]
         yield f"{printable(path, 60)} is {', '.join(shown)}"
 
 
-def shown_value(value: Any) -> str:
+def _shown(value: Any) -> str:
     """Return a value of a job as JSON, so that 1 and "1" look different."""
     return "not there" if value is MISSING else printable(to_json(value), 22)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from roundoff.errors import printable
 from roundoff.runs.reading import Run
-from roundoff.verdict.differences import DATA, MISSING, NO_SETTING, PAIRED, canonical, shown_value
+from roundoff.verdict.differences import DATA, MISSING, NO_SETTING, PAIRED, canonical
 
 MOST_FIELDS = 3
-"""The most fields in a label."""
+"""The most fields of one kind in a label."""
 
 ENVIRONMENT = (*PAIRED, "device", "torch", "cudnn", "threads", "git_commit")
 """What of a run's environment a label may tell, in this order."""
@@ -96,7 +96,7 @@ def _said(name: str, fields: Mapping[str, Any]) -> str:
     short = printable("commit" if name == "git_commit" else name.rpartition(".")[2], 22)
     if value is MISSING:
         return f"no {short}"
-    return f"{short}={printable(value, 22) if isinstance(value, str) else shown_value(value)}"
+    return f"{short}={printable(value if isinstance(value, str) else canonical(value), 22)}"
 
 
 def _job(run: Run) -> dict[str, Any]:

@@ -476,7 +476,7 @@ def test_names_say_what_is_meant(run) -> None:
 
 
 APART: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
-    "a field of the job": ([{"job": {"lr": 5.0}}, {"job": {"lr": 20.0}}], ["fp32 lr=5.0", "fp32 lr=20.0"]),
+    "a field of the job": ([{"job": {"lr": 5.0}}, {"job": {"lr": 20.0}}], ["fp32 lr=5", "fp32 lr=20"]),
     "two fields": (
         [{"job": {"model": "GRU", "nhid": 4}}, {"job": {"model": "LSTM"}}],
         ["fp32 model=GRU nhid=4", "fp32 model=LSTM nhid=8"],
@@ -485,7 +485,7 @@ APART: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         [{"job": {"data_order": {"by": "length"}}}, {}], ["fp32 by=length", "fp32 no by"],
     ),
     "the job before the machine": (
-        [{"job": {"lr": 5.0}, "environment": {"torch": "2.14"}}, {}], ["fp32 lr=5.0", "fp32 lr=20.0"],
+        [{"job": {"lr": 5.0}, "environment": {"torch": "2.14"}}, {}], ["fp32 lr=5", "fp32 lr=20"],
     ),
     "two versions of torch": (
         [{"environment": {"torch": "2.6"}}, {"environment": {"torch": "2.14"}}], ["fp32 torch=2.6", "fp32 torch=2.14"],
