@@ -247,6 +247,7 @@ def write_summary(path: Path, comparison: Comparison) -> None:
             for mode in comparison.modes
         ],
         "pairs": [vars(pair) for pair in comparison.pairs],
+        "equivalences": [vars(each) | {"verdict": vars(each.verdict)} for each in comparison.equivalences],
         "probes": [
             vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
         ],

@@ -78,11 +78,16 @@ def test_a_pair_that_is_not_shown_equivalent_is_exit_code_1(programs, monkeypatc
     for seed, difference in enumerate(differences):
         for name, loss in (("x", 5.0), ("y", 5.0 + difference), ("z", 9.0)):
             make_run(programs.folder / f"{name}{seed}", "fp32", seed, ending(loss), None)
-    monkeypatch.setattr("roundoff.report.compare_command.write_files", lambda *_: None)
+    for drawn in ("html.write_html", "png.write_png"):  # which take a second
+        monkeypatch.setattr(f"roundoff.report.{drawn}", lambda *_: None)
     runs = [f"{name}={name}{seed}" for name in "xyz" for seed in range(len(differences))]
-    done = programs.run("roundoff.__main__", "compare", *runs, "--reference", "z", "--expect-equivalent", "x,y")
+    done = programs.run(
+        "roundoff.__main__", "compare", *runs, "--reference", "z", "--expect-equivalent", "x,y", "--out", "o"
+    )
     said = "" if told is None else f"error: --expect-equivalent x,y: with x as the reference, {told}\n"
     assert (done.code, bool(re.fullmatch(said, done.err))) == (int(told is not None), True), done.err
+    (found,) = json.loads((programs.folder / "o/summary.json").read_text())["equivalences"]
+    assert (found["first"], found["second"], found["verdict"]["word"]) == ("x", "y", case)
 
 
 def test_the_options_are_heeded_and_a_report_needs_no_out(command) -> None:
