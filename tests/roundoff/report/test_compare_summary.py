@@ -95,7 +95,18 @@ def test_no_escape_reaches_the_terminal(tmp_path: Path, monkeypatch: pytest.Monk
 def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None:
     write_summary(tmp_path / "summary.json", comparison)
     summary = strict_json((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert list(summary) == ["reference", "margin", "modes", "pairs", "covers", "differences", "probes", "end"]
+    assert list(summary) == [
+        "reference",
+        "margin",
+        "modes",
+        "pairs",
+        "covers",
+        "differences",
+        "probes",
+        "end",
+        "equivalences",
+        "looks",
+    ]
     assert (summary["reference"], summary["margin"]) == ("fp32", 0.01)
     manual = summary["modes"][1]
     expected = comparison.modes[1]
