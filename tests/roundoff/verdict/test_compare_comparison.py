@@ -519,6 +519,7 @@ def test_runs_of_one_mode_and_seed_are_called_by_what_differs(run, case: str) ->
     [
         (lambda when, seed: f"{when}/fp32-{seed}", ["fp32 before", "fp32 after"]),
         (lambda when, seed: f"{when}/runs/fp32-{seed}", ["fp32 before", "fp32 after"]),
+        (lambda when, seed: f"{when}/{when}-{seed}", ["fp32 before", "fp32 after"]),  # seeds stay together
         (lambda when, seed: f"{when}-{seed}", ["fp32 before-1", "fp32 before-2", "fp32 after-1", "fp32 after-2"]),
     ],
 )
