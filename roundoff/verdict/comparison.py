@@ -370,8 +370,8 @@ def _parted_rates(rows: list[ModeSummary]) -> Iterator[str]:
             seeds = f"seed{'s' if len(parted) > 1 else ''} {', '.join(parted)}"
             yield (
                 f"The learning rate of {row.label} parts from the reference's with {seeds}, as where a schedule "
-                "follows the validation. The difference of the losses is then that of the learning rates too. A schedule "
-                "of the steps alone takes this noise away."
+                "follows the validation. The difference of the losses is then that of the learning rates too. A "
+                "schedule of the steps alone takes this noise away."
             )
 
 
