@@ -1,7 +1,7 @@
 """Puts runs side by side: do they train the same job, how does each mode end, and where does the first bit differ?"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
