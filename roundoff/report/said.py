@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from roundoff.errors import printable
 from roundoff.runs.reading import Run
 from roundoff.verdict.endpoint import end_losses
 from roundoff.verdict.statistics import ALPHA, ENOUGH_PAIRS, MAX_SEEDS
@@ -18,7 +19,7 @@ def said(comparison: Comparison) -> list[str]:
     found = ["These runs do not train the same job."] if comparison.differences else []
     found += _of_reference(reference)
     found += [_of_mode(mode, comparison) for mode in others]
-    return found or [f"{reference.label} stands alone: a verdict takes another mode."]
+    return found or [f"{_name(reference.label)} stands alone: a verdict takes another mode."]
 
 
 def in_figures(found: Verdict | Difference, comparison: Comparison) -> str:
@@ -35,13 +36,17 @@ def in_figures(found: Verdict | Difference, comparison: Comparison) -> str:
     return f"{size} [{found.interval[0]:+.{decimals}f}, {found.interval[1]:+.{decimals}f}]"
 
 
+def _name(label: str) -> str:
+    return printable(label, 40)
+
+
 def _of_reference(mode: ModeSummary) -> list[str]:
     where = _divergence(mode.runs)
-    return [f"The reference, {mode.label}, {where}."] if where else []
+    return [f"The reference, {_name(mode.label)}, {where}."] if where else []
 
 
 def _of_mode(mode: ModeSummary, comparison: Comparison) -> str:
-    verdict, name, other = mode.verdict, mode.label, comparison.reference
+    verdict, name, other = mode.verdict, _name(mode.label), _name(comparison.reference)
     figures, where = in_figures(verdict, comparison), _divergence(mode.runs)
     if verdict.word == "diverged":
         return f"{name} {where or 'diverged'}."
@@ -80,7 +85,7 @@ def _decided(mode: ModeSummary, figures: str, comparison: Comparison) -> str:
 
     A mode that trains equivalently is better or worse where its test loss shows so.
     """
-    name, other, verdict = mode.label, comparison.reference, mode.verdict
+    name, other, verdict = _name(mode.label), _name(comparison.reference), mode.verdict
     equivalent = verdict.p_equivalence is not None and verdict.p_equivalence < ALPHA
     if verdict.word != "equivalent" and not equivalent:
         return f"{name} trains {verdict.word} than {other} in this job: the difference is {figures}"

@@ -15,11 +15,14 @@ from roundoff.report.png import chosen
 from roundoff.runs.reading import Run
 
 PANELS = ["loss", "difference", "size", "validation", "scale", "norm"]
+"""Without that of the verdicts, which is the first one where there are verdicts."""
 NAN, INF = math.nan, math.inf
 
 
 def drawn(*runs: Run, detailed: bool = True) -> dict[str, Panel]:
-    return {panel.id: panel for panel in panels(make_comparison(runs), detailed)}
+    found = {panel.id: panel for panel in panels(make_comparison(runs), detailed)}
+    assert (list(found)[:1] == ["verdicts"]) == (len({run.label for run in runs}) > 1)
+    return {name: panel for name, panel in found.items() if name != "verdicts"}
 
 
 def items(panel: Panel, kind: type) -> list[Any]:
@@ -141,8 +144,8 @@ def test_the_picture_has_the_main_panels_with_fewer_details() -> None:
     dynamic = make_run("amp-fp16", losses=[5.0] * 200, scales=[4.0] + [2.0] * 199)
     wanted = [
         ([one], [["loss"]]),
-        ([one, two], [["loss"], ["difference"], ["validation"]]),
-        ([one, dynamic], [["loss"], ["difference"], ["validation", "scale"]]),
+        ([one, two], [["verdicts"], ["loss"], ["difference"], ["validation"]]),
+        ([one, dynamic], [["verdicts"], ["loss"], ["difference"], ["validation", "scale"]]),
     ]
     for runs, ids in wanted:
         assert [[panel.id for panel in row] for row in chosen(make_comparison(runs))] == ids

@@ -44,7 +44,7 @@ def comparison() -> Comparison:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("report") / "report.html"
     html.write_html(path, comparison())
-    with opened(path, drawn=6) as driver:
+    with opened(path, drawn=7) as driver:
         yield driver
 
 
