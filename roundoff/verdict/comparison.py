@@ -11,7 +11,7 @@ from roundoff.errors import UsageError, printable
 from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import Run, machine, perplexity
 from roundoff.verdict.endpoint import end_losses, losses_on_test_data
-from roundoff.verdict.statistics import difference, heed_test_loss, judge
+from roundoff.verdict.statistics import heed_test_loss, interval, judge, paired_by_seed
 from roundoff.verdict.types import (
     BitEquality,
     Comparison,
@@ -54,7 +54,7 @@ def compare_runs(
 
     A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". The verdicts
     compare the mean training loss of the second half of the steps of the runs that have finished. The difference of
-    the test losses stands beside it. A mode whose test loss surely differs is not called equivalent.
+    the test losses stands beside it. A mode is not equivalent whose test loss surely differs by more than the margin.
 
     Args:
         runs: runs of any modes, none twice. Their order is the order of the modes.
@@ -269,10 +269,11 @@ def _judge(
     losses, reference_losses = end_losses(runs, reference_runs), end_losses(reference_runs, runs)
     unit = short_unit(found.unit)
     verdict = judge(label, losses, reference_losses, found.margin, unit, found.end, diverged)
-    test_difference = difference(tested, reference_tested)
-    if test_difference is not None:
-        verdict = heed_test_loss(label, verdict, test_difference, found.margin, unit)
-    return verdict, test_difference
+    paired = paired_by_seed(tested, reference_tested)
+    if paired is None:
+        return verdict, None
+    beside = Difference(paired.n, paired.mean, interval(paired) if paired.n > 1 else None)
+    return heed_test_loss(label, verdict, paired, found.margin, unit), beside
 
 
 def _mean(losses: dict[int, float]) -> float | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from roundoff.extras import needs
-from roundoff.verdict.types import END_LOSS, TEST_LOSS, Difference, Verdict
+from roundoff.verdict.types import END_LOSS, TEST_LOSS, Verdict
 
 ALPHA = 0.05
 TEST_LOSS_ALPHA = 0.01
@@ -97,33 +97,26 @@ def judge(
     return Verdict("described", sentence, paired.n, paired.mean, bounds)
 
 
-def difference(mode_losses: dict[int, float], reference_losses: dict[int, float]) -> Difference | None:
-    """Return the paired difference of two modes' losses by seed; None without a pair whose difference is finite."""
+def paired_by_seed(mode_losses: dict[int, float], reference_losses: dict[int, float]) -> Paired | None:
+    """Return the paired differences of two modes' losses by seed; None where no difference is finite."""
     pairs = ((loss, reference_losses.get(seed, math.nan)) for seed, loss in sorted(mode_losses.items()))
     counted = [loss - other for loss, other in pairs if math.isfinite(loss - other)]
-    if not counted:
-        return None
-    paired = summarize(counted)
-    bounds = interval(paired) if paired.n > 1 else None
-    return Difference(paired.n, paired.mean, bounds, p_difference(paired) if paired.n >= ENOUGH_PAIRS else None)
+    return summarize(counted) if counted else None
 
 
-def heed_test_loss(label: str, verdict: Verdict, tested: Difference, margin: float, unit: str = "") -> Verdict:
-    """Return `verdict` as it is where the test loss agrees with it, or shows nothing; else with what it shows.
+def heed_test_loss(label: str, verdict: Verdict, tested: Paired, margin: float, unit: str = "") -> Verdict:
+    """Return `verdict` as it is, unless the test loss of three pairs or more surely differs by more than `margin`.
 
-    The test loss shows something where it differs at 1%, and its 95% interval reaches beyond `margin`. A mode that
-    trains equivalently is "worse" or "better" then. Any other word stays, and the sentence says what the test loss
-    shows.
+    Surely means that its 99% interval lies beyond the margin. A mode that trains equivalently is "worse" or "better"
+    then. Any other word stays, and the sentence says what the test loss shows.
     """
-    if tested.interval is None or tested.p_difference is None or verdict.word == "diverged":
+    if tested.n < ENOUGH_PAIRS or verdict.word == "diverged":
         return verdict
-    within = -margin < tested.interval[0] <= tested.interval[1] < margin
-    sign = "worse" if tested.difference > 0 else "better"
-    if tested.p_difference >= TEST_LOSS_ALPHA or within or sign == verdict.word:
+    low, high = interval(tested, TEST_LOSS_ALPHA)
+    sign = "worse" if low > margin else "better" if high < -margin else None
+    if sign in (None, verdict.word):
         return verdict
-    said_unit = f" {unit}" if unit else ""
-    seen = _seen(Paired(tested.pairs, tested.difference, 0.0), tested.interval, said_unit)
-    minus = f"{TEST_LOSS} minus the reference's is {seen}, p = {tested.p_difference:.2g} for no difference"
+    minus = f"{TEST_LOSS} minus the reference's is {_seen(tested, interval(tested), f' {unit}' if unit else '')}"
     if verdict.word == "equivalent":
         said = f"{label} is {sign} than the reference on the test data; {minus}. As to training, {verdict.sentence}"
         return replace(verdict, word=sign, sentence=said)
@@ -175,17 +168,10 @@ def summarize(differences: list[float]) -> Paired:
     return Paired(n, mean, math.hypot(*(d - mean for d in differences)) / math.sqrt(n - 1))
 
 
-def interval(paired: Paired) -> tuple[float, float]:
-    """Return the two-sided 95% interval of the mean (Student's t) of two differences or more."""
-    half = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
+def interval(paired: Paired, alpha: float = ALPHA) -> tuple[float, float]:
+    """Return the two-sided interval of the mean (Student's t) of two differences or more, by default that of 95%."""
+    half = float(_scipy().t.ppf(1 - alpha / 2, paired.n - 1)) * paired.error
     return paired.mean - half, paired.mean + half
-
-
-def p_difference(paired: Paired) -> float:
-    """Return the p-value of the two-sided t-test against 0; 0 or 1 if the differences do not vary."""
-    if paired.error == 0:
-        return 0.0 if paired.mean else 1.0
-    return 2 * float(_scipy().t.sf(abs(paired.mean) / paired.error, paired.n - 1))
 
 
 def p_equivalence(paired: Paired, margin: float) -> float:

@@ -58,13 +58,11 @@ class Difference:
         pairs: seeds with which both modes have the figure, and the difference is finite; at least one.
         difference: mean of mode minus reference.
         interval: its 95% interval (Student's t); None with one pair.
-        p_difference: p-value of the two-sided t-test against 0; None with fewer than three pairs.
     """
 
     pairs: int
     difference: float
     interval: tuple[float, float] | None
-    p_difference: float | None
 
 
 @dataclass(frozen=True)

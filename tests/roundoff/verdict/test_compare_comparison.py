@@ -194,7 +194,7 @@ def test_figures_of_a_mode(run) -> None:
     assert (mode.final_loss_scale, mode.tokens_per_second, mode.peak_memory_bytes) == (32768.0, 750.0, 400_000_000)
     assert (mode.verdict.word, mode.verdict.pairs, mode.verdict.difference) == ("described", 2, pytest.approx(0))
     half = 0.125 * math.tan(0.475 * math.pi)  # of 0.25 and 0
-    assert mode.test_difference == Difference(2, 0.125, pytest.approx((0.125 - half, 0.125 + half)), None)  # type: ignore[arg-type]
+    assert mode.test_difference == Difference(2, 0.125, pytest.approx((0.125 - half, 0.125 + half)))  # type: ignore[arg-type]
     assert mode.first_difference == 5
 
 

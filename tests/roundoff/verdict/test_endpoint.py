@@ -9,8 +9,6 @@ import pytest
 
 pytest.importorskip("scipy", reason="this environment lacks scipy, of the extra report")
 
-from scipy import stats
-
 from roundoff.runs.reading import read_run
 from roundoff.verdict.comparison import compare_runs
 from roundoff.verdict.types import ModeSummary
@@ -83,7 +81,9 @@ HEEDED: dict[str, tuple[list[float], list[float | None], str, str]] = {
     "noise on the test data": (SAME, [*NOISE], "equivalent", ""),
     "worse on the test data alone": (SAME, [*WORSE], "worse", "m is worse than the reference on the test data; "),
     "better on the test data alone": (SAME, [*BETTER], "better", "m is better than the reference on the test data; "),
-    "likely worse on the test data": (SAME, [0.1, 0.12, 0.16], "equivalent", ""),
+    # 0.05 with an error of 0.0046 or 0.0035; t(0.995, 2) is 9.92, and the margin 0.01.
+    "likely worse on the test data": (SAME, [0.042, 0.05, 0.058], "equivalent", ""),
+    "surely worse on the test data": (SAME, [0.044, 0.05, 0.056], "worse", "m is worse than the reference on the test"),
     "worse by less than the margin": (SAME, [0.001, 0.0011, 0.0012], "equivalent", ""),
     "worse in both": (WORSE, [*WORSE], "worse", ""),
     "in contradiction": (
@@ -117,7 +117,3 @@ def test_the_test_loss_is_shown_and_forbids_equivalence(judged, case: str) -> No
     if seen is not None:
         assert seen.difference == pytest.approx(sum(known) / len(known))
         assert seen.interval is not None
-        assert (seen.p_difference is None) == (len(known) < 3)
-        if case == "likely worse on the test data":
-            assert seen.p_difference == pytest.approx(float(stats.ttest_1samp(known, 0.0).pvalue))
-            assert 0.01 < seen.p_difference < 0.05
