@@ -146,7 +146,8 @@ def test_mean_training_loss_of_an_epoch(tmp_path: Path) -> None:
     assert [row["valid_loss"] for row in written["epochs"]] == [5.0, 4.5, 4.25]
 
 
-def test_summary_of_nan_and_inf_is_strict_json(tmp_path: Path) -> None:
+def test_summary_of_nan_and_inf_is_strict_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 170)
     paths = [make_run(tmp_path / "a", test_loss=math.inf), make_run(tmp_path / "b", "manual", test_loss=math.nan)]
     comparison = compare_runs([read_run(path) for path in paths])
     assert "nan" in cells(table(comparison), "manual")

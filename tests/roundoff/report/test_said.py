@@ -38,7 +38,8 @@ CASES: dict[str, tuple[Comparison, list[str]]] = {
     "small margin": (
         of("equivalent", 5, 1e-6, (-1e-5, 2e-5), 0.001, margin=1e-4),
         [
-            "m trains as well as fp32 in this job: the difference is +0.000001 nats [-0.000010, +0.000020], within 0.0001."
+            "m trains as well as fp32 in this job: the difference is +0.000001 nats [-0.000010, +0.000020], "
+            "within 0.0001."
         ],
     ),
     "no unit": (
@@ -52,8 +53,8 @@ CASES: dict[str, tuple[Comparison, list[str]]] = {
     "better, and worse on the test data": (
         of("better", 5, -0.02, (-0.03, -0.01), 0.9, tested=TESTED),
         [
-            "m trains better than fp32 in this job: the difference is -0.0200 nats [-0.0300, -0.0100]; on the test data "
-            "it is worse, by +0.0625 nats [+0.0500, +0.0750]."
+            "m trains better than fp32 in this job: the difference is -0.0200 nats [-0.0300, -0.0100]; on the test "
+            "data it is worse, by +0.0625 nats [+0.0500, +0.0750]."
         ],
     ),
     "worse on the test data alone": (
