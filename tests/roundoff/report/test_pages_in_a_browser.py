@@ -158,6 +158,23 @@ def test_the_pointer_finds_the_exact_loss_of_each_mode(report: Any) -> None:
         assert np.float32(found[1]) == np.float32(mode.runs[0].steps["loss"][77])
 
 
+def test_verdict_and_interval_fit_a_narrow_screen_and_dark_is_dark(report: Any) -> None:
+    """The table of the verdicts is no wider than 400 pixels, and the paper follows the browser's scheme."""
+    screen = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    report.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    cells = "[...document.querySelector('.results').querySelectorAll('td')]"
+    assert max(report.execute_script(f"return {cells}.map(cell => cell.getBoundingClientRect().right)")) <= 400
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    for scheme, colour in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(18, 18, 18)")):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        assert report.execute_script(paper) == colour
+    report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    report.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    for css in ("th:not([scope])", ".chart:not([aria-label])"):
+        assert count(report, css) == 0
+
+
 @pytest.mark.parametrize("width", [400, 1200])
 def test_the_page_is_no_wider_than_the_screen(probe: Any, width: int) -> None:
     probe.execute_cdp_cmd(
