@@ -356,6 +356,25 @@ def _deciding(run: Run) -> str:
     return _canonical([job, machine(run.config), more])
 
 
+def _parted_rates(rows: list[ModeSummary]) -> Iterator[str]:
+    """Yield a line for each mode whose learning rate starts as the reference's with a seed, and parts from it later."""
+    partners = {run.seed: run.steps["lr"] for run in rows[0].runs}
+    for row in rows[1:]:
+        rates = [(run.seed, run.steps["lr"], partners[run.seed]) for run in row.runs if run.seed in partners]
+        parted = [
+            str(seed)
+            for seed, mine, other in rates
+            if mine[0] == other[0] and not all(map(_same, mine, other))  # the shorter one ends it
+        ]
+        if parted:
+            seeds = f"seed{'s' if len(parted) > 1 else ''} {', '.join(parted)}"
+            yield (
+                f"The learning rate of {row.label} parts from the reference's with {seeds}, as where a schedule "
+                "follows the validation. The difference of the losses is then that of the learning rates too. A "
+                "schedule of the steps alone takes this noise away."
+            )
+
+
 def _machines(runs: Sequence[Run]) -> set[tuple[tuple[str, str], ...]]:
     return {tuple(machine(run.config).items()) for run in runs}
 
@@ -401,6 +420,7 @@ def _covers(runs: Sequence[Run], rows: list[ModeSummary]) -> list[str]:
         "The verdict compares the mean training loss over the second half of a run's steps. How a model does on data "
         "that it was not trained on, only a test loss shows.",
     ]
+    lines += _parted_rates(rows)
     judged = sum(row.verdict.p_equivalence is not None for row in rows)
     if judged > 1:
         lines.append(f"Each of the {judged} verdicts has its own 5% risk of error; together the risk is larger.")

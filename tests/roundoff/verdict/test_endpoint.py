@@ -1,18 +1,22 @@
 """What verdicts compare: the training loss of the second half, over the same batches; and the test loss beside it."""
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy", reason="this environment lacks scipy, of the extra report")
 
 from roundoff.runs.reading import read_run
 from roundoff.verdict.comparison import compare_runs
+from roundoff.verdict.statistics import interval, p_equivalence, summarize
 from roundoff.verdict.types import ModeSummary
-from synthetic import ending, make_run
+from synthetic import ending, make_run, write_rows
 
 INF, NAN = math.inf, math.nan
 STEADY = [9.0] * 3
@@ -58,6 +62,20 @@ def test_runs_of_other_lengths_are_compared_at_the_end_of_each(tmp_path: Path) -
     short = make_run(tmp_path / "a", losses=[9, 9, 1, 1], job={"max_steps": 4})
     long = make_run(tmp_path / "b", "m", losses=[9, 9, 2, 2, 1, 7, 3, 5])
     assert compare_runs([read_run(short), read_run(long)], anyway=True).modes[1].verdict.difference == 3
+
+
+def test_learning_rates_that_part_are_told(tmp_path: Path) -> None:
+    """Where a schedule has followed the validation of one run; not where the rates were others from the start on."""
+    rates = {"fp32": [20.0] * 8, "same": [20.0] * 8, "parted": [20.0] * 5 + [5.0] * 3, "other": [19.0] * 8}
+    runs = []
+    for (label, lrs), seed in itertools.product(rates.items(), (1, 2, 3)):
+        path = make_run(tmp_path / f"{label}-{seed}", label, seed)
+        rows = [json.loads(line) for line in (path / "steps.jsonl").read_text().splitlines()]
+        taken = rates["fp32"] if seed == 2 and label == "parted" else lrs
+        write_rows(path / "steps.jsonl", [row | {"lr": lr} for row, lr in zip(rows, taken, strict=True)])
+        runs.append(read_run(path))
+    (line,) = (line for line in compare_runs(runs).covers if "learning rate of" in line)
+    assert line.startswith("The learning rate of parted parts from the reference's with seeds 1, 3, as where")
 
 
 @pytest.fixture
@@ -117,3 +135,29 @@ def test_the_test_loss_is_shown_and_forbids_equivalence(judged, case: str) -> No
     if seen is not None:
         assert seen.difference == pytest.approx(sum(known) / len(known))
         assert seen.interval is not None
+
+
+RECORDED = {
+    "fp32": [6.3046, 6.2995, 6.2957, 6.3027, 6.3073, 6.3251, 6.3211],
+    "amp-bf16": [6.3016, 6.3006, 6.2973, 6.3031, 6.3166, 6.3098, 6.3145],
+    "manual": [6.2939, 6.2944, 6.2938, 6.2962, 6.327, 6.3184, 6.3296],
+}
+"""Training loss of the second half, nats a word, in the job of docs/compare.md with seeds 1 to 7."""
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_false_verdicts_of_resampled_runs_are_as_rare_as_promised(seeds: int) -> None:
+    """Pairs of runs drawn from the recorded ones, whose modes differ by nothing, or by exactly the margin.
+
+    A run is drawn as what is left of it without the means of its mode and of its seed.
+    """
+    runs = np.array(list(RECORDED.values()))
+    noise = runs - runs.mean(0) - runs.mean(1, keepdims=True) + runs.mean()
+    generator = np.random.default_rng(0)
+    drawn = generator.choice(noise.flatten(), (1000, seeds)) - generator.choice(noise.flatten(), (1000, seeds))
+    paired = [summarize([float(d) for d in row]) for row in drawn]
+    missed = sum(low > 0 or high < 0 for low, high in map(interval, paired))
+    assert 20 <= missed <= 70  # 50 at most expected, deviation 7
+    margin = 4 * float(noise.std())  # else three seeds pass too seldom
+    passed = sum(p_equivalence(one._replace(mean=one.mean + margin), margin) < 0.05 for one in paired)
+    assert 20 <= passed <= 70
