@@ -4,6 +4,7 @@ import math
 import shlex
 import shutil
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 from roundoff.errors import printable
 from roundoff.extras import needs
+from roundoff.report.said import said
 from roundoff.runs.jsonfile import write_json
 from roundoff.runs.reading import Run
 from roundoff.verdict.types import Comparison, Difference, ModeSummary, Verdict
 
 TOKENS, MEMORY, TEST_DIFFERENCE = "tokens\n/s", "peak\nmemory", "test loss difference\n[95% interval]"
+VERDICT_COLUMNS = 3
+"""Mode, verdict and difference; the other columns have the details."""
 LONGEST_NAME = 22
 LONGEST_SENTENCE = 1000
 PIPE = 100
@@ -24,13 +28,13 @@ PIPE = 100
 
 
 def columns(comparison: Comparison) -> dict[str, str]:
-    """Return the heads of the table, each with the alignment of its column."""
+    """Return the heads of the table, each with the alignment of its column; the first `VERDICT_COLUMNS` judge."""
     unit = comparison.short_unit
     found = {
         "mode": "left",
-        "train\nloss": "right",
-        f"difference [95% interval]\nin {unit}" if unit else "difference\n[95% interval]": "left",
         "verdict": "left",
+        f"difference [95% interval]\nin {unit}" if unit else "difference\n[95% interval]": "left",
+        "train\nloss": "right",
         "test\nppl" if comparison.has_perplexity else "test\nloss": "right",
         TEST_DIFFERENCE: "left",
         "differs\nat step": "right",
@@ -57,8 +61,8 @@ def legend(comparison: Comparison) -> list[str]:
         name = "ppl is exp of the mean test loss" if comparison.has_perplexity else "loss is a mean of the same kind"
         tested = f" Test {name}; the difference beside it is of test losses, and decides nothing by itself."
     return [
-        "Train loss is the mean over the second half of the steps, of the seeds that have finished; the "
-        f"difference beside it decides the verdict.{tested}",
+        "Train loss is the mean over the second half of the steps, of the seeds that have finished; its "
+        f"difference to the reference's decides the verdict.{tested}",
         "Updates and skipped steps are sums over all seeds. An update is a step whose gradients were applied; a "
         "skipped step has used up its batch and changed no weight.",
         "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
@@ -67,7 +71,7 @@ def legend(comparison: Comparison) -> list[str]:
 
 
 def table(comparison: Comparison) -> str:
-    """Return the table, a row for each mode, and the sentences that explain it; nothing that a terminal would obey.
+    """Return what was found, the table with a row for each mode, and its details; nothing that a terminal would obey.
 
     Raises:
         UsageError: tabulate is not installed.
@@ -82,7 +86,7 @@ def table(comparison: Comparison) -> str:
         "Noted in the files": list(problems(comparison.modes)),
         "Not the same job": comparison.differences,
     }
-    text = [grid(rows, columns(comparison))]
+    text = ["\n".join(printable(s, LONGEST_SENTENCE) for s in said(comparison)), grid(rows, columns(comparison))]
     for title, sentences in sections.items():
         if sentences:
             text.append("\n".join([f"{title}:", *(f"  {printable(s, LONGEST_SENTENCE)}" for s in sentences)]))
@@ -92,14 +96,15 @@ def table(comparison: Comparison) -> str:
 def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str], width: int | None = None) -> str:
     """Return `rows` as plain text below their heads; `columns` is head -> alignment.
 
-    The text is at most `width` wide, by default as the terminal. Where all columns do not fit, heads have a line for
-    each word; where that is too wide too, the columns stand below each other in parts, the first one in each of them.
+    The text is at most `width` wide, by default as the terminal. Where all columns do not fit, heads break into lines
+    as narrow as their cells; where that is too wide too, the columns stand below each other in parts, the first one in
+    each of them.
     """
     width = width or terminal_width()
     heads, alignment = list(columns), list(columns.values())
     text = _plain(rows, heads, alignment)
     if _width(text) > width:
-        heads = [head.replace(" ", "\n") for head in heads]
+        heads = [_broken(head, max(len(row[i]) for row in rows)) for i, head in enumerate(heads)]
         text = _plain(rows, heads, alignment)
     if _width(text) <= width:
         return text
@@ -111,6 +116,11 @@ def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str], width: int |
             more = [0, i]
         taken = more
     return "\n\n".join(_plain(*_chosen(rows, heads, alignment, part)) for part in [*parts, taken])
+
+
+def _broken(head: str, width: int) -> str:
+    """Return `head` in lines of at most `width`, or as wide as its longest word."""
+    return textwrap.fill(head, max(width, *map(len, head.split())), break_long_words=False, break_on_hyphens=False)
 
 
 def terminal_width() -> int:
@@ -142,9 +152,9 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
     """Return the table's row of `mode`, a text for each of `columns`."""
     cells = [
         printable(mode.label, LONGEST_NAME),
-        _loss(mode.end_loss),
-        _difference(mode.verdict),
         mode.verdict.word,
+        _difference(mode, mode.verdict),
+        _loss(mode.end_loss),
         *_test_cells(mode, comparison),
         _first_difference(mode, comparison),
         str(mode.updates),
@@ -167,11 +177,12 @@ def _test_cells(mode: ModeSummary, comparison: Comparison) -> list[str]:
     if not comparison.has_test_loss:
         return []
     end = _loss(mode.test_ppl, ".2f") if comparison.has_perplexity else _loss(mode.test_loss)
-    return [end, "-" if mode.test_difference is None else _difference(mode.test_difference)]
+    return [end, _difference(mode, mode.test_difference)]
 
 
-def _difference(found: Verdict | Difference) -> str:
-    if found.difference is None:
+def _difference(mode: ModeSummary, found: Verdict | Difference | None) -> str:
+    """Return a difference with its interval; that of the seeds that went well says nothing of a mode that diverged."""
+    if found is None or found.difference is None or mode.verdict.word == "diverged":
         return "-"
     if found.interval is None:
         return f"{found.difference:+.4f}"
@@ -225,33 +236,38 @@ def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
 def write_summary(path: Path, comparison: Comparison) -> None:
     """Write the figures of `comparison` as one JSON object. As in the records, inf and nan are "inf" and "nan".
 
-    Its keys are the attributes of `roundoff.verdict.types`, with two exceptions. A run has only its path, seed, status,
-    machine, versions and command, the rows of its epochs, test loss, number of steps, and problems. A probe has the
-    name of the file with its result. An epoch's row has "train_loss" too, the mean of the finite losses of its steps,
-    skipped ones included; it is null where there is none. So the file can stand for runs that are not kept. `unit`
-    is absent where the loss is in nats a word, and `test_ppl` where exp of a loss is no perplexity.
+    The first key is `said`, the sentences that the table begins with. The others are the attributes of
+    `roundoff.verdict.types`, with two exceptions. A run has only its path, seed, status, machine, versions and
+    command, the rows of its epochs, test loss, number of steps, and problems. A probe has the name of the file with
+    its result. An epoch's row has "train_loss" too, the mean of the finite losses of its steps, skipped ones included;
+    it is null where there is none. So the file can stand for runs that are not kept. `unit` is absent where the loss
+    is in nats a word, and `test_ppl` where exp of a loss is no perplexity.
 
     Raises:
         OSError: `path` cannot be written.
     """
     left_out = {"unit"} if comparison.has_perplexity else {"test_ppl"}
-    content = _without(left_out, vars(comparison)) | {
-        "modes": [
-            _without(left_out, vars(mode))
-            | {
-                "runs": [_run(run) for run in mode.runs],
-                "failures": [vars(failure) for failure in mode.failures],
-                "verdict": vars(mode.verdict),
-                "test_difference": None if mode.test_difference is None else vars(mode.test_difference),
-            }
-            for mode in comparison.modes
-        ],
-        "pairs": [vars(pair) for pair in comparison.pairs],
-        "equivalences": [vars(each) | {"verdict": vars(each.verdict)} for each in comparison.equivalences],
-        "probes": [
-            vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
-        ],
-    }
+    content = (
+        {"said": said(comparison)}
+        | _without(left_out, vars(comparison))
+        | {
+            "modes": [
+                _without(left_out, vars(mode))
+                | {
+                    "runs": [_run(run) for run in mode.runs],
+                    "failures": [vars(failure) for failure in mode.failures],
+                    "verdict": vars(mode.verdict),
+                    "test_difference": None if mode.test_difference is None else vars(mode.test_difference),
+                }
+                for mode in comparison.modes
+            ],
+            "pairs": [vars(pair) for pair in comparison.pairs],
+            "equivalences": [vars(each) | {"verdict": vars(each.verdict)} for each in comparison.equivalences],
+            "probes": [
+                vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
+            ],
+        }
+    )
     write_json(path, content, indent=2)
 
 
