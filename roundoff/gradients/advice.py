@@ -9,6 +9,10 @@ MARGIN = 4
 """Binades that a static scale keeps below overflow: a factor of 16, for gradients that grow."""
 
 
+NOISE, BIAS = 0.1, 0.05
+"""Error to noise and bias from which on a mode is not to be taken; the first adds 1% to the variance of sampling."""
+
+
 def conclude(result: dict[str, Any]) -> dict[str, Any]:
     """Return the fields `window`, `scale` and `advice` of probe.json, given all figures."""
     return {"window": window(result), "scale": take(result), "advice": advise(result)}
@@ -33,6 +37,73 @@ def take(result: dict[str, Any]) -> int | None:
     if found is not None:
         return (found["low"] + found["high"] + 1) // 2
     return max((k for k in result["scales"]["k"] if _is_safe(result, k)), default=None)
+
+
+def said(result: dict[str, Any]) -> str:
+    """Return what to take of a whole result, in one sentence: which modes do, and which loss scale fp16 needs.
+
+    A mode does if nothing overflows, its error is under `NOISE` of the noise between batches, and its bias under
+    `BIAS` of the mean gradient, or not to be told from 0. Modes that compute in fp32 or wider are not looked at.
+    """
+    narrow = {n: m for n, m in result["modes"].items() if m["computes"] not in ("float32", "float64")}
+    reasons = {name: _reason_against(mode) for name, mode in narrow.items()}
+    does = [name for name, reason in reasons.items() if reason is None]
+    halves = all(mode["computes"] in ("float16", "bfloat16") for mode in narrow.values())
+    against: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            against.setdefault(reason, []).append(name)
+    parts = []
+    if len(does) > 1 and not against:
+        parts.append("Any half mode does" if halves else "Any of the modes in fewer bits does")
+    elif does:
+        parts.append(f"Take {' or '.join(does)}")
+    elif narrow:
+        parts.append("No mode in fewer bits does as it is")
+    parts += [f"{_some(names)}: {reason}" for reason, names in against.items()]
+    if any(narrow[name]["computes"] == "bfloat16" for name in does):
+        parts.append("bf16 needs no loss scale")
+    return "; ".join([*parts, _scale_to_take(result)]) + "."
+
+
+def _reason_against(mode: dict[str, Any]) -> str | None:
+    """Return why not to take a mode, with the figure; None where nothing speaks against it."""
+    total = mode["total"]
+    error, bias = total["error_to_noise"], total["bias"]
+    if total["overflowed"]:
+        return f"overflow at a loss scale of {mode['loss_scale']:g}"
+    if error is None:
+        return "no known error"
+    if error >= NOISE:
+        return f"an error of {error:.2g} of the noise between batches"
+    if bias is not None and bias >= BIAS and _is_sure(bias, total["bias_error"]):
+        return f"a bias of {bias:.2g} at a loss scale of {mode['loss_scale']:g}"
+    return None
+
+
+def _is_sure(bias: float, error: float | None) -> bool:
+    """Return whether `bias` can be told from 0: its square is beyond twice the standard error of the square."""
+    return error is not None and (bias + error) ** 2 < 1.5 * bias**2
+
+
+def _scale_to_take(result: dict[str, Any]) -> str:
+    """Return the loss scale that fp16 needs, such as "fp16: 2^11 static, or dynamic"."""
+    best, dynamic = result["scale"], _settles(result)
+    flushes = dynamic is not None and bool(_blockers(result, dynamic))
+    rises = "dynamic" if dynamic is not None and not flushes else None
+    if best is not None and result["window"] is not None:
+        return f"fp16: 2^{best} static" + (", or dynamic" if rises else "")
+    if rises:
+        return "fp16: a dynamic loss scale; no static one keeps its distance from overflow"
+    if best is None:
+        return "fp16: no loss scale that was looked at serves"
+    return (
+        f"fp16: no loss scale serves every tensor; 2^{best} static, with {_some(list(_blockers(result, best)))} in fp32"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def advise(result: dict[str, Any]) -> list[str]:
@@ -97,11 +168,9 @@ def _static(result: dict[str, Any]) -> list[str]:
 
 
 def _dynamic(result: dict[str, Any]) -> list[str]:
-    ks = result["scales"]["k"]
-    free = [k for k in ks if not any(_shares(result, "overflowed", k).values())]
-    if not free:
+    ks, top = result["scales"]["k"], _settles(result)
+    if top is None:
         return [f"A dynamic loss scale would fall below 2**{ks[0]}, the least that was looked at."]
-    top = free[-1]
     flushes = f"where {_most_flushed(result, top)}"
     if top == ks[-1]:
         return [f"A dynamic loss scale would rise to 2**{top} and beyond, {flushes}: nothing overflows there yet."]
@@ -109,6 +178,12 @@ def _dynamic(result: dict[str, Any]) -> list[str]:
         f"A dynamic loss scale would settle at 2**{top}, the largest without overflow in these batches, {flushes}; "
         f"each try of 2**{top + 1} costs a step."
     ]
+
+
+def _settles(result: dict[str, Any]) -> int | None:
+    """Return the exponent of the largest scale without overflow; None where every scale has some."""
+    free = [k for k in result["scales"]["k"] if not any(_shares(result, "overflowed", k).values())]
+    return free[-1] if free else None
 
 
 def _of_dtype(result: dict[str, Any], dtype: str, figure: str) -> dict[str, float]:
@@ -144,9 +219,7 @@ def _bias(result: dict[str, Any]) -> list[str]:
     for name, mode in result["modes"].items():
         total = mode["total"]
         bias, error, flushed = total["bias"], total["bias_error"], total["bias_flushed"]
-        if bias is None or error is None or flushed is None or bias < 1e-2:
-            continue
-        if (bias + error) ** 2 >= 1.5 * bias**2:  # its square is within twice the square's standard error
+        if bias is None or error is None or flushed is None or bias < 1e-2 or not _is_sure(bias, error):
             continue
         sentences.append(
             f"{name} at a loss scale of {mode['loss_scale']:g} is biased: its mean error is {bias:.2g} +- {error:.1g} "

@@ -95,8 +95,8 @@ def compare(
 
         print(compare(train, ["fp32", "amp-bf16"], seeds=5, margin=0.01))
 
-    The verdicts compare the test losses, paired by seed. Where `train` returns none, they compare the mean loss of the
-    last tenth of the steps, skipped steps left out, and the report says so. From three seeds on a mode is judged.
+    The verdicts compare the mean training loss of the second half of the steps, paired by seed. Where `train` returns
+    test losses, their difference stands beside it. From three seeds on a mode is judged.
 
     Args:
         train: `train(build, seed)` seeds all that it draws, and makes a fresh model. It calls `build(model)`, or with a

@@ -1,4 +1,4 @@
-"""The panels of a comparison: training loss, differences, validation, loss scale and gradient norm.
+"""The panels of a comparison: verdicts, training loss, differences, validation, loss scale and gradient norm.
 
 The x of a curve is the number of the step, which is its position in the data: the same x is the same batch in every
 mode, also after a step that was skipped.
@@ -12,9 +12,16 @@ import numpy as np
 from roundoff.errors import printable
 from roundoff.report import curves
 from roundoff.report.curves import Mode
-from roundoff.report.panels import Axis, Band, Curve, Floats, Item, Line, Marks, Panel, Steps, Tick
+from roundoff.report.panels import Axis, Band, Curve, Floats, Item, Line, Marks, Panel, Steps, Stretch, Tick
+from roundoff.report.said import in_figures
 from roundoff.runs.reading import Run
 from roundoff.verdict.types import LONGEST_UNIT, Comparison
+
+VERDICTS = "verdicts"
+"""The id of the panel of the verdicts."""
+
+JUDGED = ("equivalent", "better", "worse", "undecided", "incomplete", "diverged")
+"""Verdicts that a picture shows; one seed or two are described only."""
 
 LONG = 100_000
 """From so many steps on, a caption says that lines go through some of the points only."""
@@ -41,7 +48,7 @@ class _Subject:
 
 
 def panels(comparison: Comparison, detailed: bool = True) -> list[Panel]:
-    """Return all panels; none where no run has a step.
+    """Return all panels; none where no run has a step. That of the verdicts is first, where a mode is judged.
 
     Args:
         comparison: of the runs.
@@ -50,14 +57,55 @@ def panels(comparison: Comparison, detailed: bool = True) -> list[Panel]:
     drawn = [curves.with_arrays(mode) for mode in curves.modes(comparison)]
     if not drawn:
         return []
+    forest = [_verdicts(comparison)] if any(mode.verdict.word in JUDGED for mode in comparison.modes) else []
     reference = next((mode for mode in drawn if mode.label == comparison.reference), None)
     unit, short = [f", {printable(u, LONGEST_UNIT)}" if u else "" for u in (comparison.unit, comparison.short_unit)]
     subject = _Subject(drawn, reference, curves.window(drawn), detailed, unit, short, comparison.has_perplexity)
-    found = [build(subject) for build in (_loss, _difference, _size, _validation, _loss_scale)]
+    found = forest + [build(subject) for build in (_loss, _difference, _size, _validation, _loss_scale)]
     if not all(np.isnan(curves.column(run, "grad_norm")).all() for mode in drawn for run in mode.runs):
         found.append(_grad_norm(subject))
     names = dict.fromkeys(name for mode in drawn for run in mode.runs for name in run.losses)
     return found + [_further(subject, name, f"further-{i}") for i, name in enumerate(names)]
+
+
+def _verdicts(comparison: Comparison) -> Panel:
+    """Return the forest plot: a row for each mode but the reference, with its interval against margin and 0.
+
+    A mode without an interval, or that has diverged, has its verdict in place of a mark.
+    """
+    ticks, marks, ends = list[Tick](), list[Item](), [comparison.margin]
+    for row, (index, mode) in enumerate(list(enumerate(comparison.modes))[1:]):
+        verdict, label = mode.verdict, printable(mode.label, 30)
+        if verdict.difference is None or verdict.interval is None or verdict.word == "diverged":
+            ticks.append(Tick(row, f"{label}: {verdict.word}"))
+            continue
+        ticks.append(Tick(row, label))
+        low, high = verdict.interval
+        ends += [abs(low), abs(high)]
+        marks.append(
+            Marks(
+                index,
+                mode.label,
+                np.array([verdict.difference]),
+                np.array([float(row)]),
+                hover="{text}",
+                texts=(f"{verdict.word}: {in_figures(verdict, comparison)}",),
+                bars=(np.array([verdict.difference - low]), np.array([high - verdict.difference])),
+            )
+        )
+    margin, unit = f"{comparison.margin:g} {comparison.short_unit}".rstrip(), comparison.short_unit
+    caption = (
+        f"A row a mode: its {comparison.end} minus that of {comparison.reference}, mean over the seeds with its 95% "
+        f"interval; left of 0 is better. Green: differences of less than {margin}. An interval inside it means "
+        "equivalent, and one that does not reach 0 means that the mode differs. A mode that diverged has no mark."
+    )
+    headline = f"Difference to {comparison.reference} with its 95% interval; green: within {margin}"
+    reach = 1.1 * max(ends)
+    x = Axis(f"difference{f', {unit}' if unit else ''}", (-reach, reach))
+    y = Axis("", (len(ticks) - 0.5, -0.5), ticks=tuple(ticks))
+    band = Stretch("x", -comparison.margin, comparison.margin, "#d9efe3")
+    items = (band, Line("x", 0.0), *marks)
+    return Panel(VERDICTS, "Intervals and margin", caption, headline, x, y, items, rows=len(ticks))
 
 
 def _over_steps(subject: _Subject) -> tuple[Axis, tuple[Item, ...]]:

@@ -6,6 +6,7 @@ The page's content security policy fetches nothing, and runs no script but the t
 
 import base64
 import hashlib
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -25,9 +26,29 @@ def text(value: object, limit: int = 1000) -> str:
     return escape(printable(value, limit))
 
 
+def prose(sentence: object, limit: int = 1000) -> str:
+    """Return a sentence as `text` does, with ± for "+-" and raised exponents for "2**7" and "2^7"."""
+    raised = re.sub(r"\b(\d+)(?:\*\*|\^)(-?\d+)", r"\1<sup>\2</sup>", text(sentence, limit))
+    return raised.replace("+-", "±")
+
+
+def folded(summary: str, body: Iterable[str]) -> list[str]:
+    """Return elements that show themselves after a click on `summary`, which is markup."""
+    return [f"<details><summary>{summary}</summary>", *body, "</details>"]
+
+
+def heads(columns: Iterable[tuple[str, str]]) -> str:
+    """Return the row of heads of a table; a column is its head and its alignment."""
+    cells = [
+        f'<th scope="col" class="{side}">{prose(head.replace("-" + chr(10), "").replace(chr(10), " "))}</th>'
+        for head, side in columns
+    ]
+    return f"<thead><tr>{''.join(cells)}</tr></thead>"
+
+
 def bullets(sentences: Iterable[str]) -> str:
     """Return a list with a point for each sentence."""
-    return f"<ul>{''.join(f'<li>{text(sentence)}</li>' for sentence in sentences)}</ul>"
+    return f"<ul>{''.join(f'<li>{prose(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
 def listed(name: str, title: str, sentences: list[str]) -> list[str]:
@@ -58,8 +79,12 @@ def place_of(panel: Panel) -> str:
     """Return title and caption of `panel`, and the element that it is drawn in."""
     height = plotly_painter.height(panel)
     size = f' style="height: {height}px"' if height else ""
-    drawn = f'<div class="chart" id="{panel.id}"{size}></div>' if panel.items else ""
-    return f'<h3>{text(panel.title)}</h3>\n<p class="caption">{text(panel.caption)}</p>\n{drawn}'
+    name = text(panel.title)
+    chart = (
+        f'<div class="chart" id="{panel.id}" role="figure" aria-label="{name}" aria-describedby="{panel.id}-caption"'
+    )
+    drawn = f"{chart}{size}></div>" if panel.items else ""
+    return f'<h3>{name}</h3>\n<p class="caption" id="{panel.id}-caption">{prose(panel.caption)}</p>\n{drawn}'
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -5,15 +5,26 @@ from typing import Any
 
 from roundoff.errors import printable
 from roundoff.report import curves
-from roundoff.report.comparison_panels import panels
-from roundoff.report.elements import bullets, flat, listed, place_of, sample, switches, text, write_page
+from roundoff.report.comparison_panels import JUDGED, VERDICTS, panels
+from roundoff.report.elements import (
+    bullets,
+    flat,
+    folded,
+    heads,
+    listed,
+    place_of,
+    prose,
+    sample,
+    switches,
+    text,
+    write_page,
+)
 from roundoff.report.panels import Panel
 from roundoff.report.probe_html import section
-from roundoff.report.summary import columns, legend, problems, row, unfinished
+from roundoff.report.said import said
+from roundoff.report.summary import VERDICT_COLUMNS, columns, legend, problems, row, unfinished
 from roundoff.runs.reading import Run, has_perplexity
-from roundoff.verdict.types import LONGEST_UNIT, TEST_LOSS, Comparison, ModeSummary
-
-WORDS = {"better", "diverged", "equivalent", "incomplete", "undecided", "worse"}
+from roundoff.verdict.types import LONGEST_UNIT, Comparison, ModeSummary
 
 
 def write_html(path: Path, comparison: Comparison) -> None:
@@ -25,10 +36,16 @@ def write_html(path: Path, comparison: Comparison) -> None:
     """
     drawn = panels(comparison)
     probed, of_probes = _probes(comparison)
+    verdicts = [panel for panel in drawn if panel.id == VERDICTS]
+    others = [panel for panel in drawn if panel.id != VERDICTS]
     body = [
         *_introduction(comparison),
-        *_results(comparison),
-        *_figures(comparison, drawn),
+        *_verdicts(comparison),
+        *(place_of(panel) for panel in verdicts),
+        *_details(comparison),
+        "<h2>What was compared</h2>",
+        f"<p>{text(_subject(comparison, _runs(comparison)), 3000)}</p>",
+        *_figures(comparison, others),
         *probed,
         "<h2>What the intervals cover</h2>",
         bullets(comparison.covers),
@@ -45,17 +62,16 @@ def _title(comparison: Comparison) -> str:
 
 
 def _introduction(comparison: Comparison) -> list[str]:
-    runs = _runs(comparison)
-    body = ["<h1>Precision modes compared</h1>", f"<p>{text(_subject(comparison, runs), 3000)}</p>"]
+    body = ["<h1>Precision modes compared</h1>", *(f'<p class="said">{prose(s)}</p>' for s in said(comparison))]
     if comparison.differences:
-        body.append('<div class="notice"><strong>These runs do not train the same job.</strong>')
+        body.append('<div class="notice"><strong>What these runs do not have in common</strong>')
         body.append(f"{bullets(comparison.differences)}</div>")
     found = {
         "failures": len(list(unfinished(comparison.modes))),
         "problems": len(list(problems(comparison.modes))),
     }
-    said = {"failures": "Runs that failed or did not finish", "problems": "Notes on the files"}
-    links = [f'<a href="#{name}">{said[name]}: {count}</a>' for name, count in found.items() if count]
+    names = {"failures": "Runs that failed or did not finish", "problems": "Notes on the files"}
+    links = [f'<a href="#{name}">{names[name]}: {count}</a>' for name, count in found.items() if count]
     return body + ([f'<p class="notice">{" · ".join(links)}</p>'] if links else [])
 
 
@@ -68,11 +84,10 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
     unit = f"losses are in {printable(comparison.unit, LONGEST_UNIT)}; " if comparison.unit else ""
     margin = f"{comparison.margin:g} {comparison.short_unit}".rstrip()
-    ends = "test losses" if comparison.end == TEST_LOSS else "losses over the last tenth of the steps"
     return (
         f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
-        f"The reference is {comparison.reference}; {unit}modes whose mean {ends} surely differ by less than {margin} "
-        "are equivalent."
+        f"The reference is {comparison.reference}; {unit}modes whose mean training losses over the "
+        f"second half of the steps surely differ by less than {margin} are equivalent."
     )
 
 
@@ -86,30 +101,46 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str | int | float)
 
 
-def _results(comparison: Comparison) -> list[str]:
-    heads = "".join(
-        f'<th class="{side}">{text(head.replace(chr(10), " "))}</th>' for head, side in columns(comparison).items()
-    )
-    rows = [_result(place, mode, comparison) for place, mode in enumerate(comparison.modes)]
-    body = [
-        "<h2>Results</h2>",
-        f'<div class="wide"><table class="results"><thead><tr>{heads}</tr></thead>',
-        f"<tbody>{''.join(rows)}</tbody></table></div>",
-        f'<p class="caption">{text(" ".join(legend(comparison)), 2000)}</p>',
-        bullets(mode.verdict.sentence for mode in comparison.modes),
+def _verdicts(comparison: Comparison) -> list[str]:
+    """Return the table of the verdicts, and the sentences on them, folded."""
+    return [
+        "<h2>Verdicts</h2>",
+        _table(comparison, list(columns(comparison))[1:VERDICT_COLUMNS]),
+        *folded("Each verdict with its figures", [bullets(mode.verdict.sentence for mode in comparison.modes)]),
     ]
-    return body + listed(
-        "equality", "Bit-equality of the training losses", [pair.sentence for pair in comparison.pairs]
+
+
+def _details(comparison: Comparison) -> list[str]:
+    """Return the other columns of the table, folded, and the bit-equality of the modes."""
+    further = [
+        _table(comparison, list(columns(comparison))[VERDICT_COLUMNS:]),
+        f'<p class="caption">{prose(" ".join(legend(comparison)), 2000)}</p>',
+    ]
+    equal = [pair.sentence for pair in comparison.pairs]
+    return [
+        *folded("Losses, steps, speed and memory of each mode", further),
+        *listed("equality", "Bit-equality of the training losses", equal),
+    ]
+
+
+def _table(comparison: Comparison, chosen: list[str]) -> str:
+    """Return the table of the modes with the columns `chosen`."""
+    sides = columns(comparison)
+    rows = [_row(place, mode, comparison, chosen) for place, mode in enumerate(comparison.modes)]
+    return (
+        f'<div class="wide"><table class="results">{heads([("mode", "left"), *((n, sides[n]) for n in chosen)])}'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _result(place: int, mode: ModeSummary, comparison: Comparison) -> str:
+def _row(place: int, mode: ModeSummary, comparison: Comparison, chosen: list[str]) -> str:
     about = f"{len(mode.runs)} seeds, {mode.status}" if len(mode.runs) > 1 else mode.status
-    cells = [f'<td class="mode">{sample(place)}{text(mode.label)}<small>{text(about)}</small></td>']
-    heads = columns(comparison)
-    for head, side, cell in list(zip(heads, heads.values(), row(mode, comparison), strict=True))[1:]:
-        kind = f" verdict {cell}" if head == "verdict" and cell in WORDS else ""
-        cells.append(f'<td class="{side}{kind}">{text(cell).replace(" [", "<small>[")}</td>')
+    cells = [f'<th scope="row" class="mode">{sample(place)}{text(mode.label)}<small>{text(about)}</small></th>']
+    sides = columns(comparison)
+    for head, cell in zip(sides, row(mode, comparison), strict=True):
+        if head in chosen:
+            kind = f" verdict {cell}" if head == "verdict" and cell in JUDGED else ""
+            cells.append(f'<td class="{sides[head]}{kind}">{text(cell).replace(" [", "<small>[")}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -155,7 +186,7 @@ def _origins(comparison: Comparison) -> list[str]:
     if not body:
         return []
     note = "<p>Marked: what is not the same in all of these runs.</p>" if differing else ""
-    return ["<h2>How each run was made</h2>", note, *body]
+    return folded("<h2>How each run was made</h2>", [note, *body])
 
 
 def _result_of(run: Run) -> dict[str, Any]:
@@ -165,8 +196,9 @@ def _result_of(run: Run) -> dict[str, Any]:
 
 
 def _origin(run: Run, table: dict[str, str], differing: set[str]) -> str:
+    marks = {name: " class=differs" if name in differing else "" for name in table}
     rows = [
-        f"<tr{' class=differs' if name in differing else ''}><td>{text(name)}</td><td>{text(value)}</td></tr>"
+        f'<tr{marks[name]}><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>'
         for name, value in table.items()
     ]
     summary = f"<strong>{text(run.label)}</strong>, seed {run.seed}, {text(run.status)}: <code>{text(run.path)}</code>"

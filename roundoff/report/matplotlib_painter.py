@@ -15,7 +15,7 @@ from roundoff.runs.files import write_atomically
 
 with needs("report"):
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.lines import Line2D
     from matplotlib.markers import CARETDOWN
     from matplotlib.ticker import MaxNLocator
@@ -23,6 +23,11 @@ with needs("report"):
 DPI = 160
 WIDTH = 10.0
 """Inches; the picture has 1600 pixels, and its 11 point letters can still be read at 800."""
+
+TITLE = 0.2
+"""Inches of a line of the title."""
+
+MOST_SAID = 8
 
 HEIGHT, ROW = 2.8, 0.24
 """Inches of a panel, and of a row where a panel has rows."""
@@ -54,22 +59,30 @@ def blank(sentence: str) -> Figure:
     return figure
 
 
-def paint(grid: Sequence[Sequence[Panel]], legend: Legend, points: bool = False) -> Figure:
-    """Return a picture of the panels of `grid`, row by row, with a legend above.
+def paint(grid: Sequence[Sequence[Panel]], legend: Legend, said: Sequence[str] = (), points: bool = False) -> Figure:
+    """Return a picture of the panels of `grid`, row by row, with a title and a legend above.
 
     Args:
         grid: the panels. Those beside each other share their rows, if they have any.
         legend: the modes.
+        said: sentences for the title, of which the first `MOST_SAID` are shown.
         points: the legend shows a mode's marker in place of its line.
     """
     columns = max(len(row) for row in grid)
     ratios = [5 if _heat(panel) else 4 for panel in next(row for row in grid if len(row) == columns)]
     heights = [max((1.2 + ROW * panel.rows if panel.rows else HEIGHT) for panel in row) for row in grid]
-    figure = Figure(figsize=(WIDTH, 1.2 + sum(heights)), dpi=DPI, layout="constrained")
+    title = _title(said)
+    height = 1.2 + TITLE * len(title) + sum(heights)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    below: Figure | SubFigure = figure
+    if title:
+        parts: Any = figure.subfigures(2, 1, height_ratios=[TITLE * len(title), height - TITLE * len(title)])
+        above, below = parts
+        above.text(0.01, 0.5, "\n".join(title), va="center", fontsize=11, fontweight="bold")
     # A row with one panel only gives it the whole width.
     places = [[panel.id for panel in row] * (columns // len(row)) for row in grid]
-    axes: dict[str, Any] = figure.subplot_mosaic(places, width_ratios=ratios)  # type: ignore[arg-type]
-    _add_legend(figure, legend, points)
+    axes: dict[str, Any] = below.subplot_mosaic(places, width_ratios=ratios)  # type: ignore[arg-type]
+    _add_legend(below, legend, points)
     for row in grid:
         first = axes[row[0].id]
         for panel in row:
@@ -80,25 +93,32 @@ def paint(grid: Sequence[Sequence[Panel]], legend: Legend, points: bool = False)
     return figure
 
 
-def shown(name: str) -> str:
+def shown(name: str, limit: int = 120) -> str:
     """Return `name` for matplotlib, which reads $ as mathematics and whose font lacks most letters beyond Europe's."""
-    latin = printable(name, 120).encode("latin-1", "backslashreplace").decode("latin-1")
+    latin = printable(name, limit).encode("latin-1", "backslashreplace").decode("latin-1")
     return latin.replace(r"\u2026", "…").replace("$", r"\$")
+
+
+def _title(said: Sequence[str]) -> list[str]:
+    """Return the lines of the title."""
+    more = [f"and {len(said) - MOST_SAID} more"] if len(said) > MOST_SAID else []
+    return [line for sentence in [*said[:MOST_SAID], *more] for line in textwrap.wrap(shown(sentence, 400), 110)]
 
 
 def _heat(panel: Panel) -> bool:
     return any(isinstance(item, HeatMap) for item in panel.items)
 
 
-def _add_legend(figure: Figure, modes: Legend, points: bool) -> None:
-    """Add the legend in as many columns as the picture has room for, at most 4."""
+def _add_legend(figure: "Figure | SubFigure", modes: Legend, points: bool) -> None:
+    """Add the legend in as many columns as the picture has room for, at most 4. Its order is that of reading."""
     look: dict[str, Any] = {"linestyle": "", "markersize": 7} if points else {"linewidth": 2.2}
     handles = [Line2D([], [], **(_marker(mode) if points else _line(mode)) | look) for mode, _ in modes]
     labels = [shown(label) for _, label in modes]
     for columns in range(min(4, len(labels)), 0, -1):
+        order = [i for first in range(columns) for i in range(first, len(labels), columns)]  # a column after the other
         legend = figure.legend(
-            handles,
-            labels,
+            [handles[i] for i in order],
+            [labels[i] for i in order],
             loc="outside upper center",
             ncols=columns,
             fontsize=11,
@@ -127,7 +147,7 @@ def _panel(axis: Any, panel: Panel, named: bool, width: float) -> None:
             getattr(axis, f"set_{name}scale")("log")
     for depth, item in enumerate(panel.items):
         _draw(item, axis, 1 + depth / 100)
-    axis.set_title(textwrap.fill(shown(panel.headline), int(width * 12)), fontsize=11, loc="left")
+    axis.set_title(textwrap.fill(shown(panel.headline), int(width * 10)), fontsize=11, loc="left")
     _scale(axis, "x", panel.x)
     if named:
         _scale(axis, "y", panel.y)

@@ -45,9 +45,15 @@ def height(panel: Panel) -> int | None:
     """Return the height of a panel of rows in pixels; None for a panel whose height the page gives."""
     if not panel.rows:
         return None
-    beside = sum(isinstance(item, Marks) and item.mode is not None for item in panel.items)
+    marked = [row for item in panel.items if isinstance(item, Marks) and item.mode is not None for row in _rows(item)]
+    beside = max(map(marked.count, set(marked)), default=0)
     margin = _margin(panel)
     return panel.rows * max(26, 5 * beside) + margin["t"] + margin["b"]
+
+
+def _rows(item: Marks) -> set[int]:
+    """Return the rows in which `item` has marks, which stand less than half a row away from them."""
+    return {round(float(y)) for y in item.y}
 
 
 def shown(name: str, limit: int = 60) -> str:

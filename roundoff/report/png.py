@@ -6,6 +6,7 @@ from roundoff.errors import printable
 from roundoff.report import curves
 from roundoff.report.comparison_panels import panels
 from roundoff.report.panels import Panel
+from roundoff.report.said import said
 from roundoff.verdict.types import Comparison
 
 
@@ -26,7 +27,7 @@ def write_png(path: Path, comparison: Comparison) -> None:
         (mode.index, printable(mode.label, 40) + (" (reference)" if mode.label == comparison.reference else ""))
         for mode in curves.modes(comparison)
     ]
-    painter.write(path, painter.paint(rows, legend))
+    painter.write(path, painter.paint(rows, legend, said(comparison)))
 
 
 def chosen(comparison: Comparison) -> list[list[Panel]]:
@@ -35,5 +36,5 @@ def chosen(comparison: Comparison) -> list[list[Panel]]:
     runs = [run for mode in comparison.modes for run in mode.runs]
     if all(len(set(run.steps["loss_scale"])) <= 1 for run in runs):
         drawn.pop("scale", None)
-    rows = (["loss"], ["difference"], ["validation", "scale"])
+    rows = (["verdicts"], ["loss"], ["difference"], ["validation", "scale"])
     return [found for row in rows if (found := [drawn[name] for name in row if name in drawn])]

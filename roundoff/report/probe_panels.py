@@ -85,7 +85,7 @@ def _errors(result: Result, name: str, places: Mapping[str, int], figure: str, a
                 mode,
                 values[mode][rows][there],
                 at[there],
-                hover="{text}: {x:.3g} +- {exact:.1g}",
+                hover="{text}: {x:.3g} ± {exact:.1g}",
                 texts=tuple(texts[row] for row, kept in zip(rows, there, strict=True) if kept),
                 exact=errors[there],
                 bars=_bars(figure, values[mode][rows][there], errors[there]),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from roundoff.errors import printable
+from roundoff.gradients.advice import said
 from roundoff.report import probe_view as view
 from roundoff.report.panels import Panel
 from roundoff.report.probe_panels import panels
@@ -19,7 +20,7 @@ def write_png(path: Path, result: Result) -> None:
     from roundoff.report import matplotlib_painter as painter  # here, since the extra `report` has it
 
     legend = [(i, printable(mode, 40)) for i, mode in enumerate(view.modes(result))]
-    painter.write(path, painter.paint([chosen(result)], legend, points=True))
+    painter.write(path, painter.paint([chosen(result)], legend, [said(result)], points=True))
 
 
 def chosen(result: Result) -> list[Panel]:

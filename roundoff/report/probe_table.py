@@ -1,6 +1,7 @@
 """The probe as a table for the terminal. Names from its file are data."""
 
 from roundoff.errors import printable
+from roundoff.gradients.advice import said
 from roundoff.report import probe_view as view
 from roundoff.report.probe_view import Result
 from roundoff.report.summary import LONGEST_SENTENCE, grid
@@ -53,7 +54,7 @@ LONGEST_GRID = 12
 
 
 def table(result: Result, explained: bool = True) -> str:
-    """Return the table, which fits the terminal, and its sentences; nothing that a terminal would obey.
+    """Return what to take, the table, which fits the terminal, and its sentences; nothing that a terminal would obey.
 
     Args:
         result: what `roundoff.gradients.result.read_probe` returns.
@@ -72,7 +73,8 @@ def table(result: Result, explained: bool = True) -> str:
     sections["Advice"] = result["advice"]
     if explained:
         sections["What the figures do not cover"] = result["covers"]
-    text = [f"{about(result)}\n{noise(result)}", grid(rows, COLUMNS)]
+    first = printable(said(result), LONGEST_SENTENCE)
+    text = [f"{first}\n{about(result)}\n{noise(result)}", grid(rows, COLUMNS)]
     if rows := forward(result):
         text.append(grid(rows, FORWARD))
     if not result["scales"]["measured"] and (rows := outputs(result)):

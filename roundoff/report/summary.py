@@ -4,6 +4,7 @@ import math
 import shlex
 import shutil
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 from roundoff.errors import printable
 from roundoff.extras import needs
+from roundoff.report.said import said
 from roundoff.runs.jsonfile import write_json
 from roundoff.runs.reading import Run
-from roundoff.verdict.types import TEST_LOSS, Comparison, ModeSummary
+from roundoff.verdict.types import Comparison, Difference, ModeSummary, Verdict
 
-TOKENS, MEMORY = "tokens\n/s", "peak\nmemory"
+TOKENS, MEMORY, TEST_DIFFERENCE = "tokens\n/s", "peak\nmemory", "test loss difference\n[95% interval]"
+VERDICT_COLUMNS = 3
+"""Mode, verdict and difference; the other columns have the details."""
 LONGEST_NAME = 22
 LONGEST_SENTENCE = 1000
 PIPE = 100
@@ -24,14 +28,15 @@ PIPE = 100
 
 
 def columns(comparison: Comparison) -> dict[str, str]:
-    """Return the heads of the table, each with the alignment of its column."""
-    loss = ("test\nppl" if comparison.has_perplexity else "test\nloss") if comparison.end == TEST_LOSS else "end\nloss"
+    """Return the heads of the table, each with the alignment of its column; the first `VERDICT_COLUMNS` judge."""
     unit = comparison.short_unit
     found = {
         "mode": "left",
-        loss: "right",
-        f"difference [95% interval]\nin {unit}" if unit else "difference\n[95% interval]": "left",
         "verdict": "left",
+        f"difference [95% interval]\nin {unit}" if unit else "difference\n[95% interval]": "left",
+        "train\nloss": "right",
+        "test\nppl" if comparison.has_perplexity else "test\nloss": "right",
+        TEST_DIFFERENCE: "left",
         "differs\nat step": "right",
         "updates": "right",
         "skipped": "right",
@@ -39,6 +44,8 @@ def columns(comparison: Comparison) -> dict[str, str]:
         TOKENS: "right",
         MEMORY: "right",
     }
+    if not comparison.has_test_loss:
+        del found["test\nppl" if comparison.has_perplexity else "test\nloss"], found[TEST_DIFFERENCE]
     if not comparison.has_perplexity:  # a loop of one's own need not measure them
         if all(mode.tokens_per_second is None for mode in comparison.modes):
             del found[TOKENS]
@@ -49,22 +56,22 @@ def columns(comparison: Comparison) -> dict[str, str]:
 
 def legend(comparison: Comparison) -> list[str]:
     """Return the sentences that explain the columns."""
-    if comparison.end != TEST_LOSS:
-        first = "End loss is the mean loss of the last tenth of the steps, over the seeds that have finished"
-    elif comparison.has_perplexity:
-        first = "Test ppl is exp of the mean test loss of the seeds that have finished"
-    else:
-        first = "Test loss is the mean of the seeds that have finished"
+    tested = ""
+    if comparison.has_test_loss:
+        name = "ppl is exp of the mean test loss" if comparison.has_perplexity else "loss is a mean of the same kind"
+        tested = f" Test {name}; the difference beside it is of test losses, and decides nothing by itself."
     return [
-        f"{first}; updates and skipped steps are sums over all seeds. An update is a step whose gradients were "
-        "applied; a skipped step has used up its batch and changed no weight.",
+        "Train loss is the mean over the second half of the steps, of the seeds that have finished; its "
+        f"difference to the reference's decides the verdict.{tested}",
+        "Updates and skipped steps are sums over all seeds. An update is a step whose gradients were applied; a "
+        "skipped step has used up its batch and changed no weight.",
         "Differs at step: the first one whose training loss differs in a bit from the reference's with the same seed. "
         "Steps count batches, skipped ones too.",
     ]
 
 
 def table(comparison: Comparison) -> str:
-    """Return the table, a row for each mode, and the sentences that explain it; nothing that a terminal would obey.
+    """Return what was found, the table with a row for each mode, and its details; nothing that a terminal would obey.
 
     Raises:
         UsageError: tabulate is not installed.
@@ -79,7 +86,7 @@ def table(comparison: Comparison) -> str:
         "Noted in the files": list(problems(comparison.modes)),
         "Not the same job": comparison.differences,
     }
-    text = [grid(rows, columns(comparison))]
+    text = ["\n".join(printable(s, LONGEST_SENTENCE) for s in said(comparison)), grid(rows, columns(comparison))]
     for title, sentences in sections.items():
         if sentences:
             text.append("\n".join([f"{title}:", *(f"  {printable(s, LONGEST_SENTENCE)}" for s in sentences)]))
@@ -89,14 +96,15 @@ def table(comparison: Comparison) -> str:
 def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str], width: int | None = None) -> str:
     """Return `rows` as plain text below their heads; `columns` is head -> alignment.
 
-    The text is at most `width` wide, by default as the terminal. Where all columns do not fit, heads have a line for
-    each word; where that is too wide too, the columns stand below each other in parts, the first one in each of them.
+    The text is at most `width` wide, by default as the terminal. Where all columns do not fit, heads break into lines
+    as narrow as their cells; where that is too wide too, the columns stand below each other in parts, the first one in
+    each of them.
     """
     width = width or terminal_width()
     heads, alignment = list(columns), list(columns.values())
     text = _plain(rows, heads, alignment)
     if _width(text) > width:
-        heads = [head.replace(" ", "\n") for head in heads]
+        heads = [_broken(head, max(len(row[i]) for row in rows)) for i, head in enumerate(heads)]
         text = _plain(rows, heads, alignment)
     if _width(text) <= width:
         return text
@@ -108,6 +116,11 @@ def grid(rows: Sequence[Sequence[str]], columns: Mapping[str, str], width: int |
             more = [0, i]
         taken = more
     return "\n\n".join(_plain(*_chosen(rows, heads, alignment, part)) for part in [*parts, taken])
+
+
+def _broken(head: str, width: int) -> str:
+    """Return `head` in lines of at most `width`, or as wide as its longest word."""
+    return textwrap.fill(head, max(width, *map(len, head.split())), break_long_words=False, break_on_hyphens=False)
 
 
 def terminal_width() -> int:
@@ -139,9 +152,10 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
     """Return the table's row of `mode`, a text for each of `columns`."""
     cells = [
         printable(mode.label, LONGEST_NAME),
-        _end(mode, comparison),
-        _difference(mode),
         mode.verdict.word,
+        _difference(mode, mode.verdict),
+        _loss(mode.end_loss),
+        *_test_cells(mode, comparison),
         _first_difference(mode, comparison),
         str(mode.updates),
         str(mode.skipped),
@@ -154,22 +168,25 @@ def row(mode: ModeSummary, comparison: Comparison) -> list[str]:
     return cells + [cell for name, cell in measured.items() if name in columns(comparison)]
 
 
-def _end(mode: ModeSummary, comparison: Comparison) -> str:
-    """Return how the mode ends: its test perplexity where there is one, else its loss."""
-    if comparison.has_perplexity and comparison.end == TEST_LOSS:
-        value, digits = mode.test_ppl, ".2f"
-    else:
-        value, digits = mode.end_loss, ".4f"
+def _loss(value: float | None, digits: str = ".4f") -> str:
     return "-" if value is None else f"{value:{digits}}" if value < 1e6 else f"{value:.3g}"
 
 
-def _difference(mode: ModeSummary) -> str:
-    verdict = mode.verdict
-    if verdict.difference is None:
+def _test_cells(mode: ModeSummary, comparison: Comparison) -> list[str]:
+    """Return the cells on the test data: perplexity or loss, and difference; none where no mode has a test loss."""
+    if not comparison.has_test_loss:
+        return []
+    end = _loss(mode.test_ppl, ".2f") if comparison.has_perplexity else _loss(mode.test_loss)
+    return [end, _difference(mode, mode.test_difference)]
+
+
+def _difference(mode: ModeSummary, found: Verdict | Difference | None) -> str:
+    """Return a difference with its interval; that of the seeds that went well says nothing of a mode that diverged."""
+    if found is None or found.difference is None or mode.verdict.word == "diverged":
         return "-"
-    if verdict.interval is None:
-        return f"{verdict.difference:+.4f}"
-    return f"{verdict.difference:+.4f} [{verdict.interval[0]:+.4f}, {verdict.interval[1]:+.4f}]"
+    if found.interval is None:
+        return f"{found.difference:+.4f}"
+    return f"{found.difference:+.4f} [{found.interval[0]:+.4f}, {found.interval[1]:+.4f}]"
 
 
 def _first_difference(mode: ModeSummary, comparison: Comparison) -> str:
@@ -219,35 +236,38 @@ def problems(modes: Iterable[ModeSummary]) -> Iterable[str]:
 def write_summary(path: Path, comparison: Comparison) -> None:
     """Write the figures of `comparison` as one JSON object. As in the records, inf and nan are "inf" and "nan".
 
-    Its keys are the attributes of `roundoff.verdict.types`, with two exceptions. A run has only its path, seed, status,
-    machine, versions and command, the rows of its epochs, test loss, number of steps, and problems. A probe has the
-    name of the file with its result. An epoch's row has "train_loss" too, the mean of the finite losses of its steps,
-    skipped ones included; it is null where there is none. So the file can stand for runs that are not kept. `unit`
-    is absent where the loss is in nats a word, and `test_ppl` where exp of a loss is no perplexity. `end` and
-    `end_loss` are there only where the test loss is not what is compared.
+    The first key is `said`, the sentences that the table begins with. The others are the attributes of
+    `roundoff.verdict.types`, with two exceptions. A run has only its path, seed, status, machine, versions and
+    command, the rows of its epochs, test loss, number of steps, and problems. A probe has the name of the file with
+    its result. An epoch's row has "train_loss" too, the mean of the finite losses of its steps, skipped ones included;
+    it is null where there is none. So the file can stand for runs that are not kept. `unit` is absent where the loss
+    is in nats a word, and `test_ppl` where exp of a loss is no perplexity.
 
     Raises:
         OSError: `path` cannot be written.
     """
-    left_out = set[str]()
-    if comparison.end == TEST_LOSS:
-        left_out |= {"end", "end_loss"}
-    left_out |= {"unit"} if comparison.has_perplexity else {"test_ppl"}
-    content = _without(left_out, vars(comparison)) | {
-        "modes": [
-            _without(left_out, vars(mode))
-            | {
-                "runs": [_run(run) for run in mode.runs],
-                "failures": [vars(failure) for failure in mode.failures],
-                "verdict": vars(mode.verdict),
-            }
-            for mode in comparison.modes
-        ],
-        "pairs": [vars(pair) for pair in comparison.pairs],
-        "probes": [
-            vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
-        ],
-    }
+    left_out = {"unit"} if comparison.has_perplexity else {"test_ppl"}
+    content = (
+        {"said": said(comparison)}
+        | _without(left_out, vars(comparison))
+        | {
+            "modes": [
+                _without(left_out, vars(mode))
+                | {
+                    "runs": [_run(run) for run in mode.runs],
+                    "failures": [vars(failure) for failure in mode.failures],
+                    "verdict": vars(mode.verdict),
+                    "test_difference": None if mode.test_difference is None else vars(mode.test_difference),
+                }
+                for mode in comparison.modes
+            ],
+            "pairs": [vars(pair) for pair in comparison.pairs],
+            "equivalences": [vars(each) | {"verdict": vars(each.verdict)} for each in comparison.equivalences],
+            "probes": [
+                vars(probe) | {"result": None if probe.result is None else "probe.json"} for probe in comparison.probes
+            ],
+        }
+    )
     write_json(path, content, indent=2)
 
 

@@ -52,6 +52,7 @@ class Run:
         problems: what was wrong with the files and could be passed over, a line each.
         losses: further losses of the steps by name, each a column as long as those of `steps`, with nan where a step
             has none.
+        named: `label` is a name that somebody gave to the run, or that tells it apart from others of its mode.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Run:
     result: dict[str, Any] | None
     problems: list[str] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    named: bool = False
 
     @property
     def status(self) -> str:

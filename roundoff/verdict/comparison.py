@@ -1,21 +1,21 @@
 """Puts runs side by side: do they train the same job, how does each mode end, and where does the first bit differ?"""
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 from roundoff.errors import UsageError, printable
-from roundoff.runs.json_text import to_json
 from roundoff.runs.reading import Run, machine, perplexity
-from roundoff.verdict.statistics import judge
+from roundoff.verdict.differences import all_differences, canonical, refused_differences
+from roundoff.verdict.endpoint import end_losses, losses_on_test_data
+from roundoff.verdict.labels import named, tell_apart
+from roundoff.verdict.statistics import heed_test_loss, interval, judge, paired_by_seed
 from roundoff.verdict.types import (
-    LAST_TENTH,
-    TEST_LOSS,
     BitEquality,
     Comparison,
+    Difference,
+    Equivalence,
     Failure,
     ModeSummary,
     Verdict,
@@ -25,51 +25,45 @@ from roundoff.verdict.types import (
 WIDE = ("float32", "float64")
 """Dtypes in which a power of two as loss scale changes no bit. Half dtypes overflow and underflow."""
 
-MOST_DIFFERENCES = 20
-
-
-NO_SETTING = ("mode", "dtypes", "equals", "loss_scale")
-"""Fields of a run's precision that no user sets, or that tell modes apart already."""
-
-MISSING = object()
-
-PAIRED = {"processes": MISSING, "tf32": MISSING, "deterministic": MISSING, "accumulate": 1}
-"""Fields of a run's environment that must be equal where its steps are to be paired with another's.
-
-Each with what a run that does not say it has; a run that may have anything is not asked.
-"""
-
 
 def compare_runs(
-    runs: Sequence[Run],
+    runs: Sequence[Run] | Mapping[str, Run | Sequence[Run]],
     failures: Sequence[Failure] = (),
     *,
     reference: str | None = None,
     margin: float = 0.01,
     expect_equal: Sequence[tuple[str, str]] = (),
+    expect_equivalent: Sequence[tuple[str, str]] = (),
     anyway: bool = False,
     flags: bool = False,
+    looks: int = 1,
 ) -> Comparison:
     """Compare the modes of `runs`, each with every seed it has.
 
-    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". The verdicts
-    compare the test losses of the runs that have finished. Where none of them has one, they compare the mean loss of
-    the last tenth of the steps of each, skipped steps left out.
+    A mode that ran at several loss scales is several modes here, with names such as "manual-scale-128". So is one
+    with two runs of one seed: they are called by what differs, as "fp32 lr=5", else by a folder of theirs. The verdicts
+    compare the mean training loss of the second half of the steps of the runs that have finished. The difference of
+    the test losses stands beside it. A mode is not equivalent whose test loss surely differs by more than the margin.
 
     Args:
-        runs: runs of any modes, none twice. Their order is the order of the modes.
+        runs: runs of any modes, none twice. Their order is the order of the modes. A mapping names them: label -> a
+            run, or one for each seed. A group that has a name may differ from the others in job and settings, which
+            `Comparison.differences` then lists; in data, unit and seeds it may not.
         failures: runs that left nothing.
         reference: label of the mode to compare with; by default "fp32" if it has a run, else the first that has one.
         margin: margin of equivalence in the losses' own unit, above 0.
         expect_equal: pairs of labels whose bit-equality is asked for. They come first in `Comparison.pairs`, as
             given; the pairs that must agree by design follow.
+        expect_equivalent: pairs of labels whose equivalence is asked for, the second one's to the first. They are
+            `Comparison.equivalences`, in this order.
         anyway: accept runs of different jobs, and list the differences.
         flags: errors name the options of a command line, such as --anyway, in place of the arguments.
+        looks: how often the verdicts may be looked at while seeds are added. The risk of 5% is that of all looks.
 
     Raises:
-        UsageError: a label is unknown, a mode has two runs of one seed, or the runs do not train the same job.
+        UsageError: a label is unknown, a run is there twice, or the runs do not train the same job.
     """
-    runs = _told_apart(runs)
+    runs = tell_apart(named(runs))
     labels = list(dict.fromkeys([run.label for run in runs] + [failure.label for failure in failures]))
     if not labels:
         raise UsageError("no runs to compare; give at least one run directory")
@@ -78,47 +72,20 @@ def compare_runs(
         trained = [run.label for run in runs] or labels
         reference = "fp32" if "fp32" in trained else trained[0]
     _refuse_unknown(labels, "--reference" if flags else "reference", [reference])
-    equal = "--expect-equal" if flags else "expect_equal"
-    for pair in expect_equal:
-        _refuse_unknown(labels, equal, pair)
-        if pair[0] == pair[1]:
-            raise UsageError(f"{equal} {printable(','.join(pair))}: a mode equals itself; give two modes")
+    _check_pairs(labels, "--expect-equal" if flags else "expect_equal", expect_equal)
+    _check_pairs(labels, "--expect-equivalent" if flags else "expect_equivalent", expect_equivalent)
     labels.sort(key=lambda label: label != reference)
     modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
     failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
-    differences = unit_differences(runs) + job_differences(runs) + setting_differences(modes)
-    differences += seed_differences(modes, failed)
-    if differences and not anyway:
+    if not anyway and (refused := refused_differences(modes, failed)):
         way = "add --anyway" if flags else "give anyway=True"
-        raise UsageError(f"these runs do not train the same job: {'; '.join(differences)}; leave some out, or {way}")
+        raise UsageError(f"these runs do not train the same job: {'; '.join(refused)}; leave some out, or {way}")
     unit = runs[0].loss_unit if len({run.loss_unit for run in runs}) == 1 else None
-    end = LAST_TENTH if _only_losses_of_steps(runs) else TEST_LOSS
-    found = Comparison(reference, margin, [], [], [], differences, unit=unit, end=end)
+    found = Comparison(reference, margin, [], [], [], all_differences(modes, failed), unit=unit, looks=looks)
     rows = [_summarize(label, modes[label], failed[label], modes[reference], found) for label in labels]
     pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
-    return replace(found, modes=rows, pairs=pairs, covers=_covers(runs, rows, end))
-
-
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Return `runs` with the loss scale in the label of a mode that ran at several.
-
-    Where a run does not say its scale, and a rule moved it, a rule may have moved that of the mode's other runs too.
-    """
-    scales: dict[str, set[float | None]] = {}
-    for run in runs:
-        scales.setdefault(run.label, set()).add(run.loss_scale)
-    moved = {run.label for run in runs if run.loss_scale is None and not run.says_loss_scale}
-    several = {label for label, found in scales.items() if len(found) > 1 and label not in moved}
-    return [replace(run, label=_label_with_scale(run)) if run.label in several else run for run in runs]
-
-
-def _label_with_scale(run: Run) -> str:
-    scale = run.loss_scale
-    if scale is None:
-        return f"{run.label}-dynamic"
-    mantissa, exponent = math.frexp(scale)
-    as_power = mantissa == 0.5 and not 1 <= scale <= 2**16
-    return f"{run.label}-scale-{f'2^{exponent - 1}' if as_power else f'{scale:.9g}'}"
+    equivalences = [Equivalence(a, b, _judge(b, modes[b], modes[a], found)[0]) for a, b in expect_equivalent]
+    return replace(found, modes=rows, pairs=pairs, equivalences=equivalences, covers=_covers(runs, rows, looks))
 
 
 def _refuse_duplicates(runs: Sequence[Run]) -> None:
@@ -139,123 +106,26 @@ def _refuse_unknown(labels: list[str], name: str, given: Iterable[str]) -> None:
             raise UsageError(f"{name}: no run of the mode {printable(label)!r}; there are {known}")
 
 
-def job_differences(runs: Sequence[Run]) -> list[str]:
-    """Return a line for each field of the job that differs between the runs, with its values and their runs."""
-    found = list(_field_differences([(run, run.job) for run in runs], ""))
-    more = len(found) - MOST_DIFFERENCES
-    return found if more <= 0 else [*found[:MOST_DIFFERENCES], f"{more} more fields of the job differ"]
-
-
-def _field_differences(values: Sequence[tuple[Run, Any]], path: str) -> Iterator[str]:
-    if all(isinstance(value, dict) for _, value in values):
-        for name in dict.fromkeys(name for _, value in values for name in value):
-            fields = [(run, value.get(name, MISSING)) for run, value in values]
-            yield from _field_differences(fields, f"{path}.{name}" if path else str(name))
-        return
-    groups: dict[str, list[tuple[Run, Any]]] = {}
-    for run, value in values:
-        groups.setdefault(_canonical(value), []).append((run, value))
-    if len(groups) > 1:
-        shown = [f"{_shown(group[0][1])} in {_names([run for run, _ in group])}" for group in groups.values()]
-        yield f"{printable(path, 60)} is {', '.join(shown)}"
-
-
-def _shown(value: Any) -> str:
-    """Return a value of a job as JSON, so that 1 and "1" look different."""
-    return "not there" if value is MISSING else printable(to_json(value), 22)
-
-
-def _canonical(value: Any) -> str:
-    """Return one text for all values that say the same: 20 and 20.0, nan and "nan"."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(name): plain(inner) for name, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(inner) for inner in value]
-        if isinstance(value, float):
-            return int(value) if value.is_integer() else value if math.isfinite(value) else str(value)
-        return value
-
-    return "missing" if value is MISSING else json.dumps(plain(value), sort_keys=True, default=str)
-
-
-def unit_differences(runs: Sequence[Run]) -> list[str]:
-    """Return a line if the losses of the runs are in different units."""
-    return list(_field_differences([(run, run.loss_unit or MISSING) for run in runs], "loss_unit"))
-
-
-def setting_differences(modes: dict[str, list[Run]]) -> list[str]:
-    """Return a line for each setting beside the job that differs between runs to be paired, or within one mode.
-
-    The number of processes, and of the parts of a batch, decides what dropout each draws.
-    """
-    lines: list[str] = []
-    every = [run for runs in modes.values() for run in runs]
-    for name, otherwise in PAIRED.items():
-        values = [(run, run.config["environment"].get(name, otherwise)) for run in every]
-        lines += _field_differences([(run, value) for run, value in values if value is not MISSING], name)
-    for label, runs in modes.items():
-        for name in dict.fromkeys(name for run in runs for name in run.config["precision"]):
-            if name not in NO_SETTING:
-                settings = [(run, run.config["precision"][name]) for run in runs if name in run.config["precision"]]
-                lines += _field_differences(settings, f"{printable(label)}: {name}")
-    return lines
-
-
-def seed_differences(modes: dict[str, list[Run]], failures: dict[str, list[Failure]]) -> list[str]:
-    """Return a line if the modes did not run with the same seeds; a run that failed has run."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for label, runs in modes.items():
-        seeds = {run.seed for run in runs} | {failure.seed for failure in failures[label]}
-        groups.setdefault(tuple(sorted(seeds)), []).append(printable(label))
-    if len(groups) < 2:
-        return []
-    parts = [f"{', '.join(map(str, seeds))} in {', '.join(labels)}" for seeds, labels in groups.items()]
-    return [f"seed is {' but '.join(parts)}"]
-
-
-def _names(runs: list[Run]) -> str:
-    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-    return ", ".join(printable(run.path) for run in runs[:3]) + more
-
-
-def finished(runs: Iterable[Run], end: str = TEST_LOSS) -> dict[int, float]:
-    """Return seed -> loss at the end of the finished runs; an interrupted run has trained for another length."""
-    ended = [run for run in runs if run.status == "finished"]
-    losses = {run.seed: run.test_loss if end == TEST_LOSS else last_tenth(run) for run in ended}
-    return {seed: loss for seed, loss in losses.items() if loss is not None}
-
-
-def _only_losses_of_steps(runs: Sequence[Run]) -> bool:
-    """Return whether runs have finished, and none of them with a test loss."""
-    ended = [run for run in runs if run.status == "finished"]
-    return bool(ended) and all(run.test_loss is None for run in ended)
-
-
-def last_tenth(run: Run) -> float:
-    """Return the mean loss of the last tenth of the steps, at least one; nan where all of these were skipped."""
-    first = len(run.steps["loss"]) - max(1, len(run.steps["loss"]) // 10)
-    pairs = zip(run.steps["loss"][first:], run.steps["applied"][first:], strict=True)
-    losses = [loss for loss, applied in pairs if applied]
-    return sum(loss / len(losses) for loss in losses) if losses else math.nan
+def _check_pairs(labels: list[str], name: str, pairs: Iterable[tuple[str, str]]) -> None:
+    for pair in pairs:
+        _refuse_unknown(labels, name, pair)
+        if pair[0] == pair[1]:
+            raise UsageError(f"{name} {printable(','.join(pair))}: a mode equals itself; give two modes")
 
 
 def _summarize(
     label: str, runs: list[Run], failures: list[Failure], reference_runs: list[Run], found: Comparison
 ) -> ModeSummary:
     """Return the row of a mode; `found` has all of the comparison but its rows."""
-    losses = finished(runs, found.end)
-    diverged = [run.seed for run in runs if run.status == "diverged"]
-    whole = losses and not diverged  # else the mean of the others would hide that
-    end_loss = sum(loss / len(losses) for loss in losses.values()) if whole else None
-    test_loss = end_loss if found.end == TEST_LOSS else None
-    unit = short_unit(found.unit)
+    losses = end_losses(runs, reference_runs)
+    diverged = any(run.status == "diverged" for run in runs)  # the mean of the others would hide that
+    end_loss, test_loss = (None if diverged else _mean(of) for of in (losses, losses_on_test_data(runs)))
+    test_difference = None
     if label == found.reference:
-        sentence = _reference_sentence(label, end_loss, len(losses), unit, found.end)
+        sentence = _reference_sentence(label, end_loss, len(losses), short_unit(found.unit), found.end)
         verdict = Verdict("reference", sentence, len(losses))
     else:
-        verdict = judge(label, losses, finished(reference_runs, found.end), found.margin, unit, found.end, diverged)
+        verdict, test_difference = _judge(label, runs, reference_runs, found)
     lost = {failure.seed for failure in failures} - {run.seed for run in runs}
     partner = {run.seed: run for run in reference_runs}
     firsts = [first_difference(partner[run.seed], run) for run in runs if run.seed in partner]
@@ -279,7 +149,29 @@ def _summarize(
         tokens_per_second=sum(speeds) / len(speeds) if speeds else None,
         peak_memory_bytes=max((r["peak_memory_bytes"] for r in results if r["peak_memory_bytes"]), default=None),
         end_loss=end_loss,
+        test_difference=test_difference,
     )
+
+
+def _judge(
+    label: str, runs: list[Run], reference_runs: list[Run], found: Comparison
+) -> tuple[Verdict, Difference | None]:
+    """Return the verdict on a mode, and the difference of its test losses."""
+    tested, reference_tested = losses_on_test_data(runs), losses_on_test_data(reference_runs)
+    diverged = {run.seed for run in runs if run.status == "diverged"}
+    diverged |= {s for s, loss in tested.items() if math.isfinite(reference_tested.get(s, loss)) > math.isfinite(loss)}
+    losses, reference_losses = end_losses(runs, reference_runs), end_losses(reference_runs, runs)
+    unit = short_unit(found.unit)
+    verdict = judge(label, losses, reference_losses, found.margin, unit, found.end, diverged, found.looks)
+    paired = paired_by_seed(tested, reference_tested, found.looks)
+    if paired is None:
+        return verdict, None
+    beside = Difference(paired.n, paired.mean, interval(paired) if paired.n > 1 else None)
+    return heed_test_loss(label, verdict, paired, found.margin, unit), beside
+
+
+def _mean(losses: dict[int, float]) -> float | None:
+    return sum(loss / len(losses) for loss in losses.values()) if losses else None
 
 
 def _reference_sentence(label: str, loss: float | None, count: int, unit: str, figure: str) -> str:
@@ -355,7 +247,26 @@ def _deciding(run: Run) -> str:
     job = {name: value for name, value in run.job.items() if name not in run.length}
     others = {"tf32": False, "processes": 1, "accumulate": 1}
     more = {name: environment.get(name, otherwise) for name, otherwise in others.items()}
-    return _canonical([job, machine(run.config), more])
+    return canonical([job, machine(run.config), more])
+
+
+def _parted_rates(rows: list[ModeSummary]) -> Iterator[str]:
+    """Yield a line for each mode whose learning rate starts as the reference's with a seed, and parts from it later."""
+    partners = {run.seed: run.steps["lr"] for run in rows[0].runs}
+    for row in rows[1:]:
+        rates = [(run.seed, run.steps["lr"], partners[run.seed]) for run in row.runs if run.seed in partners]
+        parted = [
+            str(seed)
+            for seed, mine, other in rates
+            if mine[0] == other[0] and not all(map(_same, mine, other))  # the shorter one ends it
+        ]
+        if parted:
+            seeds = f"seed{'s' if len(parted) > 1 else ''} {', '.join(parted)}"
+            yield (
+                f"The learning rate of {row.label} parts from the reference's with {seeds}, as where a schedule "
+                "follows the validation. The difference of the losses is then that of the learning rates too. A "
+                "schedule of the steps alone takes this noise away."
+            )
 
 
 def _machines(runs: Sequence[Run]) -> set[tuple[tuple[str, str], ...]]:
@@ -392,7 +303,7 @@ def _bit_equality(pair: tuple[str, str, bool], modes: dict[str, list[Run]]) -> B
     return BitEquality(first, second, expected, steps, equal, f"{first} and {second}: {sentence}.")
 
 
-def _covers(runs: Sequence[Run], rows: list[ModeSummary], end: str) -> list[str]:
+def _covers(runs: Sequence[Run], rows: list[ModeSummary], looks: int) -> list[str]:
     lines = [
         "An interval covers the variation between seeds, which is that of the initial weights and the dropout masks, "
         "in this job as it was run.",
@@ -400,15 +311,18 @@ def _covers(runs: Sequence[Run], rows: list[ModeSummary], end: str) -> list[str]
         "training, or other hardware.",
         "A pair of runs with one seed starts alike and sees the same batches, but training soon amplifies a "
         "difference in one bit: a step at which losses differ is no sign of a worse mode.",
+        "The verdict compares the mean training loss over the second half of a run's steps. How a model does on data "
+        "that it was not trained on, only a test loss shows.",
     ]
-    if end == LAST_TENTH:
-        lines.append(
-            "No run has a test loss. What is compared is the mean training loss over the last tenth of the steps of a "
-            "run, skipped steps left out. It does not show how a model does on data that it was not trained on."
-        )
+    lines += _parted_rates(rows)
     judged = sum(row.verdict.p_equivalence is not None for row in rows)
     if judged > 1:
         lines.append(f"Each of the {judged} verdicts has its own 5% risk of error; together the risk is larger.")
+    if looks > 1:
+        lines.append(
+            f"Seeds were added until every mode was decided, with {looks} planned looks at most. Each look has "
+            f"{5 / looks:.3g}% of the risk of 5%, so intervals are wider, and p-values {looks} times as large."
+        )
     if len(_machines(runs)) > 1:
         lines.append("The runs differ in device, torch, cuDNN or threads, which alone can change bits.")
     return lines

@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from roundoff.extras import needs
-from roundoff.verdict.types import TEST_LOSS, Verdict
+from roundoff.verdict.types import END_LOSS, TEST_LOSS, Verdict
 
 ALPHA = 0.05
+TEST_LOSS_ALPHA = 0.01
+"""Smaller, since it comes on top of the verdict's own risk, and all modes share the test losses of the reference."""
 POWER = 0.8
 MAX_SEEDS = 1000
 ENOUGH_PAIRS = 3
@@ -22,11 +24,15 @@ ENOUGH_PAIRS = 3
 
 
 class Paired(NamedTuple):
-    """Number, mean and sample standard deviation (n - 1) of paired differences; deviation 0 where there is one."""
+    """Number, mean and sample standard deviation (n - 1) of paired differences; deviation 0 where there is one.
+
+    `looks` is how often the verdict may be looked at while pairs are added; each look has as small a part of the risk.
+    """
 
     n: int
     mean: float
     deviation: float
+    looks: int = 1
 
     @property
     def error(self) -> float:
@@ -40,8 +46,9 @@ def judge(
     reference_losses: dict[int, float],
     margin: float,
     unit: str = "",
-    figure: str = TEST_LOSS,
+    figure: str = END_LOSS,
     diverged: Collection[int] = (),
+    looks: int = 1,
 ) -> Verdict:
     """Compare a mode's losses with the reference's, seed by seed.
 
@@ -61,6 +68,8 @@ def judge(
         unit: of a difference, such as "nats"; "" for none.
         figure: what the losses are.
         diverged: seeds with which the mode diverged.
+        looks: how often the verdict may be looked at while seeds are added. The risk of 5%, and the interval's, are
+            those of all looks together; the p-value is multiplied by their number (Bonferroni).
     """
     seeds = sorted(mode_losses.keys() & reference_losses.keys())
     differences = {seed: mode_losses[seed] - reference_losses[seed] for seed in seeds}
@@ -74,10 +83,10 @@ def judge(
     bad = {seed for seed in diverged if math.isfinite(reference_losses.get(seed, 0.0))}
     bad |= {seed for seed in seeds if not math.isfinite(mode_losses[seed]) and math.isfinite(reference_losses[seed])}
     if bad:
-        return _diverged(label, sorted(bad), counted, said_unit, figure)
+        return _diverged(label, sorted(bad), counted, said_unit, figure, looks)
     if not counted:
         return Verdict("not finished", f"{label}: no seed has finished with a finite {figure} in both modes.{remark}")
-    paired = summarize(counted)
+    paired = summarize(counted, looks)
     if paired.n >= ENOUGH_PAIRS:
         found = _decide(label, paired, margin, remark, said_unit, figure)
         missing = reference_losses.keys() - mode_losses.keys() - set(diverged)
@@ -95,13 +104,39 @@ def judge(
     return Verdict("described", sentence, paired.n, paired.mean, bounds)
 
 
-def _diverged(label: str, seeds: list[int], counted: list[float], unit: str, figure: str) -> Verdict:
+def paired_by_seed(mode_losses: dict[int, float], reference_losses: dict[int, float], looks: int = 1) -> Paired | None:
+    """Return the paired differences of two modes' losses by seed; None where no difference is finite."""
+    pairs = ((loss, reference_losses.get(seed, math.nan)) for seed, loss in sorted(mode_losses.items()))
+    counted = [loss - other for loss, other in pairs if math.isfinite(loss - other)]
+    return summarize(counted, looks) if counted else None
+
+
+def heed_test_loss(label: str, verdict: Verdict, tested: Paired, margin: float, unit: str = "") -> Verdict:
+    """Return `verdict` as it is, unless the test loss of three pairs or more surely differs by more than `margin`.
+
+    Surely means that its 99% interval lies beyond the margin. A mode that trains equivalently is "worse" or "better"
+    then. Any other word stays, and the sentence says what the test loss shows.
+    """
+    if tested.n < ENOUGH_PAIRS or verdict.word == "diverged":
+        return verdict
+    low, high = interval(tested, TEST_LOSS_ALPHA)
+    sign = "worse" if low > margin else "better" if high < -margin else None
+    if sign in (None, verdict.word):
+        return verdict
+    minus = f"{TEST_LOSS} minus the reference's is {_seen(tested, interval(tested), f' {unit}' if unit else '')}"
+    if verdict.word == "equivalent":
+        said = f"{label} is {sign} than the reference on the test data; {minus}. As to training, {verdict.sentence}"
+        return replace(verdict, word=sign, sentence=said)
+    return replace(verdict, sentence=f"{verdict.sentence} On the test data it is {sign}: {minus}.")
+
+
+def _diverged(label: str, seeds: list[int], counted: list[float], unit: str, figure: str, looks: int) -> Verdict:
     several = len(seeds) > 1
     names = ", ".join(map(str, seeds[:5])) + (f" and {len(seeds) - 5} more" if len(seeds) > 5 else "")
     sentence = f"{label} diverged with seed{'s' if several else ''} {names}, and the reference did not."
     if not counted:
         return Verdict("diverged", sentence)
-    paired = summarize(counted)
+    paired = summarize(counted, looks)
     bounds = interval(paired) if paired.n > 1 else None
     seen = f"With the others its {figure} minus the reference's is {_seen(paired, bounds, unit)}."
     return Verdict("diverged", f"{sentence} {seen}", paired.n, paired.mean, bounds)
@@ -131,27 +166,34 @@ def _decide(label: str, paired: Paired, margin: float, remark: str, unit: str, f
     return Verdict(word, f"{label} {said}; {seen}.{more}{remark}", paired.n, paired.mean, (low, high), p, needed)
 
 
-def summarize(differences: list[float]) -> Paired:
+def summarize(differences: list[float], looks: int = 1) -> Paired:
     """Return number, mean and standard deviation of finite `differences`."""
     n = len(differences)
     if min(differences) == max(differences):  # exactly, where rounding would leave a deviation of 1e-17
-        return Paired(n, differences[0], 0.0)
+        return Paired(n, differences[0], 0.0, looks)
     mean = math.fsum(d / n for d in differences)
-    return Paired(n, mean, math.hypot(*(d - mean for d in differences)) / math.sqrt(n - 1))
+    return Paired(n, mean, math.hypot(*(d - mean for d in differences)) / math.sqrt(n - 1), looks)
 
 
-def interval(paired: Paired) -> tuple[float, float]:
-    """Return the two-sided 95% interval of the mean (Student's t) of two differences or more."""
-    half = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1)) * paired.error
+def interval(paired: Paired, alpha: float = ALPHA) -> tuple[float, float]:
+    """Return the two-sided interval of the mean (Student's t) of two differences or more, by default that of 95%.
+
+    With several looks, those of all together cover so often.
+    """
+    half = float(_scipy().t.ppf(1 - alpha / paired.looks / 2, paired.n - 1)) * paired.error
     return paired.mean - half, paired.mean + half
 
 
 def p_equivalence(paired: Paired, margin: float) -> float:
-    """Return the larger p-value of the two one-sided t-tests; 0 or 1 if the differences do not vary."""
+    """Return the larger p-value of the two one-sided t-tests; 0 or 1 if the differences do not vary.
+
+    It is multiplied by the number of looks, up to 1.
+    """
     if paired.error == 0:
         return 0.0 if abs(paired.mean) < margin else 1.0
     # Both tests mirror each other, so that the one for the nearer margin has the larger p-value.
-    return float(_scipy().t.sf((margin - abs(paired.mean)) / paired.error, paired.n - 1))
+    p = float(_scipy().t.sf((margin - abs(paired.mean)) / paired.error, paired.n - 1))
+    return min(1.0, p * paired.looks)
 
 
 def seeds_needed(paired: Paired, margin: float) -> tuple[int | None, str]:
@@ -172,7 +214,7 @@ def power_of_difference(paired: Paired) -> float:
 
     Cohen, Statistical Power Analysis for the Behavioral Sciences (1988).
     """
-    critical = float(_scipy().t.ppf(1 - ALPHA / 2, paired.n - 1))
+    critical = float(_scipy().t.ppf(1 - ALPHA / paired.looks / 2, paired.n - 1))
     return _beyond(critical, paired, abs(paired.mean)) + _beyond(critical, paired, -abs(paired.mean))
 
 
@@ -182,7 +224,7 @@ def power_of_equivalence(paired: Paired, margin: float) -> float:
     The approximation of Diletti et al., Int. J. Clin. Pharmacol. 29 (1991), and Phillips, J. Pharmacokinet.
     Biopharm. 18 (1990): that both reject is as likely as the one plus the other minus 1.
     """
-    critical = float(_scipy().t.ppf(1 - ALPHA, paired.n - 1))
+    critical = float(_scipy().t.ppf(1 - ALPHA / paired.looks, paired.n - 1))
     near, far = margin - abs(paired.mean), margin + abs(paired.mean)
     return max(0.0, _beyond(critical, paired, near) + _beyond(critical, paired, far) - 1)
 

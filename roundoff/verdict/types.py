@@ -9,9 +9,9 @@ from roundoff.runs.reading import Run, has_perplexity
 
 LONGEST_UNIT = 20
 """Letters; units come from run directories."""
+END_LOSS = "training loss of the second half"
+"""What the verdicts compare: the mean training loss of the second half of a run's steps."""
 TEST_LOSS = "test loss"
-LAST_TENTH = "loss of the last tenth"
-"""What is compared where no finished run has a test loss: the mean loss of a run's last tenth of steps."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of a mode by its test losses, paired with those of the reference.
+    """The judgement of a mode by its training losses, paired with those of the reference.
 
     Attributes:
         word: "reference", "described" (fewer than three pairs), "equivalent", "better", "worse", "undecided",
@@ -51,6 +51,21 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A difference that is shown beside the verdict, and decides nothing.
+
+    Attributes:
+        pairs: seeds with which both modes have the figure, and the difference is finite; at least one.
+        difference: mean of mode minus reference.
+        interval: its 95% interval (Student's t); None with one pair.
+    """
+
+    pairs: int
+    difference: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class ModeSummary:
     """A row of the table; means over the mode's seeds where there are several.
 
@@ -65,7 +80,9 @@ class ModeSummary:
         steps, updates, skipped: batches seen, of these applied, of these skipped, summed over the runs.
         final_loss_scale: of the last step of the first seed.
         tokens_per_second, peak_memory_bytes: mean and maximum; None where no run has them.
-        end_loss: mean of what is compared (`Comparison.end`) over the seeds that have finished; None without any.
+        end_loss: mean training loss of the second half of the steps, of the seeds that have finished; None where there
+            is none, or one has diverged.
+        test_difference: of the test losses; None without a pair.
     """
 
     label: str
@@ -83,6 +100,7 @@ class ModeSummary:
     tokens_per_second: float | None
     peak_memory_bytes: int | None
     end_loss: float | None = None
+    test_difference: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,20 @@ class BitEquality:
     steps: int
     equal: bool
     sentence: str
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """The verdict on the mode `second` with `first` as its reference."""
+
+    first: str
+    second: str
+    verdict: Verdict
+
+    @property
+    def sentence(self) -> str:
+        """Return the verdict's sentence, and which mode is the reference in it."""
+        return f"with {self.first} as the reference, {self.verdict.sentence}"
 
 
 @dataclass(frozen=True)
@@ -132,10 +164,13 @@ class Comparison:
         modes: in the order they were asked for; the reference first.
         pairs: bit-equality of the pairs that must agree or were named with --expect-equal.
         covers: sentences on what the intervals cover and what not.
-        differences: what the runs do not have in common though they should (only with --anyway), a line each.
+        differences: what the runs do not have in common, a line each: between groups that have names, else only with
+            --anyway.
         probes: of the reference's initial and final weights, where they were asked for.
         unit: of the losses, such as "nats a word"; None where the runs say none.
-        end: what the verdicts compare: "test loss", or "loss of the last tenth" of the steps.
+        end: what the verdicts compare: "training loss of the second half" of a run's steps.
+        equivalences: of the pairs named with --expect-equivalent.
+        looks: how often the verdicts may be looked at while seeds are added.
     """
 
     reference: str
@@ -146,12 +181,19 @@ class Comparison:
     differences: list[str]
     probes: list[Probe] = field(default_factory=list)
     unit: str | None = None
-    end: str = TEST_LOSS
+    end: str = END_LOSS
+    equivalences: list[Equivalence] = field(default_factory=list)
+    looks: int = 1
 
     @property
     def short_unit(self) -> str:
         """Return the unit of a difference, such as "nats"; "" without a unit."""
         return short_unit(self.unit)
+
+    @property
+    def has_test_loss(self) -> bool:
+        """Return whether a mode has a test loss, or a difference of test losses."""
+        return any(mode.test_loss is not None or mode.test_difference is not None for mode in self.modes)
 
     @property
     def has_perplexity(self) -> bool:

@@ -17,6 +17,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.source = text
         self.text = ""
         self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.feed(text)

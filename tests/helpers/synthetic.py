@@ -94,6 +94,11 @@ def make_run(
     return folder
 
 
+def ending(loss: float) -> list[float]:
+    """`LOSSES`, but for the second half of the steps, which verdicts compare."""
+    return [*LOSSES[:4], *[loss] * 4]
+
+
 def make_runs(
     parent: Path, label: str, test_losses: Sequence[float | None], losses: Sequence[float] | None = None, **rest: Any
 ) -> list[Path]:

@@ -13,11 +13,12 @@ import pytest
 
 import compare
 import jobs
-from lm.launch.jobs import comparison_folder
+from lm.launch.jobs import Training, comparison_folder
 from lm.options.modes import DEFAULT_MODES
 from programs import Done, Programs, start, write_corpus
 from roundoff.errors import UsageError
-from synthetic import make_run
+from roundoff.verdict.types import Failure
+from synthetic import ending, make_run
 
 REPORT = {"summary.json", "report.html", "curves.png"}
 TINY = ["--data", "corpus", "--emsize", "8", "--nhid", "8", "--batch_size", "4", "--bptt", "5", "--epochs", "2"]
@@ -158,6 +159,14 @@ MISTAKES = {
     "mode twice": (["--modes", "fp32,fp32", *TRAIN], "named twice"),
     "no mode": (["--modes", "", *TRAIN], "'' is no mode"),
     "no seeds": (["--seeds", "0", *TRAIN], "--seeds: '0' is not a whole number of at least 1"),
+    "no seed of auto": (["--seeds", "auto:2", *TRAIN], "--seeds: '2' is not a whole number of at least 3"),
+    "no number of auto": (["--seeds", "auto:", *TRAIN], "--seeds: '' is not a whole number of at least 3"),
+    "auto misspelt": (["--seeds", "Auto", *TRAIN], "--seeds: 'Auto' is not a whole number of at least 1"),
+    "auto of runs": (["a", "--seeds", "auto"], "--seeds is for modes to run"),
+    "equivalence not run": (
+        ["--expect-equivalent", "fp32,bf16", "--modes", "fp32", *TRAIN],
+        "'amp-bf16' is not one of",
+    ),
     "no jobs": (["--jobs", "0", *TRAIN], "--jobs"),
     "run and modes": (["a", "--modes", "fp32"], "--modes is for modes to run, and RUN is one that has run"),
     "run and probe": (["a", "--probe"], "--probe is for modes to run"),
@@ -265,8 +274,59 @@ def test_every_default_mode_on_the_built_in_corpus(programs) -> None:
     assert {path.name for path in (programs.folder / "o").iterdir()} == REPORT | {"compare.json", "runs"}
 
 
+def deviating(job: Training) -> float:
+    """The losses of a run: amp-bf16 is equivalent to fp32, and manual takes more than 5 seeds."""
+    noise = {"fp32": 0.0, "amp-bf16": 1e-4, "manual": 0.01}[job.label]
+    return 5 + noise * (1 if job.seed % 2 else -1)
+
+
+LATER = ("3 seeds leave undecided: manual", "5 seeds leave undecided: manual")
+AUTO = {
+    "decided at once": (["fp32,amp-bf16", "auto"], 3, [], {"amp-bf16": "equivalent"}),
+    "decided later": (
+        ["fp32,amp-bf16,manual", "auto:8", "--margin", "0.015"], 8,
+        [f"{LATER[0]}; 5 seeds are next", f"{LATER[1]}; 8 seeds are next"],
+        {"amp-bf16": "equivalent", "manual": "equivalent"},
+    ),
+    "never": (
+        ["fp32,manual", "auto:5", "--expect-equivalent", "fp32,manual"], 5,
+        [f"{LATER[0]}; 5 seeds are next", f"{LATER[1]}; no more were asked for"],
+        {"manual": "undecided"},
+    ),
+    "as many as asked for": (["fp32,manual", "4"], 4, [], {"manual": "undecided"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_seeds_are_added_until_every_mode_is_decided(programs, monkeypatch, case: str) -> None:
+    (modes, seeds, *flags), count, said, expected = AUTO[case]
+
+    def run(jobs, environments, lock) -> list[Failure]:
+        for job in jobs:
+            make_run(job.run_dir, job.label, job.seed, ending(deviating(job)), deviating(job))
+        return []
+
+    written = []
+    monkeypatch.setattr(compare, "run_jobs", run)
+    monkeypatch.setattr("roundoff.report.compare_command.write_files", lambda folder, found: written.append(found))
+    done = programs.run("compare", "--modes", modes, "--seeds", seeds, *flags, *TRAIN)
+    assert done.code == ("--expect-equivalent" in flags)
+    assert [line[2:] for line in done.out.splitlines() if "leave undecided" in line] == said
+    (found,) = written
+    assert {mode.label: mode.verdict.word for mode in found.modes[1:]} == expected
+    assert [run.seed for run in found.modes[0].runs] == [1111 + i for i in range(count)]
+    assert len(list((programs.folder / "o/runs").iterdir())) == count * len(found.modes)
+    if flags == ["--expect-equivalent", "fp32,manual"]:
+        assert re.match(
+            r"error: --expect-equivalent fp32,manual: with fp32 as the reference, manual is shown neither to differ "
+            r"from the reference nor to equal it within 0.01 nats; .* it takes about \d+ seeds to show equivalence",
+            done.err,
+        )
+
+
 def test_modes_have_short_names_in_every_option() -> None:
     args = compare.parse_args(["--modes", "fp32,bf16", "--reference", "bf16", "--expect-equal", "fp16,bf16"])
+    assert compare.parse_args(["--expect-equivalent", "fp32,bf16"]).expect_equivalent == [("fp32", "amp-bf16")]
     assert (args.modes, args.reference) == (["fp32", "amp-bf16"], "amp-bf16")
     assert args.expect_equal == [("amp-fp16", "amp-bf16")]
     assert compare.parse_args(["run", "--reference", "bf16"]).reference == "bf16", "a run may be called so"

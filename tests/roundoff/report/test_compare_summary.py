@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,46 +12,61 @@ from roundoff.report.summary import columns, grid, table, terminal_width, write_
 from roundoff.runs.reading import read_run
 from roundoff.verdict.comparison import compare_runs
 from roundoff.verdict.types import Comparison, Failure
-from synthetic import LOSSES, make_run, make_runs
+from synthetic import SEEDS, ending, make_run, make_runs
 
 EVIL = "evil\x1b[2J\r\n\u202e<script>" + "x" * 300
 
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
-    paths = make_runs(tmp_path, "fp32", [5.5, 5.4, 5.6])
-    paths += make_runs(tmp_path, "manual", [5.501, 5.4, 5.5995], [*LOSSES[:3], 5.7501, *LOSSES[4:]])
+    ends = {"fp32": [4.5, 4.4, 4.6], "manual": [4.5 + 2**-10, 4.4, 4.5995], "amp-fp16": [4.7, 4.61, 4.8]}
+    ends["amp-fp32"] = [4.5, 4.4]
     taken = [True, False] + [True] * 6
-    paths += make_runs(tmp_path, "amp-fp16", [5.7, 5.61, 5.8], applied=taken, peak_memory_bytes=3 * 2**29)
-    paths += make_runs(tmp_path, "amp-fp32", [5.5, 5.4])
+    rest: dict[str, Any] = {"amp-fp16": {"applied": taken, "peak_memory_bytes": 3 * 2**29, "test_loss": 5.75}}
+    paths = [
+        make_run(tmp_path / f"{mode}-{seed}", mode, seed, ending(end), **rest.get(mode, {}))
+        for mode, losses in ends.items()
+        for seed, end in zip(SEEDS, losses, strict=False)
+    ]
     paths += make_runs(tmp_path, "amp-bf16", [None, None, None], status="diverged", tokens_per_second=None)
     runs = [read_run(path) for path in paths]
     return compare_runs(runs, [Failure("amp-fp32", 1113, ["main_amp.py"], 137, "killed")])
 
 
+def grid_of(text: str) -> str:
+    """The table without the sentences around it."""
+    return text.partition("\n\n")[2].partition("\n\nColumns:")[0]
+
+
 def cells(text: str, label: str) -> list[str]:
-    (line,) = (line for line in text.split("\n\n")[0].splitlines() if line.startswith(label + " "))
+    (line,) = (line for line in grid_of(text).splitlines() if line.startswith(label + " "))
     return line.split()
 
 
 def test_rows(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 140)
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 170)
     text = table(comparison)
-    assert cells(text, "fp32") == ["fp32", "244.69", "-", "reference", "-", "24", "0", "1", "1000", "381", "MiB"]
-    assert cells(text, "manual")[:6] == ["manual", "244.73", "+0.0002", "[-0.0017,", "+0.0021]", "equivalent"]
-    assert cells(text, "manual")[6:] == ["4", "24", "0", "128", "1000", "381", "MiB"]
+    same = ["+0.0000", "[+0.0000,", "+0.0000]"]
+    tested = ["244.69", "-", "-", "24", "0", "1", "1000", "381", "MiB"]
+    assert cells(text, "fp32") == ["fp32", "reference", "-", "4.5000", *tested]
+    assert cells(text, "manual")[:6] == ["manual", "equivalent", "+0.0002", "[-0.0017,", "+0.0020]", "4.5002"]
+    assert cells(text, "manual")[6:] == ["244.69", *same, "5", "24", "0", "128", "1000", "381", "MiB"]
     # 0.2, 0.21, 0.2: the error is 0.01 / 3, and t(0.975, 2) is 4.3027.
-    assert cells(text, "amp-fp16")[1:6] == ["299.87", "+0.2033", "[+0.1890,", "+0.2177]", "worse"]
-    assert cells(text, "amp-fp16")[6:] == ["none", "21", "3", "65536", "1000", "1.5", "GiB"]
-    assert cells(text, "amp-fp32")[1:6] == ["232.76", "+0.0000", "[+0.0000,", "+0.0000]", "described"]
-    assert cells(text, "amp-bf16")[1:] == ["-", "-", "diverged", "none", "24", "0", "1", "-", "381", "MiB"]
-    assert max(len(line) for line in text.split("\n\n")[0].splitlines()) <= 140
-    assert len(columns(comparison)) == 10
+    assert cells(text, "amp-fp16")[1:6] == ["worse", "+0.2033", "[+0.1890,", "+0.2177]", "4.7033"]
+    further = ["+0.2500", "[+0.2500,", "+0.2500]", "5", "21", "3", "65536", "1000", "1.5", "GiB"]
+    assert cells(text, "amp-fp16")[6:] == ["314.19", *further]
+    assert cells(text, "amp-fp32")[1:6] == ["described", *same, "4.4500"]
+    assert cells(text, "amp-bf16")[1:] == ["diverged", "-", "-", "-", "-", "5", "24", "0", "1", "-", "381", "MiB"]
+    assert max(len(line) for line in grid_of(text).splitlines()) <= 170
+    assert len(columns(comparison)) == 12
 
 
 def test_sentences_under_the_table(comparison: Comparison) -> None:
     text = table(comparison)
     lines = [line.strip() for line in text.splitlines()]
+    assert lines[0] == (
+        "manual trains as well as fp32 in this job: the difference is +0.0002 nats [-0.0017, +0.0020], within 0.01."
+    )
     for mode in comparison.modes:
         assert mode.verdict.sentence in lines
     for sentence in comparison.covers:
@@ -72,28 +88,32 @@ def test_problems_and_differences(tmp_path: Path) -> None:
 
 
 def test_no_escape_reaches_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 140)
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 170)
     paths = [make_run(tmp_path / "a\x1b[31m", status=None), make_run(tmp_path / "b", EVIL, job={"model": EVIL})]
     comparison = compare_runs([read_run(path) for path in paths], [Failure("fp32", 2, [], 1, EVIL)], anyway=True)
     text = table(comparison)
     assert text.replace("\n", "").isprintable()
     assert "evil\\x1b[2J\\r\\n\\u202e" in text
     assert "a\\x1b[31m" in text
-    lines = text.split("\n\n")[0].splitlines()
+    lines = grid_of(text).splitlines()
     assert len(lines) == 3 + 1 + 2
-    assert max(map(len, lines)) <= 140
+    assert max(map(len, lines)) <= 170
 
 
 def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None:
     write_summary(tmp_path / "summary.json", comparison)
     summary = strict_json((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert list(summary) == ["reference", "margin", "modes", "pairs", "covers", "differences", "probes"]
+    said_first = ["said", "reference", "margin", "modes", "pairs", "covers", "differences", "probes", "end"]
+    assert list(summary) == [*said_first, "equivalences", "looks"]
+    assert summary["said"] == table(comparison).partition("\n\n")[0].splitlines()
     assert (summary["reference"], summary["margin"]) == ("fp32", 0.01)
     manual = summary["modes"][1]
     expected = comparison.modes[1]
     assert manual["verdict"] == vars(expected.verdict) | {"interval": list(expected.verdict.interval or ())}
-    for name in ("label", "status", "test_loss", "test_ppl", "first_difference", "steps", "updates", "skipped"):
+    assert manual["test_difference"] == vars(expected.test_difference) | {"interval": [0.0, 0.0]}
+    for name in ("label", "status", "end_loss", "test_loss", "test_ppl", "first_difference", "steps", "skipped"):
         assert manual[name] == getattr(expected, name)
+    end = 4.5 + 2**-10
     assert manual["runs"][0] == {
         "path": str(expected.runs[0].path),
         "seed": 1111,
@@ -101,12 +121,12 @@ def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None
         "device_name": "A CPU x 2",
         "environment": expected.runs[0].config["environment"],
         "epochs": [
-            {"epoch": 1, "valid_loss": 6.125025, "valid_ppl": math.exp(6.125025), "lr": 20.0, "seconds": 1.5}
-            | {"train_loss": 6.125025},
-            {"epoch": 2, "valid_loss": 5.125, "valid_ppl": math.exp(5.125), "lr": 20.0, "seconds": 1.5}
-            | {"train_loss": 5.125},
+            {"epoch": 1, "valid_loss": 6.125, "valid_ppl": math.exp(6.125), "lr": 20.0, "seconds": 1.5}
+            | {"train_loss": 6.125},
+            {"epoch": 2, "valid_loss": end, "valid_ppl": math.exp(end), "lr": 20.0, "seconds": 1.5}
+            | {"train_loss": end},
         ],
-        "test_loss": 5.501,
+        "test_loss": 5.5,
         "steps": 8,
         "problems": [],
     }
@@ -126,7 +146,8 @@ def test_mean_training_loss_of_an_epoch(tmp_path: Path) -> None:
     assert [row["valid_loss"] for row in written["epochs"]] == [5.0, 4.5, 4.25]
 
 
-def test_summary_of_nan_and_inf_is_strict_json(tmp_path: Path) -> None:
+def test_summary_of_nan_and_inf_is_strict_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 170)
     paths = [make_run(tmp_path / "a", test_loss=math.inf), make_run(tmp_path / "b", "manual", test_loss=math.nan)]
     comparison = compare_runs([read_run(path) for path in paths])
     assert "nan" in cells(table(comparison), "manual")
@@ -163,9 +184,9 @@ def test_summary_is_written_whole_or_not_at_all(
 def test_a_table_fits_its_width(comparison: Comparison, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts where it must, each of which names the modes; no cell is lost, and no word of a head is cut."""
     monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: 1000)
-    whole = table(comparison).partition("\n\nColumns:")[0]
+    whole = grid_of(table(comparison))
     monkeypatch.setattr("roundoff.report.summary.terminal_width", lambda: width)
-    text = table(comparison).partition("\n\nColumns:")[0]
+    text = grid_of(table(comparison))
     assert max(len(line) for line in text.splitlines()) <= max(width, 50)  # a mode and its interval
     assert set(text.split()) - set(whole.split()) <= {line for line in text.split() if set(line) == {"-"}}
     assert set(text.split()) >= {word for word in whole.split() if set(word) != {"-"}}

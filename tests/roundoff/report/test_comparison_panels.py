@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,21 @@ import pytest
 from comparisons import make_comparison, make_run
 from roundoff.report import curves
 from roundoff.report.comparison_panels import panels
-from roundoff.report.panels import Band, Curve, Line, Marks, Panel, style
+from roundoff.report.panels import Band, Curve, Line, Marks, Panel, Stretch, style
+from roundoff.report.plotly_painter import height
 from roundoff.report.png import chosen
 from roundoff.runs.reading import Run
+from roundoff.verdict.types import Verdict
 
 PANELS = ["loss", "difference", "size", "validation", "scale", "norm"]
+"""Without that of the verdicts, which is the first one where there are verdicts."""
 NAN, INF = math.nan, math.inf
 
 
 def drawn(*runs: Run, detailed: bool = True) -> dict[str, Panel]:
-    return {panel.id: panel for panel in panels(make_comparison(runs), detailed)}
+    found = {panel.id: panel for panel in panels(make_comparison(runs), detailed)}
+    assert (list(found)[:1] == ["verdicts"]) == (len({run.label for run in runs}) > 1)
+    return {name: panel for name, panel in found.items() if name != "verdicts"}
 
 
 def items(panel: Panel, kind: type) -> list[Any]:
@@ -55,6 +61,41 @@ def test_curves_stand_at_their_steps_with_exact_values_for_the_pointer() -> None
     assert found["validation"].x.span == (0.6, 2.4)
     assert found["loss"].x.span == (0.5, 4.5)
     assert items(found["loss"], Line)[0] == Line("x", 2.5, "#bbbbbb", 1, dotted=True)
+
+
+FOREST: dict[str, tuple[Verdict, str, list[float]]] = {
+    "equivalent": (Verdict("equivalent", "", 3, 0.001, (-0.004, 0.006), 0.01), "m", [0.001, -0.004, 0.006]),
+    "undecided": (Verdict("undecided", "", 3, 0.0, (-0.05, 0.05), 0.4), "m", [0.0, -0.05, 0.05]),
+    "diverged": (Verdict("diverged", "", 3, -9.0, (-10.0, -8.0)), "m: diverged", []),
+    "not finished": (Verdict("not finished", ""), "m: not finished", []),
+}
+"""Verdict -> its tick, and mean, least and greatest of the mark."""
+
+
+@pytest.mark.parametrize("case", FOREST)
+def test_intervals_stand_against_the_margin(case: str) -> None:
+    """A mode that diverged has no mark: the mean of its other seeds would hide that."""
+    verdict, name, wanted = FOREST[case]
+    comparison = make_comparison([make_run("fp32"), make_run("bf16"), make_run("m")])
+    comparison.modes[2] = replace(comparison.modes[2], verdict=verdict)
+    panel = panels(comparison)[0]
+    assert (panel.id, panel.rows) == ("verdicts", 2)
+    assert [(tick.at, tick.text) for tick in panel.y.ticks] == [(0, "bf16"), (1, name)]
+    assert items(panel, Line) == [Line("x", 0.0)]
+    assert [(band.side, band.low, band.high) for band in items(panel, Stretch)] == [("x", -0.01, 0.01)]
+    first, *others = items(panel, Marks)
+    assert (first.mode, first.y.tolist(), first.texts) == (1, [0], ("equivalent: -0.0010 nats [-0.0030, +0.0010]",))
+    marks = [(m.mode, m.y.tolist(), [*m.x, m.x[0] - m.bars[0][0], m.x[0] + m.bars[1][0]]) for m in others]
+    assert marks == ([(2, [1], pytest.approx(wanted))] if wanted else [])
+    reach = 1.1 * max(map(abs, [0.01, *wanted]))
+    assert panel.x.span == pytest.approx((-reach, reach))
+    assert height(panel) == 2 * 26 + 84  # a row is no higher for marks in other rows
+
+
+def test_without_a_verdict_there_are_no_intervals() -> None:
+    comparison = make_comparison([make_run("fp32"), make_run("m")])
+    comparison.modes[1] = replace(comparison.modes[1], verdict=Verdict("described", "", 2, 0.0, (-1.0, 1.0)))
+    assert [panel.id for panel in panels(comparison)] == PANELS
 
 
 def test_a_mode_is_told_from_the_others_by_colour_dash_and_marker() -> None:
@@ -141,8 +182,8 @@ def test_the_picture_has_the_main_panels_with_fewer_details() -> None:
     dynamic = make_run("amp-fp16", losses=[5.0] * 200, scales=[4.0] + [2.0] * 199)
     wanted = [
         ([one], [["loss"]]),
-        ([one, two], [["loss"], ["difference"], ["validation"]]),
-        ([one, dynamic], [["loss"], ["difference"], ["validation", "scale"]]),
+        ([one, two], [["verdicts"], ["loss"], ["difference"], ["validation"]]),
+        ([one, dynamic], [["verdicts"], ["loss"], ["difference"], ["validation", "scale"]]),
     ]
     for runs, ids in wanted:
         assert [[panel.id for panel in row] for row in chosen(make_comparison(runs))] == ids

@@ -10,6 +10,7 @@ import pytest
 from comparisons import make_comparison, make_run
 from odd_probes import empty, extreme, nothing_known, of_tensors, renamed
 from pages import Page, numbers
+from roundoff.gradients.advice import said
 from roundoff.report import html, probe_html
 from roundoff.report.panels import style
 from roundoff.verdict.types import Comparison, Failure
@@ -50,7 +51,9 @@ def texts(value: Any) -> Iterator[str]:
 def test_the_page_has_the_panels_of_the_comparison(tmp_path: Path) -> None:
     fp16 = make_run("manual", losses=[6.0, 5.5, 5.25 + 2**-20, 4.875])
     page = page_of(tmp_path, make_comparison([make_run("fp32"), fp16]))
-    assert list(page.charts) == places(page) == ["loss", "difference", "size", "validation", "scale", "norm"]
+    assert (
+        list(page.charts) == places(page) == ["verdicts", "loss", "difference", "size", "validation", "scale", "norm"]
+    )
     assert numbers(page.charts["loss"]["data"][1]["customdata"]) == fp16.steps["loss"]
     assert numbers(page.charts["size"]["data"][0]["y"])[2:] == [2**-20, 0.125]
     page = page_of(tmp_path, make_comparison([make_run("fp32", epochs=[])]))
@@ -112,13 +115,14 @@ def test_the_report_says_what_was_found_and_how_each_run_was_made(tmp_path: Path
         "Covers seeds.",
         "last line cut",
         "lr is 20 in a, 10 in b",
-        "-0.0010[-0.0030, +0.0010]",
+        "manual trains as well as fp32 in this job: the difference is -0.0010 nats [-0.0030, +0.0010], within 0.01.",
+        "equivalent-0.0010[-0.0030, +0.0010]",
         "job sizes width3",
     ):
         assert text in page.text
     assert page.text.count("environment commandtrain.py --data 'a b'") == 2
     source = (tmp_path / "page.html").read_text(encoding="utf-8")
-    marked = re.findall(r"<tr class=differs><td>([^<]*)</td>", source)
+    marked = re.findall(r'<tr class=differs><th scope="row">([^<]*)</th>', source)
     assert {"job lr", "environment device"} <= set(marked)
     assert marked.count("job lr") == 2
     assert not {"job model", "environment command", "seed"} & set(marked)
@@ -135,9 +139,10 @@ def test_the_page_says_all_that_a_probe_found(tmp_path: Path) -> None:
     result = sample()
     page = page_of(tmp_path, result)
     assert list(page.charts) == places(page) == ["error", "bias", "heat"]
-    for sentence in (*result["advice"], *result["covers"]):
-        assert sentence in page.text
-    for shown in ("1.2e-03 +-5%", "loss scale 65536, float16 weights, float16 gradients", "worst: encoder.weight"):
+    for sentence in (said(result), *result["advice"], *result["covers"]):
+        assert re.sub(r"\*\*|\^", "", sentence) in page.text
+    assert page.source.count("2<sup>11</sup>") >= 3
+    for shown in ("1.2e-03 ±5%", "loss scale 65536, float16 weights, float16 gradients", "worst: encoder.weight"):
         assert shown in page.text
     assert "logits9.1% / 9.1%0.012% / 0.012%0% / 0%" in page.text
     assert "peak_memory_bytes381 MiB" in page.text

@@ -44,7 +44,7 @@ def comparison() -> Comparison:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("report") / "report.html"
     html.write_html(path, comparison())
-    with opened(path, drawn=6) as driver:
+    with opened(path, drawn=7) as driver:
         yield driver
 
 
@@ -156,6 +156,23 @@ def test_the_pointer_finds_the_exact_loss_of_each_mode(report: Any) -> None:
         found = re.search(re.escape(mode.label) + r" : [0-9.]+ \(this step exactly ([0-9.]+)\)", text)
         assert found, text
         assert np.float32(found[1]) == np.float32(mode.runs[0].steps["loss"][77])
+
+
+def test_verdict_and_interval_fit_a_narrow_screen_and_dark_is_dark(report: Any) -> None:
+    """The table of the verdicts is no wider than 400 pixels, and the paper follows the browser's scheme."""
+    screen = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    report.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    cells = "[...document.querySelector('.results').querySelectorAll('td')]"
+    assert max(report.execute_script(f"return {cells}.map(cell => cell.getBoundingClientRect().right)")) <= 400
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    for scheme, colour in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(18, 18, 18)")):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        assert report.execute_script(paper) == colour
+    report.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    report.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    for css in ("th:not([scope])", ".chart:not([aria-label])"):
+        assert count(report, css) == 0
 
 
 @pytest.mark.parametrize("width", [400, 1200])

@@ -236,6 +236,19 @@ def test_matplotlib_draws_what_is_described() -> None:
     assert axes["scale"].lines[0].get_drawstyle() == "steps-post"
 
 
+def test_the_legend_is_read_from_left_to_right() -> None:
+    """Matplotlib fills one column after the other."""
+    names = ["a", "b", "c", "d", "e", "f"]
+    figure = matplotlib_painter.paint([[PANELS["curves"]]], list(enumerate(names)), ["It is said."])
+    figure.draw_without_rendering()
+    title, below = figure.subfigs
+    assert [text.get_text() for text in title.texts] == ["It is said."]
+    (legend,) = below.legends
+    boxes = {text.get_text(): text.get_window_extent() for text in legend.get_texts()}
+    assert sorted(names, key=lambda name: (-round(boxes[name].y0), boxes[name].x0)) == names
+    assert boxes["a"].y1 < title.bbox.y0
+
+
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_epochs_are_whole_numbers_on_their_axis(count: int) -> None:
     panel = Panel("p", "", "", x=Axis("epoch", (0.6, count + 0.4), whole=True), items=(Line("y", 0.0),))

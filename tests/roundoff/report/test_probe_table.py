@@ -3,6 +3,7 @@
 import pytest
 
 from odd_probes import empty, extreme, nothing_known, renamed
+from roundoff.gradients.advice import said
 from roundoff.report.probe_table import COLUMNS, percent, side_by_side, table
 from roundoff.report.probe_view import short
 from samples import KS, MODES, TENSORS, sample
@@ -37,11 +38,12 @@ def test_sentences_around_the_table() -> None:
     lines = [line.strip() for line in text.splitlines()]
     for sentence in (*result["advice"], *result["covers"]):
         assert sentence in lines
-    assert lines[0] == (
+    assert lines[0] == said(result)
+    assert lines[1] == (
         "LSTM of 2 layers with 64 units and 200 words, fresh weights of seed 1111; "
         "32 batches of 7 x 10 words of corpus."
     )
-    assert lines[1].endswith("length 1.1e-01; standard deviation from batch to batch (noise): 3.1e-01 +-4%.")
+    assert lines[2].endswith("length 1.1e-01; standard deviation from batch to batch (noise): 3.1e-01 +-4%.")
 
 
 def test_without_explanations_the_figures_and_the_advice_are_left() -> None:

@@ -124,25 +124,23 @@ def that_fails(path: Path, mode: str) -> None:
 Loop = Callable[[Path, str], None]
 KNOWN = ["loss", "difference", "size", "validation", "scale"]
 LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
-    "with the seam": (with_the_seam, {"norms": [3 * x for x in LOSSES], "scales": [128.0] * STEPS, "end": "0.2500"}),
+    "with the seam": (with_the_seam, {"norms": [3 * x for x in LOSSES], "scales": [128.0] * STEPS, "test": "0.2500"}),
     "by name": (
         by_name,
         {
-            "norms": [3 * x for x in LOSSES], "scales": [2.0**k for k in range(STEPS)], "end": "0.2500",
+            "norms": [3 * x for x in LOSSES], "scales": [2.0**k for k in range(STEPS)], "test": "0.2500",
             "applied": [k != 1 for k in range(STEPS)],
         },
     ),
-    "of losses alone": (of_losses_alone, {"end": "0.2500"}),
+    "of losses alone": (of_losses_alone, {"test": "0.2500"}),
     "of several losses": (
         of_several_losses,
-        {"more": {"kl": [x / 4 for x in LOSSES], "<b>$x$": [0, 1, math.nan, 3, 4, 5]}, "end": "0.2500"},
+        {"more": {"kl": [x / 4 for x in LOSSES], "<b>$x$": [0, 1, math.nan, 3, 4, 5]}, "test": "0.2500"},
     ),
-    "of epochs": (of_epochs, {"valid": [0.5, 0.0625], "end": "0.2500"}),
-    "resumed": (resumed, {"end": "0.2500"}),
-    "without a test": (  # the last tenth is the last step
-        functools.partial(of_losses_alone, end=RunDirectory.finish), {"end": "0.0312"},
-    ),
-    "that fails": (that_fails, {"end": "-", "status": "interrupted"}),
+    "of epochs": (of_epochs, {"valid": [0.5, 0.0625], "test": "0.2500"}),
+    "resumed": (resumed, {"test": "0.2500"}),
+    "without a test": (functools.partial(of_losses_alone, end=RunDirectory.finish), {"test": None}),
+    "that fails": (that_fails, {"test": None, "status": "interrupted"}),
 }  # fmt: skip
 
 
@@ -166,7 +164,8 @@ def test_a_loop_is_recorded_read_compared_and_drawn(tmp_path: Path, name: str) -
     comparison = compare_runs([run, other])
     assert (comparison.differences, comparison.modes[1].first_difference) == ([], None)
     row = next(line for line in table(comparison).splitlines() if line.startswith("a ")).split()
-    assert row[1] == expected["end"]
+    assert row[1] == ("-" if "status" in expected else "0.0729")  # of the last three steps
+    assert expected["test"] in (row[4], None)
     drawn = {panel.id: panel for panel in panels(comparison)}
     more = [f"further-{i}" for i in range(len(run.losses))]
     assert list(drawn) == KNOWN + (["norm"] if not math.isnan(norms[0]) else []) + more
@@ -267,7 +266,7 @@ def test_reports_say_the_unit_that_the_runs_say(tmp_path: Path, unit: str | None
     curve = drawn["validation"].items[0]
     assert curve.y.tolist() == [pytest.approx(math.exp(1.5) if perplexity else 1.5)]  # type: ignore[union-attr]
     short = "" if unit is None else f" {unit.split()[0]}"
-    assert f"test loss 1.0000{short}, mean of 1 seed" in table(comparison)
+    assert f"training loss of the second half 2.0000{short}, mean of 1 seed" in table(comparison)
     write_summary(tmp_path / "summary.json", comparison)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (

@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from roundoff.errors import UsageError
 from roundoff.report.summary import table, unfinished
 from roundoff.runs.reading import Run, read_run
 from roundoff.verdict.comparison import compare_runs
-from roundoff.verdict.types import Comparison, Failure
+from roundoff.verdict.types import Comparison, Difference, Failure
 from synthetic import LOSSES, SEEDS, change_json, make_config, make_run, make_runs
 
 OTHER = [*LOSSES[:4], math.nextafter(LOSSES[4], 9), *LOSSES[5:]]
@@ -72,7 +74,8 @@ def test_the_reference_comes_first_and_is_fp32_unless_asked(run) -> None:
     seen = compare_runs(runs, reference="manual")
     assert (seen.reference, labels(seen)) == ("manual", ["manual", "amp-fp16", "fp32"])
     assert words(seen) == ["reference", "described", "described"]
-    assert seen.modes[0].verdict.sentence == "manual is the reference: test loss 5.5000 nats, mean of 1 seed."
+    said = "manual is the reference: training loss of the second half 5.1250 nats, mean of 1 seed."
+    assert seen.modes[0].verdict.sentence == said
 
 
 def test_failures(run) -> None:
@@ -88,14 +91,15 @@ def test_failures(run) -> None:
 
 
 def test_what_is_refused(run) -> None:
-    runs = [run(), run("manual"), run()]
+    runs = [run(), run("manual")]
     assert refusal([]) == "no runs to compare; give at least one run directory"
-    twice = f"{runs[0].path} and {runs[2].path} are both fp32 with seed 1111; leave one of them out"
-    assert refusal(runs) == refusal(runs, anyway=True) == twice
+    twice = f"{runs[0].path} and {runs[0].path} are both fp32 with seed 1111; leave one of them out"
+    again = [*runs[:2], replace(runs[0])]
+    assert refusal(again) == refusal(again, anyway=True) == twice
     known = "there are fp32, manual"
-    assert refusal(runs[:2], reference="x\n") == f"reference: no run of the mode 'x\\\\n'; {known}"
-    assert refusal(runs[:2], expect_equal=[("fp32", "y")]) == f"expect_equal: no run of the mode 'y'; {known}"
-    assert "a mode equals itself" in refusal(runs[:2], expect_equal=[("fp32", "fp32")])
+    assert refusal(runs, reference="x\n") == f"reference: no run of the mode 'x\\\\n'; {known}"
+    assert refusal(runs, expect_equal=[("fp32", "y")]) == f"expect_equal: no run of the mode 'y'; {known}"
+    assert "a mode equals itself" in refusal(runs, expect_equal=[("fp32", "fp32")])
 
 
 A, B, C = ({"name": "A"}, {"name": "B"}, {"name": "C", "more": {"a": [1, 2]}})
@@ -191,7 +195,9 @@ def test_figures_of_a_mode(run) -> None:
     assert mode.test_ppl == pytest.approx(math.exp(5.375), rel=1e-15)
     assert (mode.steps, mode.updates, mode.skipped) == (19, 18, 1)
     assert (mode.final_loss_scale, mode.tokens_per_second, mode.peak_memory_bytes) == (32768.0, 750.0, 400_000_000)
-    assert (mode.verdict.word, mode.verdict.pairs, mode.verdict.difference) == ("described", 2, 0.125)
+    assert (mode.verdict.word, mode.verdict.pairs, mode.verdict.difference) == ("described", 2, pytest.approx(0))
+    half = 0.125 * math.tan(0.475 * math.pi)  # of 0.25 and 0
+    assert mode.test_difference == Difference(2, 0.125, pytest.approx((0.125 - half, 0.125 + half)))  # type: ignore[arg-type]
     assert mode.first_difference == 5
 
 
@@ -249,8 +255,15 @@ def test_a_run_that_does_not_say_its_parts_had_one_for_each_batch(run) -> None:
 
 def test_a_finished_run_may_have_no_test_loss(run) -> None:
     seen = compare_runs([run(test_loss=None), run("manual")])
-    assert seen.modes[0].verdict.sentence == "fp32 is the reference, of which no finished run has a test loss."
-    assert "Not counted: seed 1111, which has a test loss in one of the two" in seen.modes[1].verdict.sentence
+    assert (seen.has_test_loss, seen.modes[1].verdict.pairs, seen.modes[1].test_difference) == (True, 1, None)
+    assert not compare_runs([run(test_loss=None), run("manual", test_loss=None)]).has_test_loss
+    unfinished = compare_runs([run(status=None), run("manual")])
+    said = "fp32 is the reference, of which no finished run has a training loss of the second half."
+    assert unfinished.modes[0].verdict.sentence == said
+    assert (
+        "Not counted: seed 1111, which has a training loss of the second half in one"
+        in unfinished.modes[1].verdict.sentence
+    )
 
 
 def test_a_loss_scale_that_no_run_says_is_that_of_its_steps(run, tmp_path: Path) -> None:
@@ -275,11 +288,12 @@ def test_verdicts_are_paired_by_seed_and_take_the_margin(tmp_path: Path) -> None
 
 def test_what_the_intervals_cover(run) -> None:
     lines = compare_runs([run(), run("manual")]).covers
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "covers the variation between seeds" in lines[0]
     assert "does not cover other data" in lines[1]
+    assert "mean training loss over the second half" in lines[3]
     three = [run(label, seed, test_loss=seed / 200) for label in ("a", "b", "c") for seed in SEEDS[:3]]
-    assert "Each of the 2 verdicts has its own 5% risk" in compare_runs(three).covers[3]
+    assert "Each of the 2 verdicts has its own 5% risk" in compare_runs(three).covers[4]
 
 
 def test_first_difference_is_the_least_over_seeds(run) -> None:
@@ -412,7 +426,11 @@ def test_each_loss_scale_is_a_mode_with_its_seeds(run) -> None:
     one = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 2), ("amp-fp16", None, 1), ("amp-fp16", None, 2))
     assert labels(compare_runs(one)) == ["manual", "amp-fp16"]
     twice = run.scaled(("manual", 1.0, 1), ("manual", 1.0, 1), ("manual", 2.0, 1))
-    assert "are both manual-scale-1 with seed 1" in refusal(twice)
+    assert [label.rpartition("-")[0] for label in labels(compare_runs(twice, anyway=True))] == [
+        "manual-scale-1 manual-1",
+        "manual-scale-1 manual-1",
+        "manual-scale",
+    ]
 
 
 def test_reading_and_comparing_need_no_torch_and_judging_names_its_extra(tmp_path: Path) -> None:
@@ -435,3 +453,80 @@ def test_every_field_of_a_job_counts(run) -> None:
         other = {"another": 1} if isinstance(value, dict) else 7.5
         (line,) = compare_runs([run(), run("manual", job={name: other})], anyway=True).differences
         assert line.startswith(name)
+
+
+def test_names_say_what_is_meant(run) -> None:
+    """Groups that have names may train other jobs, which is listed; runs of one name, and those of none, may not."""
+    slow, fast = ([run("fp32", seed, job={"lr": lr}) for seed in (1, 2)] for lr in (5.0, 20.0))
+    seen = compare_runs({"slow": slow, "fast": fast})
+    assert [(mode.label, [r.seed for r in mode.runs]) for mode in seen.modes] == [("slow", [1, 2]), ("fast", [1, 2])]
+    assert [line.partition(" is ")[0] for line in seen.differences] == ["lr"]
+    assert (seen.pairs, words(seen)) == ([], ["reference", "described"])
+    assert labels(compare_runs({"gpu": run("fp32", environment={"tf32": True}), "cpu": run()})) == ["gpu", "cpu"]
+    assert "lr is 5.0 in" in refusal({"mixed": [slow[0], fast[1]], "fast": fast})  # type: ignore[arg-type]
+    assert "are both all with seed 1" in refusal({"all": [*slow, *fast]})  # type: ignore[arg-type]
+    other = [replace(each, label="bf16") for each in fast]
+    assert "lr is 5.0 in" in refusal([*slow, *other])
+    named = [replace(each, label="mine", named=True) for each in fast]
+    assert labels(compare_runs([*slow, *named])) == ["fp32", "mine"]
+    data = run("fp32", 1, job={"corpus": {"words": 3}})
+    assert "corpus.words is 2186 in" in refusal({"before": slow[0], "after": data})  # type: ignore[arg-type]
+    assert "loss_unit is" in refusal({"before": slow[0], "after": run(seed=1, loss_unit="bits")})  # type: ignore[arg-type]
+    assert "seed is 1, 2 in slow but 1 in fast" in refusal({"slow": slow, "fast": fast[0]})  # type: ignore[arg-type]
+
+
+APART: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "a field of the job": ([{"job": {"lr": 5.0}}, {"job": {"lr": 20.0}}], ["fp32 lr=5", "fp32 lr=20"]),
+    "two fields": (
+        [{"job": {"model": "GRU", "nhid": 4}}, {"job": {"model": "LSTM"}}],
+        ["fp32 model=GRU nhid=4", "fp32 model=LSTM nhid=8"],
+    ),
+    "a field deep in it, or not there": (
+        [{"job": {"data_order": {"by": "length"}}}, {}], ["fp32 by=length", "fp32 no by"],
+    ),
+    "the job before the machine": (
+        [{"job": {"lr": 5.0}, "environment": {"torch": "2.14"}}, {}], ["fp32 lr=5", "fp32 lr=20"],
+    ),
+    "two versions of torch": (
+        [{"environment": {"torch": "2.6"}}, {"environment": {"torch": "2.14"}}], ["fp32 torch=2.6", "fp32 torch=2.14"],
+    ),
+    "two commits": (
+        [{"environment": {"git_commit": "ab12"}}, {"environment": {"git_commit": "cd34"}}],
+        ["fp32 commit=ab12", "fp32 commit=cd34"],
+    ),
+    "a setting of the precision": (
+        [{"precision": {"scale_window": 9}}, {"precision": {"scale_window": 8}}],
+        ["fp32 scale_window=9", "fp32 scale_window=8"],
+    ),
+    "harm": (
+        [{"job": {"a\n": "\x1b[2J"}}, {}], [r"fp32 a\n=\x1b[2J", r"fp32 no a\n"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", APART)
+def test_runs_of_one_mode_and_seed_are_called_by_what_differs(run, case: str) -> None:
+    """With several seeds too, and beside another mode, which keeps its name."""
+    changes, expected = APART[case]
+    runs = [run("fp32", seed, **change) for change in changes for seed in (1, 2)]
+    seen = compare_runs([*runs, *(run("manual", seed) for seed in (1, 2))])
+    assert labels(seen) == [*expected, "manual"]
+    assert [r.path for mode in seen.modes[:2] for r in mode.runs] == [r.path for r in runs]
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (lambda when, seed: f"{when}/fp32-{seed}", ["fp32 before", "fp32 after"]),
+        (lambda when, seed: f"{when}/runs/fp32-{seed}", ["fp32 before", "fp32 after"]),
+        (lambda when, seed: f"{when}/{when}-{seed}", ["fp32 before", "fp32 after"]),  # seeds stay together
+        (lambda when, seed: f"{when}-{seed}", ["fp32 before-1", "fp32 before-2", "fp32 after-1", "fp32 after-2"]),
+    ],
+)
+def test_runs_that_do_not_differ_are_called_by_their_folder(
+    tmp_path: Path, place: Callable[[str, int], str], expected: list[str]
+) -> None:
+    runs = [
+        read_run(make_run(tmp_path / place(when, seed), seed=seed)) for when in ("before", "after") for seed in (1, 2)
+    ]
+    assert labels(compare_runs(runs, anyway=True)) == expected

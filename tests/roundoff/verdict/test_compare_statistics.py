@@ -14,8 +14,9 @@ from scipy import integrate, stats
 
 from fuzzing import fuzz
 from roundoff.verdict import statistics
+from roundoff.verdict.sequential import Auto
 from roundoff.verdict.statistics import Paired, judge
-from roundoff.verdict.types import Verdict
+from roundoff.verdict.types import END_LOSS, Verdict
 
 WORDS = ("described", "equivalent", "better", "worse", "undecided", "diverged", "incomplete", "not finished")
 MIRRORED = {"better": "worse", "worse": "better"}
@@ -65,8 +66,16 @@ OF_THREE = " nats on average of 3 seeds, 95% interval "
 CERTAIN = " That it is {}, by less than the margin, is as certain (95%)."
 SAID = [
     ([0.001, -0.001, 0.0005], "equivalent", ["manual is equivalent to the reference within 0.01 nats; ", OF_THREE]),
-    ([0.1, 0.11, 0.12], "worse", ["manual is worse than the reference: its test loss is higher; ", OF_THREE]),
-    ([-0.1, -0.11, -0.12], "better", ["manual is better than the reference: its test loss is lower; ", OF_THREE]),
+    (
+        [0.1, 0.11, 0.12],
+        "worse",
+        [f"manual is worse than the reference: its {END_LOSS} is higher; ", OF_THREE],
+    ),
+    (
+        [-0.1, -0.11, -0.12],
+        "better",
+        [f"manual is better than the reference: its {END_LOSS} is lower; ", OF_THREE],
+    ),
     (
         [0.02, -0.02, 0.001],
         "undecided",
@@ -83,11 +92,11 @@ SAID = [
     (
         [0.001, -0.001, 0.0005, math.nan],
         "diverged",
-        ["manual diverged with seed 3, and the reference did not. With the others its test loss minus the", OF_THREE],
+        ["manual diverged with seed 3, and the reference did not. With the others its training loss of the", OF_THREE],
     ),
     ([0.001, -0.001, math.inf, -math.inf], "diverged", ["manual diverged with seeds 2, 3, and the reference did not."]),
     ([math.nan, math.inf, -math.inf], "diverged", ["manual diverged with seeds 0, 1, 2, and the reference did not."]),
-    ([], "not finished", ["no seed has finished with a finite test loss in both modes."]),
+    ([], "not finished", ["no seed has finished with a finite training loss of the second half in both modes."]),
 ]
 
 
@@ -112,7 +121,10 @@ def test_seeds_that_went_well_do_not_speak_for_those_that_did_not() -> None:
     seen = judge("m", mode, reference, 0.01)
     assert (seen.word, seen.pairs) == ("incomplete", 3)
     assert seen.sentence.startswith("m lacks seeds of the reference. m is equivalent to the reference within 0.01; ")
-    assert "Not counted: seeds 4, 5, 6, 7, 8 and 2 more, which have a test loss in one of the two" in seen.sentence
+    assert (
+        "Not counted: seeds 4, 5, 6, 7, 8 and 2 more, which have a training loss of the second half in one of the two"
+        in seen.sentence
+    )
     better = {seed: loss - 0.1 for seed, loss in mode.items()}
     assert judge("m", better, reference, 0.01).word == "incomplete"
     worse = {seed: loss + 0.1 for seed, loss in mode.items()}
@@ -151,7 +163,10 @@ def test_pairs_are_of_one_seed() -> None:
     assert (seen.word, seen.pairs) == ("undecided", 3)
     half = 4.30265273 * 0.1 / math.sqrt(3)  # of -0.3, -0.2 and -0.1
     assert seen.interval == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-7)
-    assert "Not counted: seeds 8, 9, which have a test loss in one of the two modes only." in seen.sentence
+    assert (
+        "Not counted: seeds 8, 9, which have a training loss of the second half in one of the two modes only."
+        in seen.sentence
+    )
     for bad in (math.nan, math.inf, -math.inf):
         both = judge("manual", {1: bad}, {1: bad}, 0.01)
         assert (both.word, both.pairs, both.difference) == ("not finished", 0, None)
@@ -225,3 +240,46 @@ def test_false_verdicts_are_as_rare_as_promised(seeds: int) -> None:
     assert 65 <= sum(low > 0 or high < 0 for low, high in intervals) <= 135  # 100 expected, deviation 9.7
     passed = sum(statistics.p_equivalence(statistics.summarize(list(row + 0.03)), 0.03) < 0.05 for row in noise)
     assert 65 <= passed <= 135
+
+
+@pytest.mark.parametrize("wrong", ["equivalent", "different"])
+def test_adding_seeds_until_decided_keeps_the_risk(wrong: str) -> None:
+    """By simulation: the true difference is the margin, or 0. With the risk of one look at each, 5% are exceeded."""
+    trials, looks = 500, Auto().looks
+    drawn = np.random.default_rng(26).normal(1.0 if wrong == "equivalent" else 0.0, 1.0, (trials, looks[-1]))
+
+    def errors(said_looks: int) -> float:
+        found = 0
+        for sample in drawn:
+            for count in looks:
+                paired = statistics.summarize(list(sample[:count]), said_looks)
+                low, high = statistics.interval(paired)
+                equivalent = statistics.p_equivalence(paired, 1.0) < statistics.ALPHA
+                if equivalent or not low <= 0 <= high:
+                    found += equivalent if wrong == "equivalent" else not low <= 0 <= high
+                    break
+        return found / trials
+
+    assert errors(len(looks)) <= 0.05 < errors(1)
+
+
+def test_a_verdict_of_several_looks_gives_each_its_part_of_the_risk() -> None:
+    losses = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.25}
+    reference = dict.fromkeys(losses, 0.0)
+    one, five = (judge("m", losses, reference, 0.5, looks=looks) for looks in (1, 5))
+    assert one.p_equivalence is not None
+    assert five.p_equivalence == pytest.approx(5 * one.p_equivalence)
+    assert five.interval == pytest.approx(
+        stats.t.interval(0.99, 3, np.mean([*losses.values()]), stats.sem([*losses.values()]))
+    )
+    assert statistics.power_of_difference(Paired(8, 1.0, 1.0, 5)) < statistics.power_of_difference(Paired(8, 1.0, 1.0))
+    assert statistics.power_of_equivalence(Paired(8, 0.0, 1.0, 5), 1.0) < statistics.power_of_equivalence(
+        Paired(8, 0.0, 1.0), 1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("most", "looks"), [(3, [3]), (4, [3, 4]), (20, [3, 5, 8, 12, 20]), (21, [3, 5, 8, 12, 20, 21])]
+)
+def test_planned_looks(most: int, looks: list[int]) -> None:
+    assert Auto(most).looks == looks
