@@ -1,5 +1,6 @@
 """Paint panels as one picture with matplotlib, for papers and pull requests."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import singledispatch
@@ -100,9 +101,10 @@ def shown(name: str, limit: int = 120) -> str:
 
 
 def _title(said: Sequence[str]) -> list[str]:
-    """Return the lines of the title."""
+    """Return the lines of the title, with raised exponents of 2."""
     more = [f"and {len(said) - MOST_SAID} more"] if len(said) > MOST_SAID else []
-    return [line for sentence in [*said[:MOST_SAID], *more] for line in textwrap.wrap(shown(sentence, 400), 110)]
+    lines = [line for sentence in [*said[:MOST_SAID], *more] for line in textwrap.wrap(shown(sentence, 400), 110)]
+    return [re.sub(r"\b2\^(-?\d+)", r"$\\mathbf{2^{\1}}$", line) for line in lines]
 
 
 def _heat(panel: Panel) -> bool:

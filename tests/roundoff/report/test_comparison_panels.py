@@ -89,7 +89,11 @@ def test_intervals_stand_against_the_margin(case: str) -> None:
     assert marks == ([(2, [1], pytest.approx(wanted))] if wanted else [])
     reach = 1.1 * max(map(abs, [0.01, *wanted]))
     assert panel.x.span == pytest.approx((-reach, reach))
-    assert height(panel) == 2 * 26 + 84  # a row is no higher for marks in other rows
+
+
+def test_a_row_is_no_higher_for_marks_in_other_rows() -> None:
+    panel = panels(make_comparison([make_run(f"mode-{i}") for i in range(9)]))[0]
+    assert (panel.rows, height(panel)) == (8, 8 * 26 + 84)
 
 
 def test_without_a_verdict_there_are_no_intervals() -> None:

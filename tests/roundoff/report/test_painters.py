@@ -239,10 +239,10 @@ def test_matplotlib_draws_what_is_described() -> None:
 def test_the_legend_is_read_from_left_to_right() -> None:
     """Matplotlib fills one column after the other."""
     names = ["a", "b", "c", "d", "e", "f"]
-    figure = matplotlib_painter.paint([[PANELS["curves"]]], list(enumerate(names)), ["It is said."])
+    figure = matplotlib_painter.paint([[PANELS["curves"]]], list(enumerate(names)), ["It is 2^11 $."])
     figure.draw_without_rendering()
     title, below = figure.subfigs
-    assert [text.get_text() for text in title.texts] == ["It is said."]
+    assert [text.get_text() for text in title.texts] == [r"It is $\mathbf{2^{11}}$ \$."]
     (legend,) = below.legends
     boxes = {text.get_text(): text.get_window_extent() for text in legend.get_texts()}
     assert sorted(names, key=lambda name: (-round(boxes[name].y0), boxes[name].x0)) == names
