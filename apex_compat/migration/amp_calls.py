@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from itertools import pairwise
 
+from apex_compat.migration.arguments import bind, is_none, level_of, obstacle_of_arguments, scaler_options
 from apex_compat.migration.names import Reference
 from apex_compat.migration.region import find_region, merge
 from apex_compat.migration.source import Source
@@ -119,7 +120,7 @@ class AmpCalls:
         for models, *optimizers in filter(None, pairs):
             self._models |= _flat(models)
             self._optimizers |= {name for optimizer in optimizers for name in _flat(optimizer)}
-        self._optimizers |= _flat(_keyword(call, "optimizers"))
+        self._optimizers |= _flat(bind("apex.amp.initialize", call).get("optimizers"))
         for other in (*self._losses, *self._by_name.get("apex.amp.master_params", [])):
             self._optimizers |= {name for arg in other.args[-1:] for name in _flat(arg)}
         for node in ast.walk(self._source.tree):
@@ -136,9 +137,8 @@ class AmpCalls:
         if not self._starts:
             return "amp.initialize is not called in this file, so the GradScaler must come from elsewhere"
         for call in self._starts:
-            level = _level(call)
-            if level in LEVELS:
-                return f"opt_level is {level}"
+            if line := obstacle_of_arguments(call):
+                return line
             if not isinstance(self._source.parents[call], ast.Assign) or len(call.args) < 1:
                 return "what amp.initialize returns is not assigned to names"
         obstacles = filter(None, (self._obstacle_of_loss(call) for call in self._losses))
@@ -188,16 +188,13 @@ class AmpCalls:
         source = self._source
         statement = source.parents[call]
         assert isinstance(statement, ast.Assign)  # noqa: S101  _find_obstacle has looked
-        lines = []
-        options = [f"enabled={source.of(enabled)}"] if (enabled := _keyword(call, "enabled")) else []
-        scale = _keyword(call, "loss_scale")
-        if scale and source.of(scale).strip("\"'") != "dynamic":
-            number = source.of(scale)
-            if isinstance(scale, ast.Constant):
-                number = repr(float(scale.value))  # type: ignore[arg-type]
-                options.append(f"init_scale={number}")
-            self.remarks.append((scale, f"GradScaler has no static scale: it starts at init_scale, here {number}"))
-        lines += [f"{self._scaler} = torch.amp.GradScaler({', '.join([self._device, *options])})"]
+        options = scaler_options(call)
+        arguments = bind("apex.amp.initialize", call)
+        for option in options:
+            if option.startswith("init_scale="):
+                line = f"GradScaler has no static scale: it starts at init_scale, here {option[11:]}, and moves"
+                self.remarks.append((arguments["loss_scale"], line))
+        lines = [f"{self._scaler} = torch.amp.GradScaler({', '.join([self._device, *options])})"]
         outermost = source.above(statement)[-1]
         definition = [f"{self._device} = {ON_DEVICE}"]
         if self._used_elsewhere(call):
@@ -207,8 +204,7 @@ class AmpCalls:
         else:  # it may not be reached: then a scaler that does nothing serves
             definition.append(f"{self._scaler} = torch.amp.GradScaler({self._device}, enabled=False)")
             source.insert(outermost, definition)
-        optimizers = _keyword(call, "optimizers")
-        given = [*call.args[:2], *([optimizers] if optimizers else [])]
+        given = [arguments[name] for name in ("models", "optimizers") if not is_none(arguments.get(name))]
         targets = " = ".join(source.of(target) for target in statement.targets)
         if targets.strip("()") == ", ".join(map(source.of, given)):
             source.replace(statement, source.join(statement, lines))
@@ -323,28 +319,19 @@ def amp_remark(reference: Reference, obstacle: str) -> list[str]:
     lines = [REMARKS.get(name, other or "torch.amp has nothing like it; apex_compat keeps it")]
     call = reference.called
     if reference.name == "apex.amp.initialize" and call:
-        level = _level(call)
+        level = level_of(call)
         if level in LEVELS:
             lines = [f"{level}: {LEVELS[level]}"]
         elif level is None:
-            lines.append("the opt_level is not written here: this is what O1 is; O2 has no equal in torch.amp")
+            lines.append(
+                "the opt_level is not written here: this is what O1 is, and O0 with enabled=False. O2 has no equal in "
+                "torch.amp, and O3 is model.half(): a run at either becomes one at O1"
+            )
     if call:
-        lines += [f"{k.arg}: {ARGUMENTS[k.arg]}" for k in call.keywords if k.arg in ARGUMENTS]
+        lines += [f"{name}: {ARGUMENTS[name]}" for name in bind(name, call) if name in ARGUMENTS]
     if obstacle and reference.name in ("apex.amp.initialize", "apex.amp.scale_loss"):
         lines.append(f"left as it is: {obstacle}")
     return lines
-
-
-def _level(call: ast.Call) -> str | None:
-    """Return the literal opt_level of a call of initialize, O1 by default, None if it is an expression."""
-    node = _keyword(call, "opt_level") or (call.args[3] if len(call.args) > 3 else None)
-    if node is None:
-        return None if any(keyword.arg is None for keyword in call.keywords) else "O1"
-    return str(node.value) if isinstance(node, ast.Constant) else None
-
-
-def _keyword(call: ast.Call, name: str) -> ast.expr | None:
-    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
 
 
 def _flat(node: ast.expr | None) -> set[str]:

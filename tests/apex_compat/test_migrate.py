@@ -190,6 +190,14 @@ opt.step()
 KEPT = {
     "O2": (LOOP.format(level='"O2"'), "O2: torch.amp has no half-precision weights with fp32 masters"),
     "O3": (LOOP.format(level='"O3"'), "O3: model.half()"),
+    "an argument that autocast does not have": (
+        LOOP.format(level='"O1", cast_model_type=half'),
+        "left as it is: cast_model_type is given",
+    ),
+    "arguments in a dict": (LOOP.format(level='"O1", **more'), "the arguments of amp.initialize are not written out"),
+    "no loss scale": (LOOP.format(level='"O1", loss_scale="static"'), "left as it is: loss_scale is 'static'"),
+    "a computed loss scale": (LOOP.format(level='"O1", loss_scale=ask()'), "loss_scale is computed in the call"),
+    "O2 by position": (LOOP.replace("opt_level={level}", 'True, "O2"'), "left as it is: opt_level is O2"),
     "private names": (
         LOOP.format(level='"O1"') + "amp._amp_state.loss_scalers[0]._loss_scale = 1\n",
         "private: the scale",
@@ -266,6 +274,24 @@ CHANGED = {
 def test_classes_become_those_of_torch(name):
     text, expected = CHANGED[name]
     assert migrate_text(text).text == "import torch\n" + expected.replace("(\nmodel, ", "(model, ")
+
+
+INITIALIZED = {
+    "opt_level=args.level": 'enabled=args.level != "O0"',
+    'use or forced, "O1"': "enabled=use or forced",
+    "use or forced, args.level, loss_scale=None": 'enabled=(use or forced) and args.level != "O0"',
+    'True, "O1", None, None, None, None, 128': "enabled=True, init_scale=128.0",
+    'loss_scale="dynamic"': "",
+    "loss_scale=args.scale": 'init_scale=2.0**16 if args.scale in (None, "dynamic") else float(args.scale)',
+}
+"""Arguments of initialize after the optimizer -> those of GradScaler after the device."""
+
+
+@pytest.mark.parametrize("arguments", INITIALIZED)
+def test_arguments_of_initialize_reach_the_scaler(arguments):
+    text = LOOP.replace("opt_level={level}", arguments)
+    options = ", ".join(filter(None, ("amp_device", INITIALIZED[arguments])))
+    assert f"\nscaler = torch.amp.GradScaler({options})\n" in migrate_text(text).text
 
 
 ODD = {
