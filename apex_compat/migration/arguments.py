@@ -1,4 +1,4 @@
-"""Says what the arguments of initialize and scale_loss are, by name or by position, and what GradScaler takes of them."""
+"""Says what the arguments of initialize and scale_loss are, and what GradScaler takes of them."""
 
 from __future__ import annotations
 
