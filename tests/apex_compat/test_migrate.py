@@ -448,7 +448,6 @@ ODD = {
         """,
         """
         import torch
-        model, opt = model, opt
         amp_device = "cuda" if torch.cuda.is_available() else "cpu"
         scaler = torch.amp.GradScaler(amp_device)
         with torch.autocast(amp_device, torch.float16, enabled=scaler.is_enabled()):
