@@ -212,3 +212,11 @@ def test_an_installed_apex_that_is_broken_is_replaced_with_a_warning(installed):
             exec("import apex", {})  # noqa: S102
         assert caught[0].filename == "<string>"
         assert importlib.import_module("apex.optimizers") is importlib.import_module("apex_compat.optimizers")
+
+
+@pytest.mark.parametrize("name", ["apex.transformer", "apex.contrib.xentropy"])
+def test_who_looks_for_a_part_that_is_not_offered_finds_none(name):
+    with apex_compat.provide_apex():
+        assert importlib.util.find_spec(name) is None
+        with pytest.raises(ModuleNotFoundError, match="is not offered: use"):
+            importlib.import_module(name)

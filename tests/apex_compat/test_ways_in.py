@@ -205,6 +205,26 @@ def test_threads_and_exit_handlers_still_have_apex(script):
     assert done.stdout + done.stderr == f"thread apex {path} ['x']\nexit apex {path} ['x']\n"
 
 
+SED = {
+    "import apex  # noqa": "import apex_compat as apex  # noqa",
+    "    import apex": "    import apex_compat as apex",
+    "import apex as amp": "import apex_compat as amp",
+    "import apex.amp as amp": "import apex_compat.amp as amp",
+    "from apex.parallel import DDP": "from apex_compat.parallel import DDP",
+    "  from apex import amp": "  from apex_compat import amp",
+    "print('from apex import amp; see apex.amp')": "print('from apex import amp; see apex.amp')",
+    "import os, apex": "import os, apex",
+    "import apex_other": "import apex_other",
+}
+
+
+def test_the_line_for_code_that_one_maintains(script):
+    path = script("\n".join(SED) + "\n")
+    line = next(x for x in (ROOT / "apex_compat" / "README.md").read_text().splitlines() if x.startswith("sed -i"))
+    subprocess.run(line.replace("train.py", path), shell=True, check=True)  # noqa: S602
+    assert Path(path).read_text() == textwrap.dedent("\n".join(SED.values()) + "\n")
+
+
 def test_words_that_name_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([]) == 2
