@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 from itertools import pairwise
 
+from apex_compat.migration.arguments import bind, is_none, level_of, obstacle_of_arguments, scaler_options
 from apex_compat.migration.names import Reference
+from apex_compat.migration.order import Event, are_exclusive, in_loop_between, statements_to_update_after
 from apex_compat.migration.region import find_region, merge
 from apex_compat.migration.source import Source
 
@@ -75,18 +77,18 @@ class AmpCalls:
                 self._by_name.setdefault(reference.name, []).append(reference.called)
         self._starts = self._by_name.get("apex.amp.initialize", [])
         self._losses = self._by_name.get("apex.amp.scale_loss", [])
-        names = {node.id for node in ast.walk(source.tree) if isinstance(node, ast.Name)}
-        self._scaler = "scaler" if "scaler" not in names else "grad_scaler"
-        self._device = "amp_device" if "amp_device" not in names else "amp_device_type"
         self._models: set[str] = set()
         self._optimizers: set[str] = set()
         for call in self._starts:
             self._learn_names(call)
+        self._methods = {method for start in self._starts for method in _methods_beside(source, start)}
+        self._name_the_scaler()
+        self._unscaled: list[tuple[str, ast.stmt]] = []
+        self._updated: list[ast.stmt] = []
         self.obstacle = self._find_obstacle(references)
 
     def rewrite(self) -> None:
         """Change them."""
-        self._unscaled: list[tuple[str, list[ast.stmt], ast.stmt]] = []
         for call in self._starts:
             self._rewrite_initialize(call)
         for region in self._regions():
@@ -97,9 +99,6 @@ class AmpCalls:
             self._rewrite_scale_loss(call)
         self._rewrite_gradients()
         self._rewrite_steps()
-        for node in ast.walk(self._source.tree):
-            if isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
-                self.remarks.append((node, "still times the scale before scaler.unscale_, where apex had unscaled it"))
         for name in ("state_dict", "load_state_dict"):
             for call in self._by_name.get(f"apex.amp.{name}", []):
                 self._source.replace(call.func, f"{self._scaler}.{name}")
@@ -107,6 +106,40 @@ class AmpCalls:
             self._source.replace(call, f"torch.autocast({self._device}, enabled=False)")
 
     # What the script is like
+
+    def _name_the_scaler(self) -> None:
+        """Choose names that the script does not have: of variables, or of attributes where a method initializes."""
+        names: set[str] = set()
+        for node in ast.walk(self._source.tree):
+            names |= {str(getattr(node, kind)) for kind in ("id", "attr", "arg", "name") if hasattr(node, kind)}
+        own = {f"{_first_argument(method)}." for start in self._starts for method in [self._method_of(start)] if method}
+        prefix = "".join(own) if self._keeps_scaler_in_object() else ""
+        self._scaler = prefix + ("scaler" if "scaler" not in names else "grad_scaler")
+        self._device = prefix + ("amp_device" if "amp_device" not in names else "amp_device_type")
+
+    def _method_of(self, node: ast.AST) -> ast.FunctionDef | None:
+        """Return the method that a node is in, itself or in a function in it, of the class that initializes."""
+        while node in self._source.parents and node not in self._methods:
+            node = self._source.parents[node]
+        return node if isinstance(node, ast.FunctionDef) and node in self._methods else None
+
+    def _keeps_scaler_in_object(self) -> bool:
+        return (
+            len(self._starts) == 1 and bool(self._method_of(self._starts[0])) and self._used_elsewhere(self._starts[0])
+        )
+
+    def _obstacle_of_object(self) -> str:
+        """Return why the scaler cannot be an attribute of the object whose method initializes, or an empty text."""
+        if not any(self._method_of(call) and self._used_elsewhere(call) for call in self._starts):
+            return ""
+        if len(self._starts) > 1:
+            return "amp.initialize is called more than once, and in a method"
+        first = {_first_argument(method) for method in self._methods}
+        for use in self._uses():
+            method = self._method_of(use)
+            if method is None or len(first) != 1:
+                return f"line {use.lineno} uses amp outside of the methods of the class that calls amp.initialize"
+        return ""
 
     def _learn_names(self, call: ast.Call) -> None:
         """Take the names of models and optimizers, of what goes in and of what comes out."""
@@ -119,7 +152,7 @@ class AmpCalls:
         for models, *optimizers in filter(None, pairs):
             self._models |= _flat(models)
             self._optimizers |= {name for optimizer in optimizers for name in _flat(optimizer)}
-        self._optimizers |= _flat(_keyword(call, "optimizers"))
+        self._optimizers |= _flat(bind("apex.amp.initialize", call).get("optimizers"))
         for other in (*self._losses, *self._by_name.get("apex.amp.master_params", [])):
             self._optimizers |= {name for arg in other.args[-1:] for name in _flat(arg)}
         for node in ast.walk(self._source.tree):
@@ -136,13 +169,26 @@ class AmpCalls:
         if not self._starts:
             return "amp.initialize is not called in this file, so the GradScaler must come from elsewhere"
         for call in self._starts:
-            level = _level(call)
-            if level in LEVELS:
-                return f"opt_level is {level}"
+            if line := obstacle_of_arguments(call):
+                return line
             if not isinstance(self._source.parents[call], ast.Assign) or len(call.args) < 1:
                 return "what amp.initialize returns is not assigned to names"
         obstacles = filter(None, (self._obstacle_of_loss(call) for call in self._losses))
-        return next(obstacles, "" if self._steps() else "no step() of the optimizer is found in this file")
+        return next(obstacles, "") or self._obstacle_of_order()
+
+    def _obstacle_of_order(self) -> str:
+        """Return why gradients, steps and the scale would not fit together, or an empty text."""
+        if not self._steps():
+            return "no step() of the optimizer is found in this file"
+        if obstacle := self._obstacle_of_object():
+            return obstacle
+        if any(call.args or call.keywords for call in self._steps()):
+            return "scaler.step takes no closure"
+        if obstacle := self._plan_updates() or self._plan_unscaling():
+            return obstacle
+        reads = [n for n in ast.walk(self._source.tree) if isinstance(n, ast.Attribute) and n.attr == "grad"]
+        obstacles = (self._obstacle_of_gradient(node) for node in reads if isinstance(node.ctx, ast.Load))
+        return next(filter(None, obstacles), "")
 
     def _obstacle_of_loss(self, call: ast.Call) -> str:
         item = self._source.parents[call]
@@ -188,27 +234,23 @@ class AmpCalls:
         source = self._source
         statement = source.parents[call]
         assert isinstance(statement, ast.Assign)  # noqa: S101  _find_obstacle has looked
-        lines = []
-        options = [f"enabled={source.of(enabled)}"] if (enabled := _keyword(call, "enabled")) else []
-        scale = _keyword(call, "loss_scale")
-        if scale and source.of(scale).strip("\"'") != "dynamic":
-            number = source.of(scale)
-            if isinstance(scale, ast.Constant):
-                number = repr(float(scale.value))  # type: ignore[arg-type]
-                options.append(f"init_scale={number}")
-            self.remarks.append((scale, f"GradScaler has no static scale: it starts at init_scale, here {number}"))
-        lines += [f"{self._scaler} = torch.amp.GradScaler({', '.join([self._device, *options])})"]
+        options = scaler_options(call)
+        arguments = bind("apex.amp.initialize", call)
+        for option in options:
+            if option.startswith("init_scale="):
+                line = f"GradScaler has no static scale: it starts at init_scale, here {option[11:]}, and moves"
+                self.remarks.append((arguments["loss_scale"], line))
+        lines = [f"{self._scaler} = torch.amp.GradScaler({', '.join([self._device, *options])})"]
         outermost = source.above(statement)[-1]
         definition = [f"{self._device} = {ON_DEVICE}"]
-        if self._used_elsewhere(call):
+        if self._used_elsewhere(call) and "." not in self._scaler:
             definition.insert(0, f"global {self._device}, {self._scaler}")
         if outermost is statement:
             lines[:0] = definition
         else:  # it may not be reached: then a scaler that does nothing serves
             definition.append(f"{self._scaler} = torch.amp.GradScaler({self._device}, enabled=False)")
             source.insert(outermost, definition)
-        optimizers = _keyword(call, "optimizers")
-        given = [*call.args[:2], *([optimizers] if optimizers else [])]
+        given = [arguments[name] for name in ("models", "optimizers") if not is_none(arguments.get(name))]
         targets = " = ".join(source.of(target) for target in statement.targets)
         if targets.strip("()") == ", ".join(map(source.of, given)):
             source.replace(statement, source.join(statement, lines))
@@ -219,11 +261,13 @@ class AmpCalls:
             source.replace_between(source.end(one), source.start(other), ", ")
         source.replace_between(source.end(given[-1]), source.end(statement), source.join(statement, ["", *lines]))
 
+    def _uses(self) -> list[ast.Call]:
+        uses = [c for name, calls in self._by_name.items() if name.startswith("apex.amp.") for c in calls]
+        return [*uses, *self._steps(), *(clip for clip, _ in self._clips())]
+
     def _used_elsewhere(self, call: ast.Call) -> bool:
         scope = self._source.scope(call)
-        uses = [c for name, calls in self._by_name.items() if name.startswith("apex.amp.") for c in calls]
-        others = [*uses, *self._steps(), *(clip for clip, _ in self._clips())]
-        return not isinstance(scope, ast.Module) and any(self._source.scope(use) is not scope for use in others)
+        return not isinstance(scope, ast.Module) and any(self._source.scope(use) is not scope for use in self._uses())
 
     def _rewrite_scale_loss(self, call: ast.Call) -> None:
         source = self._source
@@ -249,8 +293,9 @@ class AmpCalls:
         inside = {id(node) for call in masters for node in self._around(call)}
         for node in ast.walk(self._source.tree):
             if isinstance(node, ast.Call) and _last_name(node.func).startswith("clip_grad_") and id(node) not in inside:
-                optimizers = self._optimizers_of_losses() or self._optimizers
-                found += [(node, name) for name in sorted(optimizers)[:1]]
+                steps = [step for step in self._steps() if self._source.scope(step) is self._source.scope(node)]
+                optimizers = {self._source.of(step.func.value) for step in steps}  # type: ignore[attr-defined]
+                found.append((node, optimizers.pop() if len(optimizers) == 1 else ""))
         return sorted(found, key=lambda clip: self._source.start(clip[0]))
 
     def _around(self, node: ast.AST) -> list[ast.AST]:
@@ -260,25 +305,77 @@ class AmpCalls:
             around.append(node)
         return around
 
-    def _optimizers_of_losses(self) -> set[str]:
-        return {name for call in self._losses if len(call.args) > 1 for name in _flat(call.args[1])}
-
-    def _rewrite_gradients(self) -> None:
-        """Unscale the gradients before they are looked at, once in a block."""
+    def _plan_unscaling(self) -> str:
+        """Find before which statements gradients are unscaled; return an obstacle if they cannot be, once a step."""
         source = self._source
         for call, optimizer in self._clips():
-            if _last_name(call.func) == "master_params":
-                source.replace(call, f'(p for group in {optimizer}.param_groups for p in group["params"])')
             statement = source.statement(call)
-            blocks = [source.block(around) for around in source.above(statement)]
-            if any(name == optimizer and block in blocks for name, block, _ in self._unscaled):
+            later = [step for step in self._steps_of(optimizer) if source.start(step) > source.start(call)]
+            blocks = [source.block(source.statement(step)) for step in later]
+            if not any(in_loop_between(source, statement, block) is False for block in blocks):
+                return (
+                    f"line {call.lineno} looks at gradients elsewhere than before a step of its optimizer, once a step"
+                )
+            before = [other for name, other in self._unscaled if name == optimizer and self._same_step(other, call)]
+            around = [source.block(other) for other in source.above(statement)]
+            if any(source.block(other) in around for other in before):
                 continue
-            self._unscaled.append((optimizer, source.block(statement), statement))
-            source.insert(statement, [f"{self._scaler}.unscale_({optimizer})"])
-            steps = [step for step in self._steps() if source.of(step.func.value) == optimizer]  # type: ignore[attr-defined]
-            if not any(source.block(source.statement(step)) in blocks for step in steps):
-                line = "unscale_ may run once a step: move it and what follows to just before scaler.step"
-                self.remarks.append((call, line))
+            if not all(are_exclusive(source, other, statement) for other in before):
+                return f"line {call.lineno} looks at gradients a second time; unscale_ may run once a step"
+            self._unscaled.append((optimizer, statement))
+        return ""
+
+    def _same_step(self, one: ast.stmt, other: ast.expr) -> bool:
+        """Return True if two nodes are in one function, the first before the second, without a step between."""
+        source = self._source
+        between = [s for s in self._steps() if source.start(one) < source.start(s) < source.start(other)]
+        return source.scope(one) is source.scope(other) and not between
+
+    def _obstacle_of_gradient(self, node: ast.Attribute) -> str:
+        """Return why a gradient that is read would be another number, or an empty text."""
+        source = self._source
+        parent = source.parents[node]
+        while isinstance(parent, ast.Attribute) and parent.attr == "data":
+            parent = source.parents[parent]
+        harmless = isinstance(parent, ast.Attribute) and parent.attr in ("zero_", "detach_")
+        if harmless or (isinstance(parent, ast.Compare) and isinstance(parent.ops[0], (ast.Is, ast.IsNot))):
+            return ""
+        above = source.above(node)
+        withs = [source.parents[source.parents[call]] for call in self._losses]
+        if any(statement in withs for statement in above):
+            return ""  # apex unscales at the end of the `with`
+        unscaled = [other for _, other in self._unscaled] + [source.statement(step) for step in self._steps()]
+        starts = [source.start(call) for call in self._losses if source.start(call) < source.start(node)]
+        blocks = [source.block(statement) for statement in above]
+        for other in unscaled:
+            if source.block(other) in blocks and max(starts, default=0) < source.start(other) <= source.start(node):
+                names = {source.of(step.func.value) for step in self._steps()}  # type: ignore[attr-defined]
+                if len(names) == 1 and self._is_parameter(node.value):
+                    return ""
+        return f"line {node.lineno} reads a gradient that is still times the scale there"
+
+    def _is_parameter(self, node: ast.expr) -> bool:
+        """Return True for a part of a model, and for what a loop takes from parameters."""
+        text = ast.unparse(node)
+        if any(text.startswith(f"{model}.") for model in self._models):
+            return True
+        for loop in ast.walk(self._source.tree):
+            if isinstance(loop, (ast.For, ast.comprehension)) and text in _names(loop.target):
+                words = {_last_name(part) for part in ast.walk(loop.iter) if isinstance(part, ast.expr)}
+                if words & {"parameters", "named_parameters", "master_params"}:
+                    return True
+        return False
+
+    def _rewrite_gradients(self) -> None:
+        """Unscale the gradients before they are looked at."""
+        for call, optimizer in self._clips():
+            if _last_name(call.func) == "master_params":
+                self._source.replace(call, f'(p for group in {optimizer}.param_groups for p in group["params"])')
+        for optimizer, statement in self._unscaled:
+            self._source.insert(statement, [f"{self._scaler}.unscale_({optimizer})"])
+
+    def _steps_of(self, optimizer: str) -> list[ast.Call]:
+        return [step for step in self._steps() if self._source.of(step.func.value) == optimizer]  # type: ignore[attr-defined]
 
     def _steps(self) -> list[ast.Call]:
         """Return the calls `optimizer.step()`."""
@@ -291,21 +388,30 @@ class AmpCalls:
             and self._source.of(node.func.value) in self._optimizers
         ]
 
-    def _rewrite_steps(self) -> None:
-        last: dict[int, ast.stmt] = {}
+    def _plan_updates(self) -> str:
+        """Find after which statements the scale is updated; return an obstacle if there is no place for that."""
+        source = self._source
+        losses, steps = [], []
+        for call in self._losses:
+            names = _flat(bind("apex.amp.scale_loss", call).get("optimizers"))
+            losses.append(Event(source.statement(call), source.scope(call), frozenset(names), source.start(call)))
         for call in self._steps():
-            arguments = [self._source.of(arg) for arg in call.args]
+            names = {source.of(call.func.value)}  # type: ignore[attr-defined]
+            statement = self._after_all_optimizers(source.statement(call), call)
+            if isinstance(statement, ast.For):
+                names |= _flat(statement.iter)
+            steps.append(Event(statement, source.scope(call), frozenset(names), source.start(call)))
+        self._updated, obstacle = statements_to_update_after(source, losses, sorted(steps, key=lambda step: step.at))
+        return obstacle
+
+    def _rewrite_steps(self) -> None:
+        for call in self._steps():
             optimizer = self._source.of(call.func.value)  # type: ignore[attr-defined]
-            self._source.replace(call, f"{self._scaler}.step({', '.join([optimizer, *arguments])})")
-            if call.args or call.keywords:
-                self.remarks.append((call, "scaler.step takes no closure"))
-            statement = self._source.statement(call)
+            self._source.replace(call, f"{self._scaler}.step({optimizer})")
             self.remarks.append(
                 (call, "scaler.step(optimizer); scaler.update(): it skips the step if a gradient is inf")
             )
-            statement = self._after_all_optimizers(statement, call)
-            last[id(self._source.block(statement))] = statement
-        for statement in last.values():
+        for statement in self._updated:
             self._source.insert(statement, [f"{self._scaler}.update()"], after=True)
 
     def _after_all_optimizers(self, statement: ast.stmt, step: ast.Call) -> ast.stmt:
@@ -323,28 +429,33 @@ def amp_remark(reference: Reference, obstacle: str) -> list[str]:
     lines = [REMARKS.get(name, other or "torch.amp has nothing like it; apex_compat keeps it")]
     call = reference.called
     if reference.name == "apex.amp.initialize" and call:
-        level = _level(call)
+        level = level_of(call)
         if level in LEVELS:
             lines = [f"{level}: {LEVELS[level]}"]
         elif level is None:
-            lines.append("the opt_level is not written here: this is what O1 is; O2 has no equal in torch.amp")
+            lines.append(
+                "the opt_level is not written here: this is what O1 is, and O0 with enabled=False. O2 has no equal in "
+                "torch.amp, and O3 is model.half(): a run at either becomes one at O1"
+            )
     if call:
-        lines += [f"{k.arg}: {ARGUMENTS[k.arg]}" for k in call.keywords if k.arg in ARGUMENTS]
+        lines += [f"{name}: {ARGUMENTS[name]}" for name in bind(name, call) if name in ARGUMENTS]
     if obstacle and reference.name in ("apex.amp.initialize", "apex.amp.scale_loss"):
         lines.append(f"left as it is: {obstacle}")
     return lines
 
 
-def _level(call: ast.Call) -> str | None:
-    """Return the literal opt_level of a call of initialize, O1 by default, None if it is an expression."""
-    node = _keyword(call, "opt_level") or (call.args[3] if len(call.args) > 3 else None)
-    if node is None:
-        return None if any(keyword.arg is None for keyword in call.keywords) else "O1"
-    return str(node.value) if isinstance(node, ast.Constant) else None
+def _methods_beside(source: Source, call: ast.Call) -> list[ast.FunctionDef]:
+    """Return the methods of the class in one of whose methods `call` is; none if it is in no class."""
+    node: ast.AST = call
+    while node in source.parents:
+        node, inner = source.parents[node], node
+        if isinstance(node, ast.ClassDef) and isinstance(inner, ast.FunctionDef):
+            return [m for m in node.body if isinstance(m, ast.FunctionDef) and m.args.args and not m.decorator_list]
+    return []
 
 
-def _keyword(call: ast.Call, name: str) -> ast.expr | None:
-    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+def _first_argument(method: ast.FunctionDef) -> str:
+    return method.args.args[0].arg
 
 
 def _flat(node: ast.expr | None) -> set[str]:

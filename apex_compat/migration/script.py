@@ -83,8 +83,7 @@ def _rewrite_imports(source: Source, imports: list[Imported], kept: set[str], ne
     )
     for number, (statement, names) in enumerate(statements.items()):
         if number == 0 and not has_torch:
-            first = source.above(statement)[-1]
-            source.insert(first, ["import torch"])
+            _import_torch(source, statement)
         ours = {imported.alias for imported in names}
         lines = [_import_line(imported) for imported in names if imported.local in kept]
         others = [alias for alias in statement.names if alias not in ours]
@@ -94,6 +93,18 @@ def _rewrite_imports(source: Source, imports: list[Imported], kept: set[str], ne
             source.replace(statement, source.join(statement, lines))
         else:
             source.delete_line(statement)
+
+
+def _import_torch(source: Source, statement: ast.stmt) -> None:
+    """Import torch for the whole script: before `statement`, or before all others if that is in a function."""
+    head = source.tree.body[: bool(ast.get_docstring(source.tree, clean=False) is not None)]
+    head += [n for n in source.tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+    if isinstance(source.scope(statement), ast.Module):
+        source.insert(source.above(statement)[-1], ["import torch"])
+    elif head:
+        source.insert(head[-1], ["import torch"], after=True)
+    else:
+        source.insert(source.tree.body[0], ["import torch"])
 
 
 def _import_line(imported: Imported) -> str:

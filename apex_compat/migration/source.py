@@ -68,10 +68,13 @@ class Source:
             text = "".join(f"; {line}" if after else f"{line}; " for line in lines)
             self._changes.append((at, at, text.encode()))
             return
-        number = (node.end_lineno or node.lineno) if after else node.lineno - 1
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        number = (node.end_lineno or node.lineno) if after else first - 1
         missing = b"" if self._lines[number - 1 if after else number].endswith(b"\n") or not after else b"\n"
         inserted = "".join(f"{self.margin(node)}{line}\n" for line in lines).encode()
-        self._changes.append((self._starts[number], self._starts[number], missing + inserted))
+        change = (self._starts[number], self._starts[number], missing + inserted)
+        # What goes after one statement stands before what goes before the next.
+        self._changes.insert(0 if after else len(self._changes), change)
 
     def can_move(self, nodes: list[ast.stmt]) -> bool:
         """Return True if the lines of `nodes` can be moved in and out: they are theirs alone, without long strings."""

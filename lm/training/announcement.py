@@ -47,6 +47,7 @@ def opening(args: Options, config: dict[str, Any], run_dir: Path) -> list[str]:
     several = f" in {processes.world_size()} processes" if processes.world_size() > 1 else ""
     threads = f", threads used: {config['environment']['threads']}" if args.device == "cpu" else ""
     replaced = ", where it replaces an earlier one" if args.resume is None and args.save.exists() else ""
+    stays_in_warmup = args.max_steps is not None and args.max_steps < args.warmup
     return [
         f"| mode: {precision['mode']}: {precision['dtype']} products, {weights}, {scaled}",
         f"| device: {args.device}{several} ({config['environment']['device']}{threads})",
@@ -54,6 +55,7 @@ def opening(args: Options, config: dict[str, Any], run_dir: Path) -> list[str]:
         f"| data: {printable(config['corpus'])}, {corpus['train_tokens']:,} words to train on, {corpus['words']:,} "
         "different ones",
         f"| records go to {printable(run_dir)}, the best model to {printable(args.save)}{replaced}",
+        *([f"| the warm-up of {args.warmup} steps does not end in {args.max_steps} steps"] if stays_in_warmup else []),
     ]
 
 

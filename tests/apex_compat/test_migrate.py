@@ -187,9 +187,28 @@ with amp.scale_loss(loss, opt) as scaled:
 opt.step()
 """
 
+GAN = """\
+from apex import amp
+(G, D), (oG, oD) = amp.initialize([G, D], [oG, oD])
+d = D(x)
+with amp.scale_loss(d, oD) as s:
+    s.backward()
+g = G(x)
+with amp.scale_loss(g, oG) as s: s.backward()
+"""
+ATTACK = LOOP.format(level='"O1"').replace("opt.step", "grad = delta.grad\nopt.step")
+
 KEPT = {
     "O2": (LOOP.format(level='"O2"'), "O2: torch.amp has no half-precision weights with fp32 masters"),
     "O3": (LOOP.format(level='"O3"'), "O3: model.half()"),
+    "an argument that autocast does not have": (
+        LOOP.format(level='"O1", cast_model_type=half'),
+        "left as it is: cast_model_type is given",
+    ),
+    "arguments in a dict": (LOOP.format(level='"O1", **more'), "the arguments of amp.initialize are not written out"),
+    "no loss scale": (LOOP.format(level='"O1", loss_scale="static"'), "left as it is: loss_scale is 'static'"),
+    "a computed loss scale": (LOOP.format(level='"O1", loss_scale=ask()'), "loss_scale is computed in the call"),
+    "O2 by position": (LOOP.replace("opt_level={level}", 'True, "O2"'), "left as it is: opt_level is O2"),
     "private names": (
         LOOP.format(level='"O1"') + "amp._amp_state.loss_scalers[0]._loss_scale = 1\n",
         "private: the scale",
@@ -204,6 +223,53 @@ KEPT = {
         LOOP.format(level='"O1"').replace("loss = model(x)\n", ""),
         "the forward pass that belongs to line 3 is in another function",
     ),
+    "steps under unlike conditions": (
+        GAN + "oD.step()\nif i % 2:\n    oG.step()\n",
+        "the steps of line 8 and of others are taken under unlike conditions",
+    ),
+    "gradients that wait while another optimizer steps": (
+        GAN.replace("with amp.scale_loss(g, oG)", "oD.step()\nwith amp.scale_loss(g, oG)")
+        + "if i % 2:\n    oG.step()\n",
+        "gradients of line 8 wait for a later step while another optimizer steps",
+    ),
+    "the gradient of an input": (
+        ATTACK.replace("delta.grad", "delta.grad.detach()"),
+        "line 6 reads a gradient that is still times the scale",
+    ),
+    "a gradient that is logged": (
+        LOOP.format(level='"O1"').replace("opt.step", "log(model.w.grad)\nopt.step"),
+        "line 6 reads a gradient that is still times the scale",
+    ),
+    "clipping at each micro-batch": (
+        LOOP.format(level='"O1"').replace("opt.step", "clip_grad_norm_(amp.master_params(opt), 1)\nif i % 2: opt.step"),
+        "line 6 looks at gradients elsewhere than before a step",
+    ),
+    "clipping in a loop before the step": (
+        LOOP.format(level='"O1"').replace("opt.step", "for _ in x: clip_grad_norm_(model.parameters(), 1)\nopt.step"),
+        "line 6 looks at gradients elsewhere than before a step",
+    ),
+    "clipping twice": (
+        LOOP.format(level='"O1"').replace("opt.step", "if a: clip_grad_norm_(p, 1)\nclip_grad_norm_(p, 1)\nopt.step"),
+        "line 7 looks at gradients a second time",
+    ),
+    "clipping for one of two optimizers": (
+        GAN + "clip_grad_norm_(D.parameters(), 1)\noD.step()\noG.step()\n",
+        "line 8 looks at gradients elsewhere than before a step",
+    ),
+    "a scaler of an object, outside of its methods": (
+        """\
+from apex import amp
+class Trainer:
+    def __init__(self, model, opt):
+        self.model, self.opt = amp.initialize(model, opt)
+        loss = self.model(x)
+        with amp.scale_loss(loss, self.opt) as scaled: scaled.backward()
+        self.opt.step()
+save(amp.state_dict())
+""",
+        "line 8 uses amp outside of the methods of the class that calls amp.initialize",
+    ),
+    "a closure": (LOOP.format(level='"O1"').replace("step()", "step(closure)"), "scaler.step takes no closure"),
     "LARC": ("from apex.parallel import LARC\nopt = LARC(opt)\n", "torch has none; apex_compat.parallel keeps it"),
     "positions": ("from apex.optimizers import FusedAdam\nFusedAdam(p, 1, True)\n", "name the others"),
     "an option of apex alone": (
@@ -268,6 +334,45 @@ def test_classes_become_those_of_torch(name):
     assert migrate_text(text).text == "import torch\n" + expected.replace("(\nmodel, ", "(model, ")
 
 
+IN_FUNCTIONS = """\
+'''A docstring.'''
+from __future__ import annotations
+@decorated
+def train(model, opt):
+    from apex import amp
+    model, opt = amp.initialize(model, opt)
+    loss = model(x)
+    with amp.scale_loss(loss, opt) as s: s.backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2], ids=["first line", "after the docstring", "after __future__"])
+def test_torch_is_imported_for_the_whole_script(lines):
+    head, text = IN_FUNCTIONS.splitlines(keepends=True)[:lines], IN_FUNCTIONS.splitlines(keepends=True)[2:]
+    after = migrate_text("".join(head + text)).text
+    assert after.startswith("".join([*head, "import torch\n@decorated\n"]))
+    assert after.count("import") == after.count("__future__ import") + 1
+
+
+INITIALIZED = {
+    "opt_level=args.level": 'enabled=args.level != "O0"',
+    'use or forced, "O1"': "enabled=use or forced",
+    "use or forced, args.level, loss_scale=None": 'enabled=(use or forced) and args.level != "O0"',
+    'True, "O1", None, None, None, None, 128': "enabled=True, init_scale=128.0",
+    'loss_scale="dynamic"': "",
+    "loss_scale=args.scale": 'init_scale=2.0**16 if args.scale in (None, "dynamic") else float(args.scale)',
+}
+"""Arguments of initialize after the optimizer -> those of GradScaler after the device."""
+
+
+@pytest.mark.parametrize("arguments", INITIALIZED)
+def test_arguments_of_initialize_reach_the_scaler(arguments):
+    text = LOOP.replace("opt_level={level}", arguments)
+    options = ", ".join(filter(None, ("amp_device", INITIALIZED[arguments])))
+    assert f"\nscaler = torch.amp.GradScaler({options})\n" in migrate_text(text).text
+
+
 ODD = {
     "methods of a class": (
         """
@@ -289,19 +394,18 @@ ODD = {
         class Trainer:
             def __init__(self, model, opt):
                 self.model, self.opt = model, opt
-                global amp_device, scaler
-                amp_device = "cuda" if torch.cuda.is_available() else "cpu"
-                scaler = torch.amp.GradScaler(amp_device, enabled=opt is not None)
+                self.amp_device = "cuda" if torch.cuda.is_available() else "cpu"
+                self.scaler = torch.amp.GradScaler(self.amp_device, enabled=opt is not None)
             def step(self, x):
-                with torch.autocast(amp_device, torch.float16, enabled=scaler.is_enabled()):
+                with torch.autocast(self.amp_device, torch.float16, enabled=self.scaler.is_enabled()):
                     loss = self.model(x).mean()
-                scaled = scaler.scale(loss)
+                scaled = self.scaler.scale(loss)
                 scaled.backward()
                 # clip
-                scaler.unscale_(self.opt)
+                self.scaler.unscale_(self.opt)
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1)
-                scaler.step(self.opt)
-                scaler.update()
+                self.scaler.step(self.opt)
+                self.scaler.update()
         """,
     ),
     "several statements on a line": (
@@ -325,6 +429,42 @@ ODD = {
                     loss = net(x).mean()
                 scaler.scale(loss).backward()
                 if i % 2: scaler.step(opt); scaler.update(); opt.zero_grad()
+        """,
+    ),
+    "two rounds, and gradients that are read when they are unscaled": (
+        """
+        import torch
+        from apex import amp
+        model, opt = amp.initialize(model, opt)
+        loss = model(x)
+        with amp.scale_loss(loss, opt) as s: s.backward()
+        torch.nn.utils.clip_grad_norm_(amp.master_params(opt), 1)
+        print([p.grad for p in model.parameters() if p.grad is not None])
+        opt.step()
+        loss = model(x)
+        with amp.scale_loss(loss, opt) as s: s.backward()
+        torch.nn.utils.clip_grad_norm_(amp.master_params(opt), 1)
+        opt.step()
+        """,
+        """
+        import torch
+        amp_device = "cuda" if torch.cuda.is_available() else "cpu"
+        scaler = torch.amp.GradScaler(amp_device)
+        with torch.autocast(amp_device, torch.float16, enabled=scaler.is_enabled()):
+            loss = model(x)
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_((p for group in opt.param_groups for p in group["params"]), 1)
+        print([p.grad for p in model.parameters() if p.grad is not None])
+        scaler.step(opt)
+        scaler.update()
+        with torch.autocast(amp_device, torch.float16, enabled=scaler.is_enabled()):
+            loss = model(x)
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_((p for group in opt.param_groups for p in group["params"]), 1)
+        scaler.step(opt)
+        scaler.update()
         """,
     ),
     "calls within calls, over lines": (

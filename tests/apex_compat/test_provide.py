@@ -102,12 +102,12 @@ def test_the_line_of_the_readme_changes_a_script(tmp_path):
         pytest.skip("there is no sed on this machine")
     line = re.search(r"^sed .*", (ROOT / "apex_compat" / "README.md").read_text(), re.MULTILINE)[0]
     script = tmp_path / "train.py"
-    of_apex = [line for line in IMPORTS.splitlines() if "amp_C" not in line and "apex_C" not in line]
+    of_apex = [line for line in IMPORTS.splitlines() if not re.search("amp_C|apex_C|import apex[.].*,", line)]
     script.write_text("\n".join([*of_apex, "import apex", "assert apex.amp.initialize is apex.amp.initialize"]))
     subprocess.run([*shlex.split(line)[:-1], str(script)], check=True)
     names = {}
     exec(script.read_text(), names)  # noqa: S102
-    assert names["amp"] is names["apex_compat"].amp is amp
+    assert names["amp"] is names["apex"].amp is amp
 
 
 @pytest.mark.parametrize(
@@ -212,3 +212,11 @@ def test_an_installed_apex_that_is_broken_is_replaced_with_a_warning(installed):
             exec("import apex", {})  # noqa: S102
         assert caught[0].filename == "<string>"
         assert importlib.import_module("apex.optimizers") is importlib.import_module("apex_compat.optimizers")
+
+
+@pytest.mark.parametrize("name", ["apex.transformer", "apex.contrib.xentropy"])
+def test_who_looks_for_a_part_that_is_not_offered_finds_none(name):
+    with apex_compat.provide_apex():
+        assert importlib.util.find_spec(name) is None
+        with pytest.raises(ModuleNotFoundError, match="is not offered: use"):
+            importlib.import_module(name)

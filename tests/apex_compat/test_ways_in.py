@@ -158,6 +158,91 @@ def test_a_script_for_cuda_is_told_of_the_cpu_where_there_is_no_gpu(script, monk
     assert TRY.format(path) not in lines(available=True) + lines("--device", "cpu", available=False)
 
 
+def test_a_relative_path_is_as_in_python(script, tmp_path, monkeypatch, capsys):
+    script("import sys; print(__file__, sys.argv)", name="say.py")
+    (tmp_path / "sub").mkdir()
+    for folder, word in ((tmp_path, "say.py"), (tmp_path, "./say.py"), (tmp_path / "sub", "../say.py")):
+        monkeypatch.chdir(folder)
+        assert main([word]) == 0
+        python = subprocess.run([sys.executable, "-I", word], capture_output=True, text=True, check=True).stdout
+        assert capsys.readouterr().out == python
+
+
+def test_a_module_runs_as_by_python_m(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pkg_to_run").mkdir()
+    (tmp_path / "pkg_to_run" / "part.py").write_text("VALUE = 3")
+    text = (
+        "import sys\nfrom .part import VALUE\nprint(__name__, __file__, __package__, __spec__.name, sys.argv, VALUE)\n"
+    )
+    for name in ("train", "__main__"):
+        script(text, name=f"pkg_to_run/{name}.py")
+    monkeypatch.chdir(tmp_path)
+    for name in ("pkg_to_run.train", "pkg_to_run"):
+        assert main(["-m", name, "-m", "--lr"]) == 0
+        python = [sys.executable, "-m", name, "-m", "--lr"]
+        assert capsys.readouterr().out == subprocess.run(python, capture_output=True, text=True, check=True).stdout
+    for module in [name for name in sys.modules if name.startswith("pkg_to_run")]:
+        del sys.modules[module]
+    assert main(["-m", "pkg_not_there"]) == 2
+    assert capsys.readouterr().err.startswith("error: MODULE is 'pkg_not_there': there is no such module to run")
+
+
+LIVES_ON = """
+    import atexit, sys, threading
+    def say(who):
+        import apex, __main__
+        print(who, apex.__name__, __main__.__file__, sys.argv[1:])
+        del sys.modules["apex"]
+    threading.Thread(target=lambda: (threading.main_thread().join(), say("thread"))).start()
+    atexit.register(say, "exit")
+"""
+
+
+def test_threads_and_exit_handlers_still_have_apex(script):
+    path = script(LIVES_ON)
+    command = [sys.executable, "-m", "apex_compat", path, "x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == f"thread apex {path} ['x']\nexit apex {path} ['x']\n"
+
+
+SED = {
+    "import apex  # noqa": "import apex_compat as apex  # noqa",
+    "    import apex": "    import apex_compat as apex",
+    "import apex as amp": "import apex_compat as amp",
+    "import apex.amp as amp": "import apex_compat.amp as amp",
+    "from apex.parallel import DDP": "from apex_compat.parallel import DDP",
+    "  from apex import amp": "  from apex_compat import amp",
+    "print('from apex import amp; see apex.amp')": "print('from apex import amp; see apex.amp')",
+    "import os, apex": "import os, apex",
+    "import apex_other": "import apex_other",
+}
+
+
+def test_the_line_for_code_that_one_maintains(script):
+    path = script("\n".join(SED) + "\n")
+    line = next(x for x in (ROOT / "apex_compat" / "README.md").read_text().splitlines() if x.startswith("sed -i"))
+    subprocess.run(line.replace("train.py", path), shell=True, check=True)  # noqa: S602
+    assert Path(path).read_text() == textwrap.dedent("\n".join(SED.values()) + "\n")
+
+
+def test_words_that_name_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 2
+    assert "migrate SCRIPT" in capsys.readouterr().err
+    assert main(["enabel"]) == 2
+    assert capsys.readouterr().err == "error: SCRIPT is 'enabel': there is no such file; did you mean enable?\n"
+    (tmp_path / "enabel").touch()
+    assert main(["enabel"]) == 0
+
+
+def test_a_reader_may_stop_early(site_packages, monkeypatch, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["status"]) == 1
+
+
 def test_a_script_that_cannot_be_read(tmp_path, capsys):
     assert main([str(tmp_path / "missing.py")]) == 2
     error = capsys.readouterr().err
@@ -341,7 +426,7 @@ def test_a_script_that_is_called_like_a_command(script, monkeypatch, tmp_path, c
     script("print('I am', __file__)", name="enable")
     monkeypatch.chdir(tmp_path)
     assert main(["./enable"]) == 0
-    assert capsys.readouterr().out == "I am ./enable\n"
+    assert capsys.readouterr().out == f"I am {tmp_path}/./enable\n"
     with pytest.raises(SystemExit, match="2"):
         main(["enable", "now"])
 

@@ -36,6 +36,12 @@ def test_a_model_of_an_earlier_run_is_not_replaced_without_a_word(programs) -> N
     assert said not in programs.run("main", "--resume", "run").out, "it is the run's own"
 
 
+def test_a_warmup_that_is_longer_than_the_run_is_named(programs) -> None:
+    said = "| the warm-up of 3 steps does not end in 2 steps\n"
+    assert said in programs.train("main", "--warmup", "3", "--max-steps", "2").out
+    assert "does not end" not in programs.train("main", "--warmup", "2", "--max-steps", "2", name="b").out
+
+
 def commands(out: str) -> dict[str, list[str]]:
     """Return what a command is for -> its words."""
     found = re.findall(r"^\| (to [a-z ]+): python (.*)$", out, re.M)
