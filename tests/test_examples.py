@@ -20,6 +20,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 
+from jobs import mostly_slow
 from programs import ROOT, read_run
 from roundoff import Autocast
 from roundoff.modes import named
@@ -51,9 +52,9 @@ class Ran(NamedTuple):
     printed: str
 
     def row(self, mode: str) -> tuple[float, float | None, str]:
-        """Return loss, difference and verdict of `mode` in the comparison's table."""
-        pattern = rf"^{mode} +([\d.]+)  (?:([-+][\d.]+) \[.*?\]|-) +(\w+) "
-        loss, difference, verdict = re.search(pattern, self.printed, re.MULTILINE).groups()
+        """Return training loss, difference and verdict of `mode` in the comparison's table."""
+        pattern = rf"^{mode} +(\w+) +(?:([-+][\d.]+) \[.*?\]|-) +([\d.]+) "
+        verdict, difference, loss = re.search(pattern, self.printed, re.MULTILINE).groups()
         return float(loss), difference and float(difference), verdict
 
     def total(self, mode: str) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def test_the_notebook_is_the_example(kind: str) -> None:
     assert len(written) > 3
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt", "tabular"])
+@pytest.mark.parametrize("name", mostly_slow(["cnn", "gpt", "tabular"], "cnn"))
 def test_an_example_is_probed_and_compared(name, ran) -> None:
     example = ran(name)
     folder = example.module.folder
@@ -136,6 +137,7 @@ def test_a_cnn_learns_in_every_mode_and_in_fp32_as_by_plain_pytorch(ran) -> None
     assert ran("cnn").total("masters-fp16") == ran("cnn").total("fp16-optimizer")
 
 
+@pytest.mark.slow
 def test_a_gpt_trains_alike_in_every_mode(ran) -> None:
     gpt = ran("gpt")
     for mode in gpt.module.MODES[1:]:
@@ -146,6 +148,7 @@ def test_a_gpt_trains_alike_in_every_mode(ran) -> None:
         assert gpt.total(mode)["critical_batch"] > (1e4 if mode == "amp-bf16" else 1e5)
 
 
+@pytest.mark.slow
 def test_half_weights_without_masters_train_a_table_worse(ran) -> None:
     table = ran("tabular")
     without, masters = table.total("bf16-weights"), table.total("masters-bf16")
@@ -159,7 +162,7 @@ def test_torch_amp_repeats_apex(ran) -> None:
     """O1 and autocast cast the same products of this model, and both loss scales move alike, overflows included."""
     example = ran("from_apex")
     assert [example.row(mode)[2] for mode in example.module.MODES[:3]] == ["reference", "equivalent", "equivalent"]
-    differs_at_step = dict(re.findall(r"^(\S+) .* equivalent +(\w+) ", example.printed, re.MULTILINE))
+    differs_at_step = dict(re.findall(r"^(\S+) +(none|\d+) ", example.printed, re.MULTILINE))
     assert differs_at_step["amp-fp16"] == "none" != differs_at_step["apex-o2"]
 
 

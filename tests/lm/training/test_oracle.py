@@ -216,7 +216,7 @@ def test_fp32_equals_plain_pytorch_in_every_bit(train, corpus, device, script, c
     assert sum(row["loss"] for row in steps[-20:]) < 0.96 * sum(row["loss"] for row in steps[:20])
 
 
-@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("epochs", jobs.mostly_slow([2, 3], 3))
 @pytest.mark.parametrize("script", jobs.mostly_slow(FP32, "main"))
 def test_whole_epochs_equal_plain_pytorch_in_every_bit(train, tmp_path, device, script, epochs) -> None:
     """Validation and test too; the last batch of each text is short. The first epoch of two is the best."""
@@ -326,7 +326,7 @@ def test_manual_and_fp16_optimizer_agree_over_a_whole_run(train, request, device
     assert left[0] == left[1]
 
 
-@pytest.mark.parametrize("job", jobs.mostly_slow(JOBS, "GRU tied", "Transformer, AdamW"))
+@pytest.mark.parametrize("job", jobs.mostly_slow(JOBS, "GRU tied"))
 @pytest.mark.parametrize("pair", [("apex-o2", "fp16-optimizer-dynamic"), ("apex-o1", "amp-fp16")])
 def test_a_level_of_apex_is_its_successor_over_a_whole_run(train, device, job, pair) -> None:
     """Steps with overflows and growth, validation, test loss and model, of which O2 saves the masters."""

@@ -164,7 +164,7 @@ def test_a_loop_is_recorded_read_compared_and_drawn(tmp_path: Path, name: str) -
     comparison = compare_runs([run, other])
     assert (comparison.differences, comparison.modes[1].first_difference) == ([], None)
     row = next(line for line in table(comparison).splitlines() if line.startswith("a ")).split()
-    assert row[1] == ("-" if "status" in expected else "0.0729")  # of the last three steps
+    assert row[3] == ("-" if "status" in expected else "0.0729")  # of the last three steps
     assert expected["test"] in (row[4], None)
     drawn = {panel.id: panel for panel in panels(comparison)}
     more = [f"further-{i}" for i in range(len(run.losses))]
