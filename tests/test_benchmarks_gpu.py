@@ -116,6 +116,7 @@ def test_failures_and_files_that_need_a_package_are_told_apart(settings) -> None
     assert content["error"] == "tests.test_a::test_bad: AssertionError: assert 1 == 2"
 
 
+@pytest.mark.slow
 def test_speed(settings) -> None:
     content = run(settings, "speed")
     figures = {figure["name"]: figure for figure in content["figures"] if "step_ms" in figure}
@@ -151,6 +152,7 @@ def test_commands(settings) -> None:
         assert figure["dtypes"]["loss"] == "float32"
 
 
+@pytest.mark.slow
 def test_bits_and_resume(settings) -> None:
     names = [check["name"] for check in run(settings, "bits")["checks"]]
     assert sum("with --deterministic" in name for name in names) == 3
@@ -238,6 +240,7 @@ def test_a_package_that_is_too_old_is_asked_for(monkeypatch) -> None:
     assert packages.missing(("pytest", *packages.BASE)) == wanted
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_the_packages_of_the_base_install(tmp_path) -> None:
     jobs.write_corpus(tmp_path / "corpus")
     (tmp_path / "site").mkdir()

@@ -84,7 +84,7 @@ def test_the_notebook_is_the_example(kind: str) -> None:
     assert len(written) > 3
 
 
-@pytest.mark.parametrize("name", mostly_slow(["cnn", "gpt", "tabular"], "cnn"))
+@pytest.mark.parametrize("name", mostly_slow(["cnn", "gpt", "tabular"]))
 def test_an_example_is_probed_and_compared(name, ran) -> None:
     example = ran(name)
     folder = example.module.folder
@@ -119,6 +119,7 @@ def amp_fp32(model: torch.nn.Module, optimizer: Any) -> Autocast:
     return Autocast(optimizer(list(model.parameters())), scaler, "cpu", torch.float32, 1.0)
 
 
+@pytest.mark.slow
 def test_a_cnn_learns_in_every_mode_and_in_fp32_as_by_plain_pytorch(ran) -> None:
     """Half weights have 11 bits, bfloat16 products 8: the start shows how many were kept."""
     cnn = ran("cnn").module
@@ -166,6 +167,7 @@ def test_torch_amp_repeats_apex(ran) -> None:
     assert differs_at_step["amp-fp16"] == "none" != differs_at_step["apex-o2"]
 
 
+@pytest.mark.slow
 def test_two_modes_are_trained_and_plotted(monkeypatch, tmp_path, capsys):
     matplotlib.use("Agg")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

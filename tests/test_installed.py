@@ -212,6 +212,7 @@ def test_the_library_works_with_the_base_alone(base, folder):
     assert (done.returncode, done.stdout, done.stderr) == (0, "trained masters wrapped autocast\n", ""), done.stderr
 
 
+@pytest.mark.slow
 def test_a_trainer_needs_neither_fcntl_nor_resource(base, folder):
     """Windows has neither module. There filelock uses another one, and does not warn as it does on a Unix without."""
     hide = "import sys, warnings; sys.modules |= {'fcntl': None, 'resource': None}"

@@ -49,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("corpus")
 
 
+@pytest.mark.slow
 @fuzz(300)
 @given(train=TEXTS, valid=TEXTS, test=TEXTS, piece=st.sampled_from([1, 2, 7, lm_data.PIECE]))
 @example(train="a", valid="a", test="a", piece=1)

@@ -172,7 +172,7 @@ def test_resumed_with_another_number_of_processes(ranks, change):
     assert difference(run.epochs, read_run(ranks.folder / "whole").epochs, "valid_loss") < TOLERANCE
 
 
-@pytest.mark.parametrize("mode", jobs.mostly_slow(("fp32", *HALF), "fp32", "fp16-optimizer-dynamic"))
+@pytest.mark.parametrize("mode", jobs.mostly_slow(("fp32", *HALF), "fp16-optimizer-dynamic"))
 def test_three_processes_are_resumed_to_the_bit(ranks, mode):
     """Of three terms the order matters, and torch chooses it anew when the run goes on."""
     script, *flags = jobs.MODES[mode]
@@ -230,7 +230,7 @@ def test_the_end_of_one_rank_ends_all(ranks, do):
     assert ["Traceback" in text for text in ended.err] == [do == "mistake" and n == 1 for n in range(processes)]
 
 
-@pytest.mark.parametrize("mode", ["fp32", "manual"])
+@pytest.mark.parametrize("mode", jobs.mostly_slow(["fp32", "manual"], "manual"))
 def test_kill_9_names_nobody_else(ranks, mode):
     """Neither those that waited for the one that has gone, nor those that waited for them."""
     script, *flags = jobs.MODES[mode]
@@ -251,7 +251,7 @@ LEAVES = {  # -> what happens to rank 1; whether leaving hangs; exit codes; line
 }
 
 
-@pytest.mark.parametrize("case", LEAVES)
+@pytest.mark.parametrize("case", jobs.mostly_slow(LEAVES, "kill -9"))
 def test_only_those_who_have_all_come_to_the_end_leave_the_group(ranks, case):
     """With nccl, leaving waits for messages under way, and so for ever for a rank that has gone."""
     do, hangs, codes, lines = LEAVES[case]

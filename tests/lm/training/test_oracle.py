@@ -18,7 +18,6 @@ import jobs
 from jobs import on
 from lm.data.corpus import Corpus, batchify, get_batch
 from lm.model.model_file import load_model
-from lm.options.modes import DEFAULT_MODES
 from lm.training.checkpoint import FILE
 from programs import TINY, strict_json, write_corpus
 from ranks import torchrun
@@ -362,7 +361,7 @@ LEARNS = {mode: (mode, []) for mode in jobs.MODES} | {
 }
 
 
-@pytest.mark.parametrize("case", jobs.mostly_slow(LEARNS, *DEFAULT_MODES))
+@pytest.mark.parametrize("case", jobs.mostly_slow(LEARNS, "fp32", "amp-fp16"))
 def test_every_mode_repeats_itself_and_learns(train, case) -> None:
     mode, flags = LEARNS[case]
     first, second = (jobs.rows(train(name, *jobs.MODES[mode], "--max-steps=120", *flags)) for name in ("a", "b"))

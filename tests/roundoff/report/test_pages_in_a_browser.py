@@ -93,6 +93,7 @@ def test_curves_are_on_the_screen(report: Any) -> None:
         assert all(trace["visible"] and trace["drawn"] for trace in traces(report, chart)), chart
 
 
+@pytest.mark.slow
 def test_a_probe_is_on_the_screen(probe: Any) -> None:
     parameters = sum(kind == "parameter" for kind, _, _ in TENSORS.values())
     for chart in ("error", "bias"):
@@ -105,6 +106,7 @@ def test_a_probe_is_on_the_screen(probe: Any) -> None:
     assert count(probe, "#heat .cbaxis text") >= 5
 
 
+@pytest.mark.slow
 def test_a_click_switches_a_mode_off_and_on_in_all_figures(report: Any, probe: Any) -> None:
     def shown(chart: str) -> dict[int, set[bool]]:
         found: dict[int, set[bool]] = {}
@@ -175,6 +177,7 @@ def test_verdict_and_interval_fit_a_narrow_screen_and_dark_is_dark(report: Any) 
         assert count(report, css) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1200])
 def test_the_page_is_no_wider_than_the_screen(probe: Any, width: int) -> None:
     probe.execute_cdp_cmd(
@@ -185,6 +188,7 @@ def test_the_page_is_no_wider_than_the_screen(probe: Any, width: int) -> None:
     WebDriverWait(probe, 10).until(lambda d: d.execute_script(found) <= width)  # Plotly follows a little later
 
 
+@pytest.mark.slow
 def test_names_are_text_and_the_console_stays_empty(report: Any, probe: Any) -> None:
     for page in (report, probe):
         assert page.execute_script("return document.hacked") is None
@@ -195,6 +199,7 @@ def test_names_are_text_and_the_console_stays_empty(report: Any, probe: Any) -> 
     assert EVIL[:60] in probe.find_element(By.CSS_SELECTOR, ".results").text
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_or_offered_for_upload(report: Any, probe: Any) -> None:
     for page in (report, probe):
         nothing_is_fetched(page)

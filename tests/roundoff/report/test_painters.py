@@ -310,6 +310,7 @@ def pixels(path: Path, comparison: Comparison) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_every_mode_is_seen_in_its_colour_and_no_letter_is_cut_off(tmp_path: Path) -> None:
     names = ["fp32", "manual", "fp16-optimizer", "fp16-optimizer-dynamic", "amp-fp16", "amp-bf16", "amp-fp32", "x" * 60]
     runs = [make_run(name, losses=[6.0 - 0.1 * i, 5.0 + 0.2 * i, 4.5 - i / 5]) for i, name in enumerate(names)]

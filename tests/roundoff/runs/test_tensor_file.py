@@ -308,6 +308,7 @@ def test_damaged_files_take_no_memory(tmp_path: Path) -> None:
     assert read_bounded(100, good, *paths, huge) == ["read", *["refused"] * (len(paths) + 1)]
 
 
+@pytest.mark.slow
 @needs_bounds
 def test_a_header_takes_thirty_times_its_size(tmp_path: Path) -> None:
     small, lists = tmp_path / "small", tmp_path / "lists"
@@ -317,6 +318,7 @@ def test_a_header_takes_thirty_times_its_size(tmp_path: Path) -> None:
     assert read_bounded(30 * 3, small, lists) == ["read", "read"]
 
 
+@pytest.mark.slow
 @needs_bounds
 def test_a_large_file_takes_its_size_twice(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
