@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class AmpState:
-    """What `amp.initialize` leaves for the other functions of amp.
+    """Holds what `amp.initialize` leaves for the other functions of amp.
 
     Attributes:
         hard_override: True turns the errors of forbidden overrides into printed warnings.

@@ -28,7 +28,7 @@ fp32_values: Any = WeakTensorKeyDictionary()
 
 
 class AmpOptimizerState:
-    """What amp keeps of one optimizer.
+    """Holds what amp keeps of one optimizer.
 
     Attributes:
         lazy_init_called: True once the lists below are made.

@@ -16,7 +16,7 @@ _SHORT = {torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float32: "Flo
 
 
 class Casts:
-    """What the wrapped functions of O1 look at in each call.
+    """Holds what the wrapped functions of O1 look at in each call.
 
     Attributes:
         on: True if they cast.

@@ -15,7 +15,7 @@ from apex_compat.not_offered import why_not
 
 @dataclass(frozen=True)
 class Migrated:
-    """What becomes of a script.
+    """Holds what becomes of a script.
 
     Attributes:
         text: the script after all changes that are mechanical.

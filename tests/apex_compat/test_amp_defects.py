@@ -117,7 +117,7 @@ def a_static_scale_can_check_for_overflow():
 
 
 def a_replica_runs_its_own_weights():
-    """What torch's DataParallel makes of a model."""
+    """Return what torch's DataParallel makes of a model."""
     for level in ("O0", "O2", "O3"):
         network, _ = set_up(level, lambda: nn.Linear(4, 1))
         replica = network._replicate_for_data_parallel()
