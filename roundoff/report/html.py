@@ -64,7 +64,8 @@ def _title(comparison: Comparison) -> str:
 def _introduction(comparison: Comparison) -> list[str]:
     body = ["<h1>Precision modes compared</h1>", *(f'<p class="said">{prose(s)}</p>' for s in said(comparison))]
     if comparison.differences:
-        body.append('<div class="notice"><strong>What these runs do not have in common</strong>')
+        head = "What these runs do not have in common" if comparison.accepted else "Differences that the names mean"
+        body.append(f'<div class="notice"><strong>{head}</strong>')
         body.append(f"{bullets(comparison.differences)}</div>")
     found = {
         "failures": len(list(unfinished(comparison.modes))),
@@ -84,8 +85,9 @@ def _subject(comparison: Comparison, runs: list[Run]) -> str:
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
     unit = f"losses are in {printable(comparison.unit, LONGEST_UNIT)}; " if comparison.unit else ""
     margin = f"{comparison.margin:g} {comparison.short_unit}".rstrip()
+    job = f"{'training jobs that differ, the first' if comparison.differences else 'one training job'}{_job(runs[0])}"
     return (
-        f"{labels}: {len(runs)} run(s) of one training job{_job(runs[0])}, seed(s) {seeds}, on {devices}. "
+        f"{labels}: {len(runs)} run(s) of {job}, seed(s) {seeds}, on {devices}. "
         f"The reference is {comparison.reference}; {unit}modes whose mean training losses over the "
         f"second half of the steps surely differ by less than {margin} are equivalent."
     )

@@ -16,7 +16,7 @@ def said(comparison: Comparison) -> list[str]:
     Two things come before: that the runs do not train the same job, and that the reference has diverged.
     """
     reference, *others = comparison.modes
-    found = ["These runs do not train the same job."] if comparison.differences else []
+    found = ["These runs do not train the same job."] if comparison.accepted else []
     found += _of_reference(reference)
     found += [_of_mode(mode, comparison) for mode in others]
     return found or [f"{_name(reference.label)} stands alone: a verdict takes another mode."]
@@ -89,11 +89,18 @@ def _decided(mode: ModeSummary, figures: str, comparison: Comparison) -> str:
     equivalent = verdict.p_equivalence is not None and verdict.p_equivalence < ALPHA
     if verdict.word != "equivalent" and not equivalent:
         return f"{name} trains {verdict.word} than {other} in this job: the difference is {figures}"
-    within = f"the difference is {figures}, within {comparison.margin:g}"
+    within = f"the difference is {figures}{_within(verdict, comparison)}"
     if verdict.word == "equivalent" or mode.test_difference is None:
         return f"{name} trains as well as {other} in this job: {within}"
     tested = in_figures(mode.test_difference, comparison)
     return f"{name} is {verdict.word} than {other} on the test data, by {tested}; as to training, {within}"
+
+
+def _within(verdict: Verdict, comparison: Comparison) -> str:
+    """Return that an equivalent mode's difference is within the margin, and by which interval if not by that of 95%."""
+    if verdict.interval is None or max(map(abs, verdict.interval)) <= comparison.margin:
+        return f", within {comparison.margin:g}"
+    return f"; its {100 * (1 - 2 * ALPHA / comparison.looks):.3g}% interval is within {comparison.margin:g}"
 
 
 def _divergence(runs: Sequence[Run]) -> str:

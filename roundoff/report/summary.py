@@ -84,7 +84,7 @@ def table(comparison: Comparison) -> str:
         "What this covers": comparison.covers,
         "Not finished": list(unfinished(comparison.modes)),
         "Noted in the files": list(problems(comparison.modes)),
-        "Not the same job": comparison.differences,
+        "Not the same job" if comparison.accepted else "Differences that the names mean": comparison.differences,
     }
     text = ["\n".join(printable(s, LONGEST_SENTENCE) for s in said(comparison)), grid(rows, columns(comparison))]
     for title, sentences in sections.items():

@@ -77,11 +77,13 @@ def compare_runs(
     labels.sort(key=lambda label: label != reference)
     modes = {label: sorted((r for r in runs if r.label == label), key=lambda run: run.seed) for label in labels}
     failed = {label: [failure for failure in failures if failure.label == label] for label in labels}
-    if not anyway and (refused := refused_differences(modes, failed)):
+    refused = refused_differences(modes, failed)
+    if refused and not anyway:
         way = "add --anyway" if flags else "give anyway=True"
         raise UsageError(f"these runs do not train the same job: {'; '.join(refused)}; leave some out, or {way}")
     unit = runs[0].loss_unit if len({run.loss_unit for run in runs}) == 1 else None
-    found = Comparison(reference, margin, [], [], [], all_differences(modes, failed), unit=unit, looks=looks)
+    differences = all_differences(modes, failed)
+    found = Comparison(reference, margin, [], [], [], differences, unit=unit, looks=looks, accepted=refused)
     rows = [_summarize(label, modes[label], failed[label], modes[reference], found) for label in labels]
     pairs = [_bit_equality(pair, modes) for pair in _pairs(labels, expect_equal, modes)]
     equivalences = [Equivalence(a, b, _judge(b, modes[b], modes[a], found)[0]) for a, b in expect_equivalent]

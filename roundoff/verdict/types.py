@@ -171,6 +171,7 @@ class Comparison:
         end: what the verdicts compare: "training loss of the second half" of a run's steps.
         equivalences: of the pairs named with --expect-equivalent.
         looks: how often the verdicts may be looked at while seeds are added.
+        accepted: those of `differences` that no name says to be meant, and that are there by --anyway.
     """
 
     reference: str
@@ -184,6 +185,7 @@ class Comparison:
     end: str = END_LOSS
     equivalences: list[Equivalence] = field(default_factory=list)
     looks: int = 1
+    accepted: list[str] = field(default_factory=list)
 
     @property
     def short_unit(self) -> str:

@@ -104,7 +104,7 @@ def test_summary_has_the_figures(comparison: Comparison, tmp_path: Path) -> None
     write_summary(tmp_path / "summary.json", comparison)
     summary = strict_json((tmp_path / "summary.json").read_text(encoding="utf-8"))
     said_first = ["said", "reference", "margin", "modes", "pairs", "covers", "differences", "probes", "end"]
-    assert list(summary) == [*said_first, "equivalences", "looks"]
+    assert list(summary) == [*said_first, "equivalences", "looks", "accepted"]
     assert summary["said"] == table(comparison).partition("\n\n")[0].splitlines()
     assert (summary["reference"], summary["margin"]) == ("fp32", 0.01)
     manual = summary["modes"][1]

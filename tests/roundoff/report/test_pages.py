@@ -107,7 +107,7 @@ def test_the_report_says_what_was_found_and_how_each_run_was_made(tmp_path: Path
     runs = [make_run("fp32", problems=["last line cut"], **more), make_run("manual", **other)]
     page = page_of(tmp_path, make_comparison(runs, differences=["lr is 20 in a, 10 in b"]))
     for text in (
-        "fp32, manual: 2 run(s) of one training job (model cnn, ",
+        "fp32, manual: 2 run(s) of training jobs that differ, the first (model cnn, ",
         ", lr 0.05, ",
         "), seed(s) 1111, on A GPU, A CPU. The reference is fp32;",
         "manual is equivalent to the reference.",

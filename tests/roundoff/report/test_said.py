@@ -35,6 +35,20 @@ def broken(seed: int, losses: list[float], applied: list[bool] | None = None, st
 SKIPS = [True, False, True, False, False]
 CASES: dict[str, tuple[Comparison, list[str]]] = {
     "equivalent": (of("equivalent", 5, 0.0012, SEEN, 0.001), [f"{AS_WELL}."]),
+    "equivalent by the test, whose interval is the narrower one": (
+        of("equivalent", 5, 0.0012, (-0.008, 0.0104), 0.001),
+        [
+            "m trains as well as fp32 in this job: the difference is +0.0012 nats [-0.0080, +0.0104]; its 90% interval "
+            "is within 0.01."
+        ],
+    ),
+    "equivalent at one of five looks": (
+        of("equivalent", 5, 0.0012, (-0.008, 0.0104), 0.001, looks=5),
+        [
+            "m trains as well as fp32 in this job: the difference is +0.0012 nats [-0.0080, +0.0104]; its 98% interval "
+            "is within 0.01."
+        ],
+    ),
     "small margin": (
         of("equivalent", 5, 1e-6, (-1e-5, 2e-5), 0.001, margin=1e-4),
         [
@@ -108,8 +122,12 @@ CASES: dict[str, tuple[Comparison, list[str]]] = {
         [f"{AS_WELL}; it diverged at step 2 in 1 of 2 seeds."],
     ),
     "another job": (
-        of("equivalent", 5, 0.0012, SEEN, 0.001, differences=["bptt is 35 in a, 70 in b"]),
+        of("equivalent", 5, 0.0012, SEEN, 0.001, accepted=["bptt is 35 in a, 70 in b"]),
         ["These runs do not train the same job.", f"{AS_WELL}."],
+    ),
+    "another job, as the names say": (
+        of("equivalent", 5, 0.0012, SEEN, 0.001, differences=["bptt is 35 in a, 70 in b"]),
+        [f"{AS_WELL}."],
     ),
     "the reference alone": (make_comparison([make_run("fp32")]), ["fp32 stands alone: a verdict takes another mode."]),
     "the reference diverged": (
