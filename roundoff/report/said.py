@@ -71,11 +71,16 @@ def _of_mode(mode: ModeSummary, comparison: Comparison) -> str:
 
 
 def _on_test_data(mode: ModeSummary, comparison: Comparison) -> str:
-    """Return what the test loss shows that the sentence on the training loss does not: more than the margin."""
+    """Return what the test loss shows that the sentence on the training loss does not.
+
+    That is a difference of more than the margin, or one within it where the training loss shows no equivalence.
+    """
     tested, word = mode.test_difference, mode.verdict.word
     if tested is None or tested.interval is None or tested.pairs < ENOUGH_PAIRS:
         return ""
     low, high = tested.interval
+    if word in ("better", "worse", "undecided") and max(-low, high) <= comparison.margin:
+        return f"; on the test data the difference is {in_figures(tested, comparison)}, within {comparison.margin:g}"
     sign = "worse" if low > comparison.margin else "better" if high < -comparison.margin else word
     return "" if sign == word else f"; on the test data it is {sign}, by {in_figures(tested, comparison)}"
 

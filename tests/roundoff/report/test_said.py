@@ -78,6 +78,17 @@ CASES: dict[str, tuple[Comparison, list[str]]] = {
             "is +0.0012 nats [-0.0040, +0.0055], within 0.01."
         ],
     ),
+    "undecided, and equivalent on the test data": (
+        of("undecided", 5, 0.002, (-0.02, 0.024), 0.3, 9, tested=Difference(5, 0.004, (-0.0012, 0.0092))),
+        [
+            "5 seeds cannot tell m from fp32; about 9 would: the difference is +0.0020 nats [-0.0200, +0.0240]; on the "
+            "test data the difference is +0.0040 nats [-0.0012, +0.0092], within 0.01."
+        ],
+    ),
+    "undecided, on the test data too": (
+        of("undecided", 5, 0.002, (-0.02, 0.024), 0.3, 9, tested=Difference(5, 0.004, (-0.0012, 0.0101))),
+        ["5 seeds cannot tell m from fp32; about 9 would: the difference is +0.0020 nats [-0.0200, +0.0240]."],
+    ),
     "undecided": (
         of("undecided", 5, 0.002, (-0.02, 0.024), 0.3, 9),
         ["5 seeds cannot tell m from fp32; about 9 would: the difference is +0.0020 nats [-0.0200, +0.0240]."],
