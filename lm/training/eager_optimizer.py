@@ -1,14 +1,14 @@
 """Optimizers of torch that do their work without `torch._dynamo`, the front end of torch.compile.
 
 torch marks the methods of its optimizers for the compiler. The first call of a marked method imports `torch._dynamo`,
-also where nothing is ever compiled: 0.5 to 0.9 s and 70 MiB in every process. A trainer compiles nothing. Its optimizers
-are of subclasses that call what the marks are around. Nothing of torch itself changes, so whoever compiles in the same
-process finds torch as it was.
+also where nothing is ever compiled: 0.5 to 0.9 s and 70 MiB in every process. A trainer compiles nothing. Its
+optimizers are of subclasses that call what the marks are around. Nothing of torch itself changes, so whoever compiles
+in the same process finds torch as it was.
 """
 
 import functools
 from collections.abc import Callable
-from types import CodeType, ModuleType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -29,21 +29,22 @@ def eager(kind: type[Optimizer]) -> type[Optimizer]:
 
 
 def _unmarked(method: Any) -> Callable[..., Any] | None:
-    """Return what `method` is without a mark of the compiler; None where it has none."""
+    """Return what `method` is without marks of the compiler; None where none is outside."""
     disabled = _code_of(torch, "_disable_dynamo")
-    with_graph_breaks = _code_of(optimizer, "_use_grad_for_differentiable")
-    while (inner := getattr(method, "__wrapped__", None)) is not None:
-        if method.__code__ is disabled:
-            return inner  # type: ignore[no-any-return]
-        if method.__code__ is with_graph_breaks:
-            return _in_its_grad_mode(inner)
-        method = inner  # the profiler's mark is around that of `step`, and a new class gets one of its own
-    return None
+    graph_breaks = _code_of(optimizer, "_use_grad_for_differentiable")
+    profiled = _code_of(Optimizer, "profile_hook_step")  # an optimizer gives it to its class, and to a new one again
+    found = set()
+    while hasattr(method, "__wrapped__") and method.__code__ in (disabled, graph_breaks, profiled):
+        found.add(method.__code__)
+        method = method.__wrapped__
+    if not found & {disabled, graph_breaks}:
+        return None
+    return _in_its_grad_mode(method) if graph_breaks in found else method
 
 
-def _code_of(module: ModuleType, decorator: str) -> CodeType | None:
+def _code_of(owner: Any, decorator: str) -> CodeType | None:
     """Return the code of whatever a decorator of torch makes; None where this torch has no such decorator."""
-    decorate = getattr(module, decorator, None)
+    decorate = getattr(owner, decorator, None)
     return None if decorate is None else decorate(lambda self: None).__code__
 
 
