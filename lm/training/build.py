@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lm.model.language_model import RNNModel
 from lm.options.options import Options
+from lm.training.eager_optimizer import eager
 
 
 def make_model(args: Options, ntokens: int) -> RNNModel:
@@ -21,6 +22,6 @@ def make_optimizer(args: Options, params: Iterable[Tensor]) -> torch.optim.Optim
 
     It is fused, so that it can be told on the device to skip a step: then no weight, moment or step count changes.
     """
-    kind: Any = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD
+    kind: Any = eager(torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD)
     optimizer: torch.optim.Optimizer = kind(params, lr=args.lr, fused=True)
     return optimizer

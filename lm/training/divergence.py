@@ -63,7 +63,8 @@ def check(args: Options, model: RNNModel, run_dir: Path | None, name: str, loss:
     guessing = math.log(vocab_size)
     largest = min(LARGEST, WORSE_THAN_GUESSING * guessing) if name == END else LARGEST
     weights = model.state_dict()
-    finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist()
+    largest_weights = torch._foreach_norm(list(weights.values()), math.inf)  # `isfinite` would copy each weight
+    finite = torch.stack([weight.isfinite() for weight in largest_weights]).tolist()
     if all(finite) and loss <= largest:
         return
     last, first = (int(distributed.broadcast(step)) for step in _began(run_dir, WORSE_THAN_GUESSING * guessing))

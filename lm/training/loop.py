@@ -26,7 +26,7 @@ from lm.training.schedule import batches_of_epoch, rate_of_step
 from lm.training.signals import INTERRUPT, TERMINATE, StopSignals, Terminated
 from lm.training.train_state import take_state
 from roundoff import processes
-from roundoff.device import peak_memory_bytes
+from roundoff.device import peak_memory_bytes, release_freed_memory
 from roundoff.errors import RunError
 from roundoff.precision import Precision
 from roundoff.program import own
@@ -90,6 +90,7 @@ class Training:
         self.at, self.hidden, self.best_weights = start
         self.parallel_model = distributed.data_parallel(model)
         settle(self.parallel_model, model, precision, args)
+        release_freed_memory()  # by what ran until here; the logits fit in none of its holes, and gradients seldom
         self.clock = time.monotonic()
 
     def run(self) -> int:

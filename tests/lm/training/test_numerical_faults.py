@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -448,6 +449,17 @@ def test_a_weight_that_is_not_finite_is_no_model_of_a_run_that_was_stopped(progr
     assert (done.code, read_run(programs.folder / "run").result["status"]) == (1, "diverged")
     assert "after step 2 a weight of decoder.bias is not finite" in done.err
     assert not (programs.folder / MODEL).exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_weight_that_is_not_finite_is_enough(dtype) -> None:
+    args, model = make_args("main"), RNNModel("GRU", 8, 4, 4, 1, 0.0).to(dtype)
+    largest = torch.finfo(dtype).max
+    for value in (largest, -largest, math.inf, -math.inf, math.nan):
+        model.encoder.weight.data[0, 0] = value
+        finite = math.isfinite(value)
+        with nullcontext() if finite else pytest.raises(RunError, match="a weight of encoder"):
+            check(args, model, None, END, 1.0, 8)
 
 
 def test_ten_times_what_guessing_costs_is_the_bound_of_the_end_alone() -> None:
