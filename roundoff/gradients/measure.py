@@ -190,16 +190,18 @@ class Measurement:
         expected = self._expect(index, batch)
         after = get_random_states(self.plan.device)
         for mode in self.plan.modes:
-            release_freed_memory()  # each mode takes blocks of other sizes, which leave holes
             set_random_states(before, self.plan.device)
-            found = mode.gradients(batch)
-            _compare(index, mode, found, expected, self.tallies[mode.name])
-            self._compare_outputs(mode.name, found.outputs)
+            self._compare(index, mode, batch, expected)
         for k, mode in self.extra.items():
-            release_freed_memory()
             set_random_states(before, self.plan.device)
             _count(mode.gradients(batch), expected, self.scaled[k])
         set_random_states(after, self.plan.device)
+
+    def _compare(self, index: int, mode: Mode, batch: Batch, expected: "_Expected") -> None:
+        """Run a mode. Its gradients are gone at the end, before there are those of the next one."""
+        found = mode.gradients(batch)
+        _compare(index, mode, found, expected, self.tallies[mode.name])
+        self._compare_outputs(mode.name, found.outputs)
 
     def _compare_outputs(self, mode: str, found: Mapping[str, Tensor]) -> None:
         for name, output in found.items():
