@@ -13,7 +13,7 @@ from lm.model.language_model import Hidden, RNNModel, detach
 from roundoff.gradients.measure import ParameterGradients
 from roundoff.gradients.tally import drop_negligible
 
-SLICE_BYTES = 1 << 26
+SLICE_BYTES = 1 << 24
 """The size of a slice of float64 logits: 252 rows of 33,280. All 700 rows take 186 MB.
 
 Each slice goes over all of the decoder's weight and its gradient. With 63 rows a slice, the products took a third more
