@@ -24,7 +24,7 @@ def magnitudes(values: Tensor) -> Magnitudes:
 
 
 def magnitude_of(value: float, dtype: torch.dtype) -> int:
-    """Return the bits of `value`, 0 or a power of two, in `dtype`; of the smallest number above it where it has none."""
+    """Return the bits of `value`, 0 or a power of two, in `dtype`, or of the smallest number above it that is there."""
     return max(int(magnitudes(torch.tensor(value, dtype=dtype))), int(value > 0))
 
 
@@ -53,6 +53,6 @@ def count_kinds(values: Tensor, tiny: float, mask: Mask | None) -> tuple[int, in
 
 
 def where_flushed(values: Tensor, mask: Mask | None) -> Tensor:
-    """Return the places (int64) of those `values` that are 0 and count, as of a vector."""
+    """Return the places (int64) of those `values` that are 0 and count, as of a vector; `mask` as for `count_kinds`."""
     zero = magnitudes(values) == 0
     return torch.from_numpy(np.flatnonzero(zero if mask is None else zero & mask))

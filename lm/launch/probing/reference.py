@@ -14,11 +14,7 @@ from roundoff.gradients.measure import ParameterGradients
 from roundoff.gradients.tally import drop_negligible
 
 SLICE_BYTES = 1 << 24
-"""The size of a slice of float64 logits: 252 rows of 33,280. All 700 rows take 186 MB.
-
-Each slice goes over all of the decoder's weight and its gradient. With 63 rows a slice, the products took a third more
-time. A mode's logits and gradients take more memory than this, later.
-"""
+"""The size of a slice of float64 logits: 63 rows of 33,280. All 700 rows take 186 MB, and their gradient again."""
 
 
 class Batch(NamedTuple):
