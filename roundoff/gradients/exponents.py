@@ -5,6 +5,7 @@ the nearest, ties to even (IEEE 754-2008, 4.3.1). It becomes 0 up to 2**-25, 2**
 65,520 = 2**16 - 2**4. These bounds lie at three places in a binade, whatever k is. So a binade has four classes.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Exponents:
     def add(self, values: Tensor) -> None:
         """Count `values` (rounded to fp32); zeros are not counted."""
         for part in pieces(values.detach(), _AT_ONCE):
-            bits = part.float().view(torch.int32) & 0x7FFFFFFF
+            bits = part.to(torch.float32, copy=True).view(torch.int32).bitwise_and_(0x7FFFFFFF)
             if len(part) < _FEW:  # four classes a binade at once, where the fine histogram would be mostly empty
                 fraction = bits & 0x7FFFFF
                 near = fraction >> 12
@@ -40,8 +41,10 @@ class Exponents:
                 added[0, 0] = 0  # zeros
                 self.counts += added
                 continue
-            fine = torch.bincount(bits >> 12, minlength=_BINADES * _FINE).view(_BINADES, _FINE)
-            powers = torch.bincount(bits[bits & 0x7FFFFF == 0] >> 23, minlength=_BINADES)
+            powers = torch.zeros(_BINADES, dtype=torch.int64)
+            if np.count_nonzero(bits.numpy() << 9) < len(bits):  # few numbers are powers of two, or 0
+                powers = torch.bincount(bits[bits & 0x7FFFFF == 0] >> 23, minlength=_BINADES)
+            fine = torch.bincount(bits.bitwise_right_shift_(12), minlength=_BINADES * _FINE).view(_BINADES, _FINE)
             added = torch.stack((powers, fine.sum(1), fine[:, -2], fine[:, -1]), 1)
             added[:, 1] -= added[:, 0] + added[:, 2] + added[:, 3]
             added[0, 0] = 0  # zeros

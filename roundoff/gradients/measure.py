@@ -17,7 +17,7 @@ from roundoff.gradients import statistics
 from roundoff.gradients.exponents import KS, Exponents, predict
 from roundoff.gradients.result import VALUES
 from roundoff.gradients.statistics import LEAST_BATCHES, Estimate, Sketch
-from roundoff.gradients.tally import Differences, Gradients, Shares, Stagnation, Tally
+from roundoff.gradients.tally import Differences, Gradients, Shares, Stagnation, Tally, pieces
 
 SEED_OF_SIGNS = 0
 
@@ -190,16 +190,18 @@ class Measurement:
         expected = self._expect(index, batch)
         after = get_random_states(self.plan.device)
         for mode in self.plan.modes:
-            release_freed_memory()  # each mode takes blocks of other sizes, which leave holes
             set_random_states(before, self.plan.device)
-            found = mode.gradients(batch)
-            _compare(index, mode, found, expected, self.tallies[mode.name])
-            self._compare_outputs(mode.name, found.outputs)
+            self._compare(index, mode, batch, expected)
         for k, mode in self.extra.items():
-            release_freed_memory()
             set_random_states(before, self.plan.device)
             _count(mode.gradients(batch), expected, self.scaled[k])
         set_random_states(after, self.plan.device)
+
+    def _compare(self, index: int, mode: Mode, batch: Batch, expected: "_Expected") -> None:
+        """Run a mode. Its gradients are gone at the end, before there are those of the next one."""
+        found = mode.gradients(batch)
+        _compare(index, mode, found, expected, self.tallies[mode.name])
+        self._compare_outputs(mode.name, found.outputs)
 
     def _compare_outputs(self, mode: str, found: Mapping[str, Tensor]) -> None:
         for name, output in found.items():
@@ -229,9 +231,12 @@ class Measurement:
             return
         norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient, _ in parameters.values()))
         step = self.plan.lr * min(1.0, self.plan.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        for tallies in self.stagnation.values():
-            for name, (gradient, rows) in parameters.items():
-                tallies[name].add(_select(self.reference.weights[name], rows), gradient, step)
+        for name, (gradient, rows) in parameters.items():
+            weights = pieces(_select(self.reference.weights[name], rows))
+            for some_weights, some_gradients in zip(weights, pieces(gradient), strict=True):
+                update = (some_gradients.float() * step).abs_()
+                for tallies in self.stagnation.values():
+                    tallies[name].add(some_weights, update)
 
     def figures(self, left_out: Collection[str] = ()) -> dict[str, Any]:
         """Return `tensors`, `total`, `modes` and `scales` of probe.json, without the parameters `left_out`."""

@@ -70,6 +70,14 @@ class Sketch:
         sketch += values[:whole].view(-1, self._fold, self.columns).sum(0)
         sketch[: len(values) - whole] += values[whole:]
 
+    def add_some(self, sketch: Tensor, values: Tensor, places: Tensor, rows: slice | Tensor) -> None:
+        """Do what `add` does where most elements are 0: `values` are the others, at `places` of those rows, flat."""
+        inside, columns = places // self.columns, places % self.columns
+        whole = rows[inside] if isinstance(rows, Tensor) else inside + rows.start
+        if self._signs is not None:
+            values = values * self._signs[whole, columns]
+        sketch.view(-1).index_add_(0, whole % self._fold * self.columns + columns, values)
+
     def slices(self, elements: int) -> list[slice]:
         """Return all rows of a tensor as slices of about `elements` elements, for `add`."""
         rows = len(self._signs) if self._signs is not None else self._fold

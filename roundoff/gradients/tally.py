@@ -1,13 +1,16 @@
 """Count one tensor's gradients in one mode, batch after batch."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from roundoff.errors import UsageError
+from roundoff.gradients.magnitudes import Mask, count_kinds, where_flushed, where_not_zero
 from roundoff.gradients.result import SHARES
 from roundoff.gradients.statistics import Sketch, gram
 
@@ -36,16 +39,17 @@ class Shares:
 
     def add(self, gradient: Tensor, present: Tensor | None = None) -> None:
         """Count a gradient that is still scaled; `present` says where the reference's is not 0 (None: everywhere)."""
-        masks = itertools.repeat(None) if present is None else pieces(present)
+        masks = itertools.repeat(None) if present is None else (mask.numpy() for mask in pieces(present))
         for part, mask in zip(pieces(gradient), masks, strict=False):
-            magnitude = part.abs()
-            kinds = (magnitude == 0, magnitude < torch.finfo(self.dtype).tiny, ~(magnitude < torch.inf))
-            flushed, small, overflowed = (
-                int(torch.count_nonzero(kind if mask is None else kind & mask)) for kind in kinds
-            )
-            for name, count in zip(SHARES, (flushed, small - flushed, overflowed), strict=True):
-                self.counts[name] += count
-            self.present += part.numel() if mask is None else int(torch.count_nonzero(mask))
+            self._count(part, mask)
+
+    def _count(self, part: Tensor, mask: Mask | None) -> int:
+        """Count `part`, and return how many of its elements are flushed."""
+        counts = count_kinds(part, torch.finfo(self.dtype).tiny, mask)
+        for name, count in zip(SHARES, counts, strict=True):
+            self.counts[name] += count
+        self.present += part.numel() if mask is None else int(np.count_nonzero(mask))
+        return counts[0]
 
     def shares(self) -> dict[str, float]:
         """Return the shares of all that was counted, from 0 to 1."""
@@ -74,19 +78,20 @@ class Tally(Shares):
     def compare(self, batch: int, gradient: Tensor, scale: float, reference: Tensor, rows: Tensor | None) -> None:
         """Count the gradient of batch `batch`, still multiplied by `scale`; both gradients have `rows` (None: all)."""
         errors, lost = self._sketch.zeros(), self._sketch.zeros()
+        squares = 0.0
         for part, where in parts(self._sketch, rows):
-            expected = as_matrix(reference)[part]
-            scaled = as_matrix(gradient)[part].double()
-            present = expected != 0
-            before = dict(self.counts)
-            self.add(scaled, present)
-            error = scaled / scale - expected
-            if not bool(error.isfinite().all()):
-                error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-            self.squares[batch] += error.square().sum()
+            expected, scaled = as_matrix(reference)[part], as_matrix(gradient)[part]
+            present = where_not_zero(expected)
+            error = scaled.to(torch.float64, copy=True).div_(scale).sub_(expected)
+            square = _square(error)
+            if not math.isfinite(square):
+                square = _square(error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+            squares += square
             self._sketch.add(errors, error, where)
-            if self.counts["flushed"] > before["flushed"]:
-                self._sketch.add(lost, torch.where(scaled == 0, -expected, 0.0), where)
+            if self._count(scaled, present):
+                places = where_flushed(scaled, present)
+                self._sketch.add_some(lost, -expected.flatten()[places], places, where)
+        self.squares[batch] = squares
         self._errors[batch], self._flushed[batch] = errors.flatten(), lost.flatten()
 
     def errors(self) -> Tensor:
@@ -157,16 +162,21 @@ class Stagnation:
         self.dtype = dtype
         self.updates = self.stagnated = 0
 
-    def add(self, weight: Tensor, gradient: Tensor, step: float) -> None:
-        """Count the updates `step` times `gradient` of `weight` (fp32) that are not 0."""
+    def add(self, weight: Tensor, update: Tensor) -> None:
+        """Count the updates of `weight` that are not 0; both are fp32, vectors of equal length, `update` from 0 on."""
         finfo = torch.finfo(self.dtype)
-        for some_weights, some_gradients in zip(pieces(weight), pieces(gradient), strict=True):
-            rounded = some_weights.to(self.dtype).float()
-            binade = (rounded.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**floor(log2(|w|))
-            half_unit = (binade * (finfo.eps / 2)).clamp_(min=finfo.tiny * finfo.eps / 2)
-            update = (some_gradients.float() * step).abs_()
-            self.updates += int(torch.count_nonzero(update))
-            self.stagnated += int(torch.count_nonzero((update < half_unit) & (update > 0)))
+        rounded = weight.to(self.dtype).float()
+        binade = (rounded.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**floor(log2(|w|))
+        half_unit = (binade.mul_(finfo.eps / 2)).clamp_(min=finfo.tiny * finfo.eps / 2)
+        moved = where_not_zero(update)
+        lost = update.numpy() < half_unit.numpy()
+        self.updates += update.numel() if moved is None else int(np.count_nonzero(moved))
+        self.stagnated += int(np.count_nonzero(lost if moved is None else lost & moved))
+
+
+def _square(tensor: Tensor) -> float:
+    """Return the sum of the squares of a contiguous tensor: in one pass, not in two."""
+    return float(torch.dot(tensor.view(-1), tensor.view(-1)))
 
 
 def drop_negligible(gradient: Tensor) -> None:

@@ -91,9 +91,11 @@ class Reference:
         of_features, of_weight, of_bias = torch.empty_like(features), torch.zeros_like(weight), torch.zeros_like(bias)
         rows = max(1, SLICE_BYTES // (8 * len(weight)))
         loss = torch.zeros((), dtype=torch.float64)
+        memory = features.new_empty(min(rows, len(features)), len(weight))
         for start in range(0, len(features), rows):
             part, words = features[start : start + rows], targets[start : start + rows, None]
-            gradient = torch.softmax(torch.addmm(bias, part, weight.t()), 1)
+            logits = torch.addmm(bias, part, weight.t(), out=memory[: len(part)])
+            gradient = torch.softmax(logits, 1, out=logits)
             loss -= gradient.gather(1, words).log().sum()
             gradient.scatter_add_(1, words, gradient.new_full(words.shape, -1.0))
             gradient /= len(targets)

@@ -287,12 +287,20 @@ def test_batches_must_be_as_many_as_planned() -> None:
             Measurement(reference, Plan([Mode(torch.float16, 1.0)], 4, SEED)).run(reference.batches(n))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_shares_at_their_bounds(dtype: torch.dtype) -> None:
-    tiny = torch.finfo(dtype).tiny
-    found = torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 2, -tiny / 2, tiny / 4, 1.0, torch.inf, torch.nan]).to(dtype)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+def test_shares_at_their_bounds(dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Of products in `dtype` and gradients in `stored`, against comparisons of Python's floats."""
+    tiny, small = torch.finfo(dtype).tiny, torch.finfo(stored).smallest_normal * torch.finfo(stored).eps
+    edges = [tiny, tiny * (1 - 2.0**-7), tiny / 2, tiny / 4, small, 1.0, torch.finfo(stored).max, torch.inf]
+    found = torch.tensor([0.0, *edges, torch.nan], dtype=torch.float64).to(stored)
+    found = torch.cat((found, -found))
     counted, masked = Shares(dtype), Shares(dtype)
     counted.add(found)
-    assert counted.shares() == {"flushed": 0.2, "subnormal": 0.3, "overflowed": 0.2}
-    masked.add(found, torch.tensor([True, False, True, True, True, False, False, False, True, False]))
-    assert masked.shares() == {"flushed": 0.2, "subnormal": 0.2, "overflowed": 0.2}
+    assert counted.shares() == shares([found.tolist()], [[1.0] * len(found)], dtype)
+    present = torch.arange(len(found)) % 3 > 0
+    masked.add(found, present)
+    assert masked.shares() == shares([found.tolist()], [present.tolist()], dtype)

@@ -71,6 +71,13 @@ def test_a_sketch_is_linear_and_keeps_inner_products(shape) -> None:
         order = torch.randperm(len(values), generator=generator)
         sketch.add(by_rows, values[order], order)
         assert torch.allclose(whole, by_rows, rtol=1e-12, atol=1e-12)
+        few = torch.where(values > 1.0, values, 0.0)
+        by_rows, by_places = sketch.zeros(), sketch.zeros()
+        for part, places in ((few[order], order), *((few[rows], rows) for rows in sketch.slices(4000))):
+            sketch.add(by_rows, part, places)
+            at = part.flatten().nonzero().flatten()
+            sketch.add_some(by_places, part.flatten()[at], at, places)
+        assert torch.allclose(by_places, by_rows, rtol=1e-12, atol=1e-12)
         sketches.append(whole.flatten())
     assert torch.allclose(sketches[0] + 0.5 * sketches[1], sketches[2], atol=1e-10)
     assert len(sketches[0]) < first.numel() or shape == (100, 9, 4)
