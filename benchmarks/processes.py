@@ -1,14 +1,18 @@
 """What needs a process of its own: peak memory, and the time from its start to the first training step."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from benchmarks import reference
 from benchmarks.gpu.packages import ROOT, python_path
@@ -18,6 +22,8 @@ from lm.data.corpus import batchify
 from lm.options.modes import MODES
 from lm.options.options import words
 from roundoff.device import peak_memory_bytes
+
+Result = TypeVar("Result")
 
 STEPS = 5
 EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the first batches
@@ -46,11 +52,22 @@ def short_evaluation(data: str) -> Iterator[str]:
         yield folder
 
 
-def python(*arguments: str) -> str:
-    """Run a fresh Python process and return its stdout."""
+def python(*arguments: str, threads: int | None = None) -> str:
+    """Run a fresh Python process, with `threads` threads of torch or as many as it chooses, and return its stdout.
+
+    It keeps bytecode, as Python does for users, even where the environment forbids it.
+    """
     command = [sys.executable, *arguments]
-    environment = os.environ | {"PYTHONPATH": python_path()}
+    environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONDONTWRITEBYTECODE": ""}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def fresh(function: Callable[..., Result], *arguments: object) -> Result:
+    """Return what `function` returns in a fresh process, with as many threads of torch as this one."""
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, [torch.get_num_threads()]) as process:
+        return process.apply(function, arguments)
 
 
 def flags(mode: str, data: str, size: int, folder: str, device: str = "cpu") -> list[str]:
