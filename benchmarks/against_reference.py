@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.amp_cost import measure_amp
-from benchmarks.help import measure_help
+from benchmarks.help_cost import measure_help
 from benchmarks.measure import Row, machine, show
 from benchmarks.peaks import measure_peaks, share_of_peak
 from benchmarks.probe_cost import measure_probe

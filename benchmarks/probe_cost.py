@@ -16,16 +16,16 @@ ROUNDS = 2
 FLUSH_LIMIT = 1e-3  # as by default
 
 
-def measure_probe(data: str, size: int, rounds: int, batches: int = BATCHES) -> list[Row]:
-    """Measure the probe's seconds in fresh processes, and its ratio to `batches` training steps in fp32."""
+def measure_probe(data: str, size: int, rounds: int) -> list[Row]:
+    """Measure the probe's seconds in fresh processes, and its ratio to `BATCHES` training steps in fp32."""
     times: dict[str, list[float]] = {REFERENCE: [], "probe": []}
     with trainer("fp32", data, size) as job:
         step = own_step(job)
         for _ in range(min(ROUNDS, rounds)):
             each = interleaved({"step": step}, rounds)["step"]
-            times[REFERENCE].append(batches * statistics.median(each))
-            times["probe"] += fresh(probe_once, data, size, batches).seconds
-    return rows_of_probe(size, batches, times)
+            times[REFERENCE].append(BATCHES * statistics.median(each))
+            times["probe"] += fresh(probe_once, data, size, BATCHES).seconds
+    return rows_of_probe(size, times)
 
 
 def probe_once(data: str, size: int, batches: int) -> Cost:
@@ -35,9 +35,9 @@ def probe_once(data: str, size: int, batches: int) -> Cost:
     return Cost([result["seconds"]], result["peak_memory_bytes"] / 2**20)
 
 
-def rows_of_probe(size: int, batches: int, times: dict[str, list[float]]) -> list[Row]:
-    """Return the rows of `times`, in which the reference is `batches` training steps."""
+def rows_of_probe(size: int, times: dict[str, list[float]]) -> list[Row]:
+    """Return the rows of `times`, in which the reference is `BATCHES` training steps."""
     (row,) = compared("probe", size, times, faster=False)
-    name = f"{batches} batches, {len(PROBED)} modes"
+    name = f"{BATCHES} batches, {len(PROBED)} modes"
     shortest = {"part": "probe", "size": size, "name": f"{name}, shortest", "value": min(times["probe"]), "unit": "s"}
     return [row | {"name": name, "ratio_is": "probe / as many fp32 steps"}, shortest]
