@@ -17,7 +17,7 @@ from benchmarks.help_cost import measure_help
 from benchmarks.measure import Row, machine, show
 from benchmarks.peaks import measure_peaks, share_of_peak
 from benchmarks.probe_cost import measure_probe
-from benchmarks.processes import measure_memory, measure_start
+from benchmarks.processes import STEPS, measure_memory, measure_start
 from benchmarks.reading import measure_reading
 from benchmarks.several import measure_processes
 from benchmarks.training import VOCABULARY, Jobs, measure_eval, measure_precision, measure_step
@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", type=whole, default=[200], metavar="N", help="embedding and hidden units")
     parser.add_argument("--rounds", type=whole, default=15, metavar="N", help="timings of each variant")
+    parser.add_argument("--steps", type=whole, default=STEPS, metavar="N", help="of each run of the part memory")
     parser.add_argument("--threads", type=whole, default=torch.get_num_threads(), metavar="N", help="of torch")
     parser.add_argument("--device", default="cpu", help=f"cpu, cuda or cuda:N; {ON_CPU} stay on the CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and results there")
@@ -78,7 +79,7 @@ def measure_size(args: argparse.Namespace, size: int) -> list[Row]:
             if part in args.parts:
                 rows += shown(measure(jobs, args.rounds))
     if "memory" in args.parts:
-        rows += shown(measure_memory(args.data, size, args.modes, min(5, args.rounds), args.device))
+        rows += shown(measure_memory(args.data, size, args.modes, min(5, args.rounds), args.device, args.steps))
     if "start" in args.parts:
         rows += shown(measure_start(args.data, size, args.modes, rounds=3))
     if "processes" in args.parts:

@@ -25,7 +25,7 @@ from roundoff.device import peak_memory_bytes
 
 Result = TypeVar("Result")
 
-STEPS = 5
+STEPS = 5  # of the part memory
 EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the first batches
 
 FIRST_STEP = """
@@ -77,29 +77,32 @@ def flags(mode: str, data: str, size: int, folder: str, device: str = "cpu") -> 
     return [f"{MODES[mode].script}.py", *words(options)]
 
 
-def measure_memory(data: str, size: int, modes: list[str], rounds: int, device: str = "cpu") -> list[Row]:
-    """Measure the peak memory of a process that trains for `STEPS` batches and evaluates.
+def measure_memory(
+    data: str, size: int, modes: list[str], rounds: int, device: str = "cpu", steps: int = STEPS
+) -> list[Row]:
+    """Measure the peak memory of a process that trains for `steps` batches and evaluates.
 
     On a CPU that is what the process holds, on a GPU what torch holds there.
     """
     peaks: dict[str, list[float]] = {name: [] for name in (REFERENCE, *modes)}
     with short_evaluation(data) as short:
-        call = f"from benchmarks.processes import train_reference; train_reference({short!r}, {size}, {device!r})"
+        call = "from benchmarks.processes import train_reference; train_reference"
+        call += f"({short!r}, {size}, {device!r}, {steps})"
         for _ in range(rounds):
             peaks[REFERENCE].append(float(python("-c", call)) / 2**20)
             for mode in modes:
                 with tempfile.TemporaryDirectory() as folder:
-                    python(*flags(mode, short, size, folder, device), "--max-steps", str(STEPS))
+                    python(*flags(mode, short, size, folder, device), "--max-steps", str(steps))
                     result = json.loads(Path(folder, "run", "result.json").read_text())
                     peaks[mode].append(result["peak_memory_bytes"] / 2**20)
-    return [row | {"unit": "MiB"} for row in compared("memory", size, peaks, faster=False)]
+    return [row | {"unit": "MiB", "steps": steps} for row in compared("memory", size, peaks, faster=False)]
 
 
-def train_reference(data: str, size: int, device: str) -> None:
+def train_reference(data: str, size: int, device: str, steps: int) -> None:
     """Train and evaluate as `measure_memory` has the trainers do, and print the peak memory in bytes."""
     (train, valid, test), vocabulary = reference.read(data)
     job = reference.Trainer(batchify(train, 20, device), (vocabulary + 7) // 8 * 8, size)
-    for i in range(STEPS):
+    for i in range(steps):
         job.step(i * job.bptt)
     for text in (valid, test):
         job.evaluate(batchify(text, 10, device))
