@@ -126,7 +126,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def show(row: Row) -> str:
     """Return `row` as a line."""
-    what = f"{row['part']:9} {row['size'] or '':>4} {row['name']:24}"
+    what = f"{row['part']:9} {row['size'] or '':>4} {row['name']:36}"
     if "ratio" not in row:
         return f"{what} {row['value']:8.2f} {row['unit']}"
     ratio = row["ratio"]

@@ -67,7 +67,10 @@ def python(*arguments: str, threads: int | None = None) -> str:
 def fresh(function: Callable[..., Result], *arguments: object) -> Result:
     """Return what `function` returns in a fresh process, with as many threads of torch as this one."""
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, [torch.get_num_threads()]) as process:
-        return process.apply(function, arguments)
+        result = process.apply(function, arguments)
+        process.close()
+        process.join()  # else it would be killed, and not clear up after itself
+        return result
 
 
 def flags(mode: str, data: str, size: int, folder: str, device: str = "cpu") -> list[str]:
