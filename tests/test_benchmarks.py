@@ -131,7 +131,7 @@ def test_two_processes_and_one(monkeypatch, tmp_path) -> None:
     assert row["ratio"]["median"] == row["ours"]["median"] / row["reference"]["median"] > 0
 
 
-GROWN = {"vocabulary": (16, 24), "layers": (2,), "compare-steps": (25,), "probe-mlp": (16,), "probe-lm": (8,)}
+GROWN = {"layers": (1, 2), "compare-steps": (25,), "probe-mlp": (16,), "probe-lm": (8,)}
 
 
 @pytest.fixture
@@ -199,6 +199,7 @@ def test_the_panels_of_growth() -> None:
         {(500 / 1.2, 6000 * 1.2)},
         {(30 / 1.2, 30 * 1.2)},
     ]
+    assert grid[0][3].x.span == (1 / 1.2, 8 * 1.2)  # that of all values, measured or not
     assert [[panel.y.label for panel in line] for line in grid] == [
         ["seconds a step", "", "", ""],
         ["peak memory, MiB", "", "", ""],

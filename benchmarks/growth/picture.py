@@ -43,7 +43,7 @@ def line(axes: Mapping[str, GrowthAxis], rows: list[Row], figure: str, label: st
     span = (min(values) / MARGIN, max(values) * MARGIN) if values else None
     found: list[Panel] = []
     for name, axis in axes.items():
-        x = Axis(axis.label, log=True, ticks=ticks(axis.values))
+        x = Axis(axis.label, (axis.values[0] / MARGIN, axis.values[-1] * MARGIN), log=True, ticks=ticks(axis.values))
         y = Axis("" if found else label, span, log=True, ticks=ticks(span or ()))
         shown = tuple(curves([row for row in rows if row["axis"] == name], figure))
         found.append(Panel(f"{name}-{figure}", name, "", axis.title, x, y, shown))
