@@ -1,6 +1,7 @@
-"""`python -m benchmarks`: the trainers against a plain loop; `python -m benchmarks gpu`: all that a GPU must show.
+"""`python -m benchmarks`: the trainers against a plain loop.
 
-Each command imports what it needs when it is chosen: `gpu` must start where only torch and numpy are.
+`python -m benchmarks gpu` measures all that a GPU must show, `python -m benchmarks growth` how cost grows. Each command
+imports what it needs when it is chosen: `gpu` must start where only torch and numpy are.
 """
 
 import sys
@@ -10,10 +11,15 @@ from roundoff.program import exit_code
 
 def main() -> int:
     """Run the command that the first word names."""
-    if sys.argv[1:2] == ["gpu"]:
-        from benchmarks.gpu import command
+    command, *words = sys.argv[1:] or [""]
+    if command == "gpu":
+        from benchmarks.gpu import command as gpu
 
-        return command.main(sys.argv[2:])
+        return gpu.main(words)
+    if command == "growth":
+        from benchmarks.growth import command as growth
+
+        return growth.main(words)
     from benchmarks import against_reference
 
     return against_reference.main()

@@ -2,7 +2,7 @@
 
 Ratios are between neighbours in time, so that a machine that slows down slows both; their median and quartiles
 are printed. Memory and start are measured in processes of their own. benchmarks/README.md has the targets.
-`python -m benchmarks gpu --help` is another command.
+`python -m benchmarks gpu --help` and `python -m benchmarks growth --help` are other commands.
 """
 
 import argparse
@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.amp_cost import measure_amp
+from benchmarks.help_cost import measure_help
 from benchmarks.measure import Row, machine, show
 from benchmarks.peaks import measure_peaks, share_of_peak
-from benchmarks.processes import measure_memory, measure_start
+from benchmarks.probe_cost import measure_probe
+from benchmarks.processes import STEPS, measure_memory, measure_start
 from benchmarks.reading import measure_reading
+from benchmarks.several import measure_processes
 from benchmarks.training import VOCABULARY, Jobs, measure_eval, measure_precision, measure_step
 from lm.data import corpora
 from lm.options.device import find_device
@@ -24,9 +27,10 @@ from lm.options.modes import MODES
 from roundoff.cli import OneLineParser, whole
 from roundoff.runs.json_text import to_json
 
-PARTS = ("step", "eval", "precision", "memory", "reading", "start", "peaks", "amp")
+PARTS = ("step", "eval", "precision", "memory", "reading", "start", "processes", "probe", "help", "peaks", "amp")
 DEFAULT_MODES = ["fp32", "manual", "fp16-optimizer", "amp-fp16", "amp-bf16"]
 BATCH_SIZE, BPTT = 20, 35
+ON_CPU = "reading, start, processes, probe and help"
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,8 +43,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", type=whole, default=[200], metavar="N", help="embedding and hidden units")
     parser.add_argument("--rounds", type=whole, default=15, metavar="N", help="timings of each variant")
+    parser.add_argument("--steps", type=whole, default=STEPS, metavar="N", help="of each run of the part memory")
     parser.add_argument("--threads", type=whole, default=torch.get_num_threads(), metavar="N", help="of torch")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; reading and start stay on the CPU")
+    parser.add_argument("--device", default="cpu", help=f"cpu, cuda or cuda:N; {ON_CPU} stay on the CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and results there")
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]
@@ -49,6 +54,18 @@ def parse_args() -> argparse.Namespace:
     args.parts = args.parts or list(PARTS)
     args.device = find_device(args.device)
     return args
+
+
+def measure_without_size(args: argparse.Namespace) -> list[Row]:
+    """Measure the parts whose figures depend on no size."""
+    rows: list[Row] = []
+    if "reading" in args.parts:
+        rows += shown(measure_reading(args.data, args.rounds))
+    if "help" in args.parts:
+        rows += shown(measure_help(args.rounds))
+    if "amp" in args.parts:
+        rows += shown(measure_amp(args.rounds, args.device))
+    return rows
 
 
 def measure_size(args: argparse.Namespace, size: int) -> list[Row]:
@@ -62,9 +79,13 @@ def measure_size(args: argparse.Namespace, size: int) -> list[Row]:
             if part in args.parts:
                 rows += shown(measure(jobs, args.rounds))
     if "memory" in args.parts:
-        rows += shown(measure_memory(args.data, size, args.modes, min(5, args.rounds), args.device))
+        rows += shown(measure_memory(args.data, size, args.modes, min(5, args.rounds), args.device, args.steps))
     if "start" in args.parts:
         rows += shown(measure_start(args.data, size, args.modes, rounds=3))
+    if "processes" in args.parts:
+        rows += shown(measure_processes(args.data, size, args.rounds))
+    if "probe" in args.parts:
+        rows += shown(measure_probe(args.data, size, args.rounds))
     return rows
 
 
@@ -82,12 +103,8 @@ def main() -> int:
     about = machine(args.device) | {"command": sys.argv[1:]}
     for name, value in about.items():
         print(f"{name:16} {value}")
-    rows: list[Row] = []
     peaks = shown(measure_peaks(args.device)) if "peaks" in args.parts else []
-    if "reading" in args.parts:
-        rows += shown(measure_reading(args.data, args.rounds))
-    if "amp" in args.parts:
-        rows += shown(measure_amp(args.rounds, args.device))
+    rows = measure_without_size(args)
     for size in args.sizes:
         rows += measure_size(args, size)
     if peaks:

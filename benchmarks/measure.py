@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,18 @@ WARM_UP = 2  # rounds that are not counted: the first calls allocate, and choose
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 
 Row = dict[str, Any]
+
+
+class Cost(NamedTuple):
+    """What something takes.
+
+    Attributes:
+        seconds: of each repetition.
+        mib: peak memory of its process.
+    """
+
+    seconds: list[float]
+    mib: float
 
 
 def interleaved(
@@ -114,7 +126,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def show(row: Row) -> str:
     """Return `row` as a line."""
-    what = f"{row['part']:9} {row['size'] or '':>4} {row['name']:24}"
+    what = f"{row['part']:9} {row['size'] or '':>4} {row['name']:36}"
     if "ratio" not in row:
         return f"{what} {row['value']:8.2f} {row['unit']}"
     ratio = row["ratio"]

@@ -1,14 +1,18 @@
 """What needs a process of its own: peak memory, and the time from its start to the first training step."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from benchmarks import reference
 from benchmarks.gpu.packages import ROOT, python_path
@@ -19,7 +23,9 @@ from lm.options.modes import MODES
 from lm.options.options import words
 from roundoff.device import peak_memory_bytes
 
-STEPS = 5
+Result = TypeVar("Result")
+
+STEPS = 5  # of the part memory
 EVALUATION_LINES = 100  # of the text for evaluation: its memory shows in the first batches
 
 FIRST_STEP = """
@@ -46,11 +52,25 @@ def short_evaluation(data: str) -> Iterator[str]:
         yield folder
 
 
-def python(*arguments: str) -> str:
-    """Run a fresh Python process and return its stdout."""
+def python(*arguments: str, threads: int | None = None) -> str:
+    """Run a fresh Python process, with `threads` threads of torch or as many as it chooses, and return its stdout.
+
+    It keeps bytecode, as Python does for users, even where the environment forbids it.
+    """
     command = [sys.executable, *arguments]
-    environment = os.environ | {"PYTHONPATH": python_path()}
+    environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONDONTWRITEBYTECODE": ""}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def fresh(function: Callable[..., Result], *arguments: object) -> Result:
+    """Return what `function` returns in a fresh process, with as many threads of torch as this one."""
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, [torch.get_num_threads()]) as process:
+        result = process.apply(function, arguments)
+        process.close()
+        process.join()  # else it would be killed, and not clear up after itself
+        return result
 
 
 def flags(mode: str, data: str, size: int, folder: str, device: str = "cpu") -> list[str]:
@@ -60,29 +80,32 @@ def flags(mode: str, data: str, size: int, folder: str, device: str = "cpu") -> 
     return [f"{MODES[mode].script}.py", *words(options)]
 
 
-def measure_memory(data: str, size: int, modes: list[str], rounds: int, device: str = "cpu") -> list[Row]:
-    """Measure the peak memory of a process that trains for `STEPS` batches and evaluates.
+def measure_memory(
+    data: str, size: int, modes: list[str], rounds: int, device: str = "cpu", steps: int = STEPS
+) -> list[Row]:
+    """Measure the peak memory of a process that trains for `steps` batches and evaluates.
 
     On a CPU that is what the process holds, on a GPU what torch holds there.
     """
     peaks: dict[str, list[float]] = {name: [] for name in (REFERENCE, *modes)}
     with short_evaluation(data) as short:
-        call = f"from benchmarks.processes import train_reference; train_reference({short!r}, {size}, {device!r})"
+        call = "from benchmarks.processes import train_reference; train_reference"
+        call += f"({short!r}, {size}, {device!r}, {steps})"
         for _ in range(rounds):
             peaks[REFERENCE].append(float(python("-c", call)) / 2**20)
             for mode in modes:
                 with tempfile.TemporaryDirectory() as folder:
-                    python(*flags(mode, short, size, folder, device), "--max-steps", str(STEPS))
+                    python(*flags(mode, short, size, folder, device), "--max-steps", str(steps))
                     result = json.loads(Path(folder, "run", "result.json").read_text())
                     peaks[mode].append(result["peak_memory_bytes"] / 2**20)
-    return [row | {"unit": "MiB"} for row in compared("memory", size, peaks, faster=False)]
+    return [row | {"unit": "MiB", "steps": steps} for row in compared("memory", size, peaks, faster=False)]
 
 
-def train_reference(data: str, size: int, device: str) -> None:
+def train_reference(data: str, size: int, device: str, steps: int) -> None:
     """Train and evaluate as `measure_memory` has the trainers do, and print the peak memory in bytes."""
     (train, valid, test), vocabulary = reference.read(data)
     job = reference.Trainer(batchify(train, 20, device), (vocabulary + 7) // 8 * 8, size)
-    for i in range(STEPS):
+    for i in range(steps):
         job.step(i * job.bptt)
     for text in (valid, test):
         job.evaluate(batchify(text, 10, device))

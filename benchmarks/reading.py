@@ -1,6 +1,5 @@
 """Time and memory to read a corpus."""
 
-import multiprocessing
 import time
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 
 from benchmarks import reference
 from benchmarks.measure import REFERENCE, Row, compared, interleaved
+from benchmarks.processes import fresh
 from lm.data.corpus import Corpus
 
 
@@ -20,8 +20,7 @@ def measure_reading(data: str, rounds: int) -> list[Row]:
     if Path("/proc/self/status").exists():
         peaks = {}
         for name in variants:
-            with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                peaks[name] = [fresh.apply(peak_mib, (name, data))]
+            peaks[name] = [fresh(peak_mib, name, data)]
         rows += [row | {"unit": "MiB"} for row in compared("reading", None, peaks, faster=False)]
     return rows
 

@@ -48,7 +48,7 @@ class Model(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(dropout)
         self.encoder = nn.Embedding(vocabulary, size)
-        self.rnn = nn.LSTM(size, size, layers, dropout=dropout)
+        self.rnn = nn.LSTM(size, size, layers, dropout=dropout if layers > 1 else 0.0)  # else torch warns
         self.decoder = nn.Linear(size, vocabulary)
         self.vocabulary, self.size, self.layers = vocabulary, size, layers
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
@@ -76,13 +76,14 @@ class Trainer:
         vocabulary: number of words.
         size: of the embedding and of each hidden layer.
         bptt: rows a step.
+        layers: of the LSTM.
     """
 
-    def __init__(self, data: Tensor, vocabulary: int, size: int, bptt: int = 35) -> None:
+    def __init__(self, data: Tensor, vocabulary: int, size: int, bptt: int = 35, layers: int = 2) -> None:
         torch.manual_seed(1111)
         self.data, self.bptt = data, bptt
         self.lr, self.clip = 20.0, 0.25
-        self.model = Model(vocabulary, size).to(data.device)
+        self.model = Model(vocabulary, size, layers).to(data.device)
         self.criterion = nn.NLLLoss()
         self.hidden = self.model.init_hidden(data.size(1))
         self.total_loss = 0.0

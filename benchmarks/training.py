@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import reference
-from benchmarks.beside import EVALUATION_BATCHES, Reference
+from benchmarks.beside import EVALUATION_BATCHES, Beside, make_reference
 from benchmarks.measure import REFERENCE, Row, compared, interleaved
 from benchmarks.trainers import trainer
+from lm.options.modes import MODES
 from lm.training.evaluation import evaluate
 from lm.training.loop import Training
 
 VOCABULARY = 33280  # of WikiText-2, rounded up to a multiple of 8
+FP32, OPTIMIZER = "fp32", "fp16-optimizer"  # modes
+LOOP = "loop"  # over parameters: how the names of such variants begin
 
 
 class Jobs:
@@ -23,7 +26,7 @@ class Jobs:
     def __init__(self, stack: ExitStack, data: str, size: int, modes: list[str], device: str = "cpu") -> None:
         self.size = size
         self.device = device
-        self.reference = Reference(stack, data, size, device)
+        self.reference = Beside(stack, make_reference, device, data, size)
         self.trainers = {mode: stack.enter_context(trainer(mode, data, size, device)) for mode in modes}
 
     def steps(self) -> dict[str, Callable[[], object]]:
@@ -40,8 +43,18 @@ def own_step(job: Training) -> Callable[[], None]:
 
 
 def measure_step(jobs: Jobs, rounds: int) -> list[Row]:
-    """Measure whole training steps."""
-    return compared("step", jobs.size, interleaved(jobs.steps(), rounds, device=jobs.device), faster=True)
+    """Measure whole training steps, against those of the reference and against our own in fp32."""
+    times = interleaved(jobs.steps(), rounds, device=jobs.device)
+    return [*compared("step", jobs.size, times, faster=True), *against_fp32(jobs.size, times)]
+
+
+def against_fp32(size: int, times: dict[str, list[float]]) -> list[Row]:
+    """Return a row for each mode of `times` in which products are not fp32, if fp32 was measured too."""
+    if FP32 not in times:
+        return []
+    halves = {mode: values for mode, values in times.items() if mode in MODES and MODES[mode].dtype != "float32"}
+    rows = compared("half step", size, {REFERENCE: times[FP32], **halves}, faster=True)
+    return [row | {"ratio_is": "our fp32 / ours"} for row in rows]
 
 
 def measure_eval(jobs: Jobs, rounds: int) -> list[Row]:
@@ -76,13 +89,24 @@ def measure_precision(jobs: Jobs, rounds: int) -> list[Row]:
         own_step(job)()
         variants[mode], prepare[mode] = update(job), restore_grads(job.model)
     for keep in (False, True):
-        name = "loop, kept gradients" if keep else "loop, new gradients"
+        name = f"{LOOP}, {'kept' if keep else 'new'} gradients"
         model = reference.Model(VOCABULARY, jobs.size).to(jobs.device).half()
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         variants[name], prepare[name] = handwritten_update(model, keep), restore_grads(model)
     times = interleaved(variants, rounds, prepare=prepare, device=jobs.device)
-    return compared("precision", jobs.size, times, faster=False)
+    return [*compared("precision", jobs.size, times, faster=False), *against_loops(jobs.size, times)]
+
+
+def against_loops(size: int, times: dict[str, list[float]]) -> list[Row]:
+    """Return a row for each handwritten loop of `times` with FP16_Optimizer beside it, if that was measured."""
+    if OPTIMIZER not in times:
+        return []
+    rows: list[Row] = []
+    for loop in (name for name in times if name.startswith(LOOP)):
+        pair = {REFERENCE: times[loop], f"FP16_Optimizer, {loop}": times[OPTIMIZER]}
+        rows += [row | {"ratio_is": "ours / loop"} for row in compared("precision", size, pair, faster=False)]
+    return rows
 
 
 def restore_grads(model: nn.Module) -> Callable[[], None]:
