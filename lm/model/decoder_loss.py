@@ -16,7 +16,9 @@ tensors from, and the next logits would need new memory: 1,006 MiB after 300 ste
 with this.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded, 
 
 aten: Any = torch.ops.aten
 
-CACHED_BYTES = 1 << 19
-"""Bytes of a slice of fp32 logits for each thread of a CPU: 3 rows of 33,280. An L2 cache holds them three times."""
+CACHED_BYTES = 640 << 10
+"""Bytes of a slice of fp32 logits for each thread of a CPU: 4 rows of 33,280. An L2 cache of 2 MiB holds three such."""
 
 SLICE_BYTES = 1 << 28
 """Bytes of a slice elsewhere: all 700 rows of a default batch. By estimate a GPU's step is limited by its launches."""
@@ -39,6 +41,10 @@ MEAN, NO_INDEX = 1, -100  # arguments of torch.ops.aten.nll_loss_*
 
 _unused: list[UntypedStorage] = []
 """The memory of the last logits on a CPU, unless somebody still has them; one at most."""
+
+
+_casts: list[dict[int, Tensor]] = []
+"""In a block of `constant_weights`, the weights that were cast: id -> cast."""
 
 
 def plain_decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -65,7 +71,8 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
     """
     dtype = compute_dtype(weight)
     half = dtype if half_through_fp32(weight) else None
-    operands = [rounded(x, half) if half else x.to(dtype) for x in (input, weight, bias)]
+    cast = partial(rounded, half=dtype) if half else partial(Tensor.to, dtype=dtype)
+    operands = [cast(input), *(_cast_once(x, cast) for x in (weight, bias))]
     logits = _new_logits(len(input), len(weight), operands[0].dtype, input.device)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     guess = foretold(_shape(logits)) if learns else None
@@ -73,6 +80,24 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
     if not loss.requires_grad:  # so no backward pass will need them
         _keep_memory(logits)
     return loss
+
+
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """Let `decoder_loss` cast each weight once in the block, in which no weight may change and none may learn."""
+    _casts.append({})
+    try:
+        yield
+    finally:
+        _casts.pop()
+
+
+def _cast_once(weight: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:
+    if not _casts:
+        return cast(weight)
+    if id(weight) not in _casts[-1]:
+        _casts[-1][id(weight)] = cast(weight)
+    return _casts[-1][id(weight)]
 
 
 def logits_of(loss: Tensor) -> Tensor:
@@ -123,12 +148,13 @@ class _DecoderLoss(torch.autograd.Function):
     ) -> Tensor:
         log_p_of_targets = torch.empty((len(input), 1), dtype=torch.float32, device=input.device)
         one_hot = None if guess is None else logits.new_zeros(_at_once(logits), logits.size(1), dtype=torch.float32)
-        for rows, log_p in _log_probabilities(input, weight, bias, logits, half):
-            words = targets[rows, None]
-            torch.gather(log_p, 1, words, out=log_p_of_targets[rows])
+        slices = _log_probabilities(input, weight, bias, logits, half)
+        columns = (torch.split(x, _at_once(logits)) for x in (targets[:, None], log_p_of_targets))
+        for (part, log_p), words, log_p_of_words in zip(slices, *columns, strict=True):
+            torch.gather(log_p, 1, words, out=log_p_of_words)
             if one_hot is not None:
-                _put_gradient(logits[rows], log_p, words, guess, one_hot)
-                _round(logits[rows], half)
+                _put_gradient(part, log_p, words, guess, one_hot)
+                _round(part, half)
         # The mean, summed in the order of the plain one.
         loss, count = aten.nll_loss_forward(log_p_of_targets, torch.zeros_like(targets), None, MEAN, NO_INDEX)
         # As saved tensors: attributes would live as long as somebody keeps the loss.
@@ -156,15 +182,15 @@ class _DecoderLoss(torch.autograd.Function):
 
 def _log_probabilities(
     input: Tensor, weight: Tensor, bias: Tensor, logits: Tensor, half: torch.dtype | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Compute `logits`, and yield the rows of each slice with its log probabilities, which the next slice overwrites.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute `logits`, and yield each slice of them with its log probabilities, which the next ones overwrite.
 
     Those of fp32 logits are in the place of the logits, and stay there.
     """
     torch.addmm(bias, input, weight.t(), out=logits)
     wide = _wide_rows(logits)
-    for rows in _slices(logits):
-        yield rows, _log_softmax(_round(logits[rows], half), wide)
+    for part in torch.split(logits, _at_once(logits)):
+        yield part, _log_softmax(_round(part, half), wide)
 
 
 def _is_right(guess: float | None, grad: Tensor, count: Tensor, logits: Tensor) -> bool:
@@ -197,11 +223,10 @@ def _overwrite_with_gradient(
     """Put the gradient of all logits in their place, or in that of their log probabilities, where they are fp32."""
     wide = _wide_rows(logits)
     selected = logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
-    for rows in _slices(logits):
-        part = logits[rows]
+    for part, words in zip(*(torch.split(x, len(selected)) for x in (logits, targets)), strict=True):
         log_p = part if wide is None else _log_softmax(part, wide)
         one_hot = selected[: len(part)]
-        aten.nll_loss_backward.grad_input(grad, log_p, targets[rows], None, MEAN, NO_INDEX, count, grad_input=one_hot)
+        aten.nll_loss_backward.grad_input(grad, log_p, words, None, MEAN, NO_INDEX, count, grad_input=one_hot)
         _softmax_gradient(one_hot, log_p, part)
         _round(part, half)
 
@@ -252,8 +277,3 @@ def _wide_rows(logits: Tensor) -> Tensor | None:
     if logits.dtype is torch.float32:
         return None
     return logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
-
-
-def _slices(logits: Tensor) -> Iterator[slice]:
-    size = _at_once(logits)
-    return (slice(start, start + size) for start in range(0, len(logits), size))
