@@ -1,11 +1,15 @@
 """The decoder and its loss as one operation, which takes the softmax of a few rows at a time, while the cache has them.
 
 At 700 x 33,280 logits every pass over them goes through memory, and an fp32 tensor of that shape is 93 MB. Here the
-logits are kept once, in the dtype of the product (as log probabilities where that is fp32). What is done to them in
-fp32 is done to a few rows at a time, and their gradient overwrites them. Forward and backward of this part against
-`plain_decoder_loss`, on two cores of an AMD Zen 4 with other programs running: 1.1 to 1.3 times as fast in fp32, 1.9 in
-bfloat16; 1.3 to 1.5 and 2.1 where memory was kept too. That was with slices of 126 rows in a buffer of their own; with
-7, fp32 ones in their place, it is 1.12 to 1.16 times as fast again in fp32, and the same in bfloat16, on one core.
+logits are kept once, in the dtype of the product. What is done to them in fp32 is done to a few rows at a time, and
+their gradient overwrites them.
+
+On a CPU the gradient of a slice is taken as soon as the slice has its softmax, in the forward pass, where
+`lm.model.foretold` can tell what the loss will be multiplied by. The backward pass then has its products left to do.
+If the loss was multiplied by something else, the backward pass computes the logits again, with the same bits, and
+takes their gradient. Decoder and loss, forward and backward, at the default size against a second pass over the logits
+in the backward pass: 1.02 to 1.04 times as fast in fp32, 1.2 in bfloat16, 1.1 in float16 (one thread of an Intel Xeon
+with AMX, other programs running, processor time).
 
 The operations on a row are those of `plain_decoder_loss` in the same order, so the results are equal in every bit. On a
 CPU without instructions for the half dtype the logits and their gradient are fp32 too, and rounded to half in a slice:
@@ -42,9 +46,8 @@ MEAN, NO_INDEX = 1, -100  # arguments of torch.ops.aten.nll_loss_*
 _unused: list[UntypedStorage] = []
 """The memory of the last logits on a CPU, unless somebody still has them; one at most."""
 
-
-_casts: list[dict[int, Tensor]] = []
-"""In a block of `constant_weights`, the weights that were cast: id -> cast."""
+_casts: list[dict[int, tuple[Tensor, Tensor]]] = []
+"""In a block of `constant_weights`: id of a weight -> the weight and its cast."""
 
 
 def plain_decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
 
 @contextmanager
 def constant_weights() -> Iterator[None]:
-    """Let `decoder_loss` cast each weight once in the block, in which no weight may change and none may learn."""
+    """Let `decoder_loss` cast each weight once in the block, where gradients are off. No weight may change in it."""
     _casts.append({})
     try:
         yield
@@ -93,19 +96,23 @@ def constant_weights() -> Iterator[None]:
 
 
 def _cast_once(weight: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:
-    if not _casts:
+    if not _casts or torch.is_grad_enabled():
         return cast(weight)
     if id(weight) not in _casts[-1]:
-        _casts[-1][id(weight)] = cast(weight)
-    return _casts[-1][id(weight)]
+        _casts[-1][id(weight)] = weight, cast(weight)  # the weight too, so that its id stays its own
+    return _casts[-1][id(weight)][1]
 
 
 def logits_of(loss: Tensor) -> Tensor:
-    """Return the logits behind `loss`, which `decoder_loss` returned. Its backward pass makes them their own gradient.
+    """Return the tensor in which the backward pass of `loss` leaves the gradient of its logits.
 
-    In `compute_dtype` of the weight, or in fp32 where `half_through_fp32` says so, whose gradient is then rounded to
-    half; shape (rows, vocabulary). In fp32 they are log probabilities until then. They are the caller's from now on:
-    no later loss takes their memory.
+    Args:
+        loss: what `decoder_loss` returned.
+
+    Returns:
+        Shape (rows, vocabulary), in `compute_dtype` of the weight, or in fp32 with each number rounded to half where
+        `half_through_fp32` says so. Before the backward pass it holds logits, log probabilities or a foretold
+        gradient. It is the caller's from now on: no later loss takes its memory.
     """
     node: Any = loss.grad_fn
     node.keep_memory = False
@@ -147,13 +154,13 @@ class _DecoderLoss(torch.autograd.Function):
         guess: float | None,
     ) -> Tensor:
         log_p_of_targets = torch.empty((len(input), 1), dtype=torch.float32, device=input.device)
-        one_hot = None if guess is None else logits.new_zeros(_at_once(logits), logits.size(1), dtype=torch.float32)
+        gradient = None if guess is None else _Gradient(logits, guess)
         slices = _log_probabilities(input, weight, bias, logits, half)
         columns = (torch.split(x, _at_once(logits)) for x in (targets[:, None], log_p_of_targets))
         for (part, log_p), words, log_p_of_words in zip(slices, *columns, strict=True):
             torch.gather(log_p, 1, words, out=log_p_of_words)
-            if one_hot is not None:
-                _put_gradient(part, log_p, words, guess, one_hot)
+            if gradient is not None:
+                gradient.put(part, log_p, words)
                 _round(part, half)
         # The mean, summed in the order of the plain one.
         loss, count = aten.nll_loss_forward(log_p_of_targets, torch.zeros_like(targets), None, MEAN, NO_INDEX)
@@ -187,14 +194,14 @@ def _log_probabilities(
 
     Those of fp32 logits are in the place of the logits, and stay there.
     """
-    torch.addmm(bias, input, weight.t(), out=logits)
+    torch.addmm(bias, input, weight.t(), out=logits)  # the same bits at a second call, which backward may need
     wide = _wide_rows(logits)
     for part in torch.split(logits, _at_once(logits)):
         yield part, _log_softmax(_round(part, half), wide)
 
 
 def _is_right(guess: float | None, grad: Tensor, count: Tensor, logits: Tensor) -> bool:
-    """Return whether `logits` are their gradient already; remember, for the next ones, what was to be guessed."""
+    """Return whether `logits` hold their gradient already; remember what the guess should have been, for the next."""
     if logits.device.type != "cpu":  # to read a number there would be to wait
         return False
     found = float(-(grad / count))
@@ -202,25 +209,29 @@ def _is_right(guess: float | None, grad: Tensor, count: Tensor, logits: Tensor) 
     return found == guess
 
 
-def _put_gradient(logits: Tensor, log_p: Tensor, words: Tensor, value: float, zeros: Tensor) -> None:
-    """Put the gradient of a slice of logits in their place.
+class _Gradient:
+    """Puts the gradient of logits in their place, a slice at a time.
 
     Args:
-        logits: shape (rows, vocabulary).
-        log_p: fp32, shape (rows, vocabulary); it may be overwritten.
-        words: int64, shape (rows, 1): the targets.
+        logits: all of them, shape (rows, vocabulary).
         value: the gradient of a target's log probability.
-        zeros: fp32, shape (rows or more, vocabulary). They are zeros afterwards too, without a pass over them.
     """
-    one_hot = zeros[: len(logits)].scatter_(1, words, value)
-    _softmax_gradient(one_hot, log_p, logits)
-    one_hot.scatter_(1, words, 0.0)
+
+    def __init__(self, logits: Tensor, value: float) -> None:
+        self._zeros = logits.new_zeros(_at_once(logits), logits.size(1), dtype=torch.float32)
+        self._value = value
+
+    def put(self, logits: Tensor, log_p: Tensor, words: Tensor) -> None:
+        """Overwrite a slice of `logits`, and `log_p` (fp32, shaped alike); `words` are its targets, shape (rows, 1)."""
+        one_hot = self._zeros[: len(logits)].scatter_(1, words, self._value)
+        _softmax_gradient(one_hot, log_p, logits)
+        one_hot.scatter_(1, words, 0.0)  # zeros again, without a pass over them
 
 
 def _overwrite_with_gradient(
     logits: Tensor, grad: Tensor, targets: Tensor, count: Tensor, half: torch.dtype | None
 ) -> None:
-    """Put the gradient of all logits in their place, or in that of their log probabilities, where they are fp32."""
+    """Put the gradient of all logits in their place, which has their log probabilities where it is fp32."""
     wide = _wide_rows(logits)
     selected = logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
     for part, words in zip(*(torch.split(x, len(selected)) for x in (logits, targets)), strict=True):
