@@ -12,7 +12,7 @@ import jobs
 from lm.model import decoder_loss as module
 from lm.model import kernels
 from lm.model.decoder_loss import constant_weights, decoder_loss, logits_of, plain_decoder_loss
-from lm.model.foretold import foretold, saw
+from lm.model.foresight import foretold, saw
 
 ROWS, SIZE, VOCABULARY = 23, 12, 40
 
@@ -49,7 +49,7 @@ def loss_and_grads(
 
 @pytest.fixture(autouse=True)
 def nothing_seen(monkeypatch) -> None:
-    monkeypatch.setattr("lm.model.foretold._seen", {})
+    monkeypatch.setattr("lm.model.foresight._seen", {})
 
 
 @pytest.fixture(params=[1, 7, ROWS, 10_000], ids="{}-rows".format)
