@@ -77,15 +77,15 @@ DTYPES = [
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
 @pytest.mark.parametrize("instructions", [False, True])
 def test_equals_plain_torch_in_every_bit(monkeypatch, instructions, dtype, autocast, scale) -> None:
-    """Where the gradient of the loss was not foretold, was foretold rightly, and was foretold wrongly."""
+    """Where the gradient of the loss was foretold wrongly, was not foretold, and was foretold rightly."""
     monkeypatch.setattr(kernels, "cpu_multiplies", lambda _: instructions)
     plain = loss_and_grads(plain_decoder_loss, dtype, autocast, scale)
-    for before in ([scale / 2, scale / 4], [scale, scale], [scale * 3, scale * 3]):
-        for other in before:
-            loss_and_grads(decoder_loss, dtype, autocast, other)
+    for _ in range(2):
+        loss_and_grads(decoder_loss, dtype, autocast, scale * 3)
+    for case in ("wrongly", "not", "rightly"):
         ours = loss_and_grads(decoder_loss, dtype, autocast, scale)
         assert [x.dtype for x in ours] == [x.dtype for x in plain]
-        assert jobs.bits(ours) == jobs.bits(plain), before
+        assert jobs.bits(ours) == jobs.bits(plain), case
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan, 2.0**-149])
