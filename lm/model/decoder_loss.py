@@ -1,11 +1,15 @@
 """The decoder and its loss as one operation, which takes the softmax of a few rows at a time, while the cache has them.
 
 At 700 x 33,280 logits every pass over them goes through memory, and an fp32 tensor of that shape is 93 MB. Here the
-logits are kept once, in the dtype of the product (as log probabilities where that is fp32). What is done to them in
-fp32 is done to a few rows at a time, and their gradient overwrites them. Forward and backward of this part against
-`plain_decoder_loss`, on two cores of an AMD Zen 4 with other programs running: 1.1 to 1.3 times as fast in fp32, 1.9 in
-bfloat16; 1.3 to 1.5 and 2.1 where memory was kept too. That was with slices of 126 rows in a buffer of their own; with
-7, fp32 ones in their place, it is 1.12 to 1.16 times as fast again in fp32, and the same in bfloat16, on one core.
+logits are kept once, in the dtype of the product. What is done to them in fp32 is done to a few rows at a time, and
+their gradient overwrites them.
+
+On a CPU the gradient of a slice is taken as soon as the slice has its softmax, in the forward pass, where
+`lm.model.foresight` can tell what the loss will be multiplied by. The backward pass then has its products left to do.
+If the loss was multiplied by something else, the backward pass computes the logits again, with the same bits, and
+takes their gradient. Decoder and loss, forward and backward, at the default size against a second pass over the logits
+in the backward pass: 1.02 to 1.04 times as fast in fp32, 1.2 in bfloat16, 1.1 in float16 (one thread of an Intel Xeon
+with AMX, other programs running, processor time).
 
 The operations on a row are those of `plain_decoder_loss` in the same order, so the results are equal in every bit. On a
 CPU without instructions for the half dtype the logits and their gradient are fp32 too, and rounded to half in a slice:
@@ -16,7 +20,9 @@ tensors from, and the next logits would need new memory: 1,006 MiB after 300 ste
 with this.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.autograd.function import once_differentiable
 
+from lm.model.foresight import foretold, saw
 from lm.model.kernels import compute_dtype, half_through_fp32, linear, rounded, uncast
 
 aten: Any = torch.ops.aten
 
-CACHED_BYTES = 1 << 20
-"""Bytes of a slice of fp32 logits on a CPU: 7 rows of 33,280, which its L2 cache holds."""
+CACHED_BYTES = 640 << 10
+"""Bytes of a slice of fp32 logits for each thread of a CPU: 4 rows of 33,280. An L2 cache of 2 MiB holds three such."""
 
 SLICE_BYTES = 1 << 28
 """Bytes of a slice elsewhere: all 700 rows of a default batch. By estimate a GPU's step is limited by its launches."""
@@ -38,6 +45,9 @@ MEAN, NO_INDEX = 1, -100  # arguments of torch.ops.aten.nll_loss_*
 
 _unused: list[UntypedStorage] = []
 """The memory of the last logits on a CPU, unless somebody still has them; one at most."""
+
+_casts: list[dict[int, tuple[Tensor, Tensor]]] = []
+"""In a block of `constant_weights`: id of a weight -> the weight and its cast."""
 
 
 def plain_decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -64,20 +74,45 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
     """
     dtype = compute_dtype(weight)
     half = dtype if half_through_fp32(weight) else None
-    operands = [rounded(x, half) if half else x.to(dtype) for x in (input, weight, bias)]
+    cast = partial(rounded, half=dtype) if half else partial(Tensor.to, dtype=dtype)
+    operands = [cast(input), *(_cast_once(x, cast) for x in (weight, bias))]
     logits = _new_logits(len(input), len(weight), operands[0].dtype, input.device)
-    loss: Tensor = _DecoderLoss.apply(*operands, targets, logits, half)  # type: ignore[no-untyped-call]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    guess = foretold(_shape(logits)) if learns else None
+    loss: Tensor = _DecoderLoss.apply(*operands, targets, logits, half, guess)  # type: ignore[no-untyped-call]
     if not loss.requires_grad:  # so no backward pass will need them
         _keep_memory(logits)
     return loss
 
 
-def logits_of(loss: Tensor) -> Tensor:
-    """Return the logits behind `loss`, which `decoder_loss` returned. Its backward pass makes them their own gradient.
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """Let `decoder_loss` cast each weight once in the block, where gradients are off. No weight may change in it."""
+    _casts.append({})
+    try:
+        yield
+    finally:
+        _casts.pop()
 
-    In `compute_dtype` of the weight, or in fp32 where `half_through_fp32` says so, whose gradient is then rounded to
-    half; shape (rows, vocabulary). In fp32 they are log probabilities until then. They are the caller's from now on:
-    no later loss takes their memory.
+
+def _cast_once(weight: Tensor, cast: Callable[[Tensor], Tensor]) -> Tensor:
+    if not _casts or torch.is_grad_enabled():
+        return cast(weight)
+    if id(weight) not in _casts[-1]:
+        _casts[-1][id(weight)] = weight, cast(weight)  # the weight too, so that its id stays its own
+    return _casts[-1][id(weight)][1]
+
+
+def logits_of(loss: Tensor) -> Tensor:
+    """Return the tensor in which the backward pass of `loss` leaves the gradient of its logits.
+
+    Args:
+        loss: what `decoder_loss` returned.
+
+    Returns:
+        Shape (rows, vocabulary), in `compute_dtype` of the weight, or in fp32 with each number rounded to half where
+        `half_through_fp32` says so. Before the backward pass it holds logits, log probabilities or a foretold
+        gradient. It is the caller's from now on: no later loss takes its memory.
     """
     node: Any = loss.grad_fn
     node.keep_memory = False
@@ -109,41 +144,102 @@ class _DecoderLoss(torch.autograd.Function):
     @staticmethod
     @uncast
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, logits: Tensor, half: torch.dtype | None
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        logits: Tensor,
+        half: torch.dtype | None,
+        guess: float | None,
     ) -> Tensor:
-        torch.addmm(bias, input, weight.t(), out=logits)
         log_p_of_targets = torch.empty((len(input), 1), dtype=torch.float32, device=input.device)
-        wide = _wide_rows(logits)
-        for rows in _slices(logits):
-            log_p = _log_softmax(_round(logits[rows], half), wide)
-            torch.gather(log_p, 1, targets[rows, None], out=log_p_of_targets[rows])
+        gradient = None if guess is None else _Gradient(logits, guess)
+        slices = _log_probabilities(input, weight, bias, logits, half)
+        columns = (torch.split(x, _at_once(logits)) for x in (targets[:, None], log_p_of_targets))
+        for (part, log_p), words, log_p_of_words in zip(slices, *columns, strict=True):
+            torch.gather(log_p, 1, words, out=log_p_of_words)
+            if gradient is not None:
+                gradient.put(part, log_p, words)
+                _round(part, half)
         # The mean, summed in the order of the plain one.
         loss, count = aten.nll_loss_forward(log_p_of_targets, torch.zeros_like(targets), None, MEAN, NO_INDEX)
         # As saved tensors: attributes would live as long as somebody keeps the loss.
-        ctx.save_for_backward(input, weight, targets, count, logits)
-        ctx.half, ctx.keep_memory = half, True
+        ctx.save_for_backward(input, weight, bias, targets, count, logits)
+        ctx.half, ctx.guess, ctx.keep_memory = half, guess, True
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @uncast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, targets, count, logits = ctx.saved_tensors
-        wide = _wide_rows(logits)
-        one_hot = logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
-        for rows in _slices(logits):
-            part = logits[rows]
-            log_p = part if wide is None else _log_softmax(part, wide)
-            selected = one_hot[: len(part)]
-            aten.nll_loss_backward.grad_input(
-                grad, log_p, targets[rows], None, MEAN, NO_INDEX, count, grad_input=selected
-            )
-            _softmax_gradient(selected, log_p, part)
-            _round(part, ctx.half)
+        input, weight, bias, targets, count, logits = ctx.saved_tensors
+        if _is_right(ctx.guess, grad, count, logits):
+            torch.autograd.graph.increment_version(logits)  # so that a second backward pass is refused here too
+        else:
+            if ctx.guess is not None:
+                for _ in _log_probabilities(input, weight, bias, logits, ctx.half):
+                    pass
+            _overwrite_with_gradient(logits, grad, targets, count, ctx.half)
         grads = torch.mm(logits, weight), torch.mm(logits.t(), input), logits.sum(0)
         if ctx.keep_memory:
             _keep_memory(logits)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _log_probabilities(
+    input: Tensor, weight: Tensor, bias: Tensor, logits: Tensor, half: torch.dtype | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute `logits`, and yield each slice of them with its log probabilities, which the next ones overwrite.
+
+    Those of fp32 logits are in the place of the logits, and stay there.
+    """
+    torch.addmm(bias, input, weight.t(), out=logits)  # the same bits at a second call, which backward may need
+    wide = _wide_rows(logits)
+    for part in torch.split(logits, _at_once(logits)):
+        yield part, _log_softmax(_round(part, half), wide)
+
+
+def _is_right(guess: float | None, grad: Tensor, count: Tensor, logits: Tensor) -> bool:
+    """Return whether `logits` hold their gradient already; remember what the guess should have been, for the next."""
+    if logits.device.type != "cpu":  # to read a number there would be to wait
+        return False
+    found = float(-(grad / count))
+    saw(_shape(logits), found)
+    return found == guess
+
+
+class _Gradient:
+    """Puts the gradient of logits in their place, a slice at a time.
+
+    Args:
+        logits: all of them, shape (rows, vocabulary).
+        value: the gradient of a target's log probability.
+    """
+
+    def __init__(self, logits: Tensor, value: float) -> None:
+        self._zeros = logits.new_zeros(_at_once(logits), logits.size(1), dtype=torch.float32)
+        self._value = value
+
+    def put(self, logits: Tensor, log_p: Tensor, words: Tensor) -> None:
+        """Overwrite a slice of `logits`, and `log_p` (fp32, shaped alike); `words` are its targets, shape (rows, 1)."""
+        one_hot = self._zeros[: len(logits)].scatter_(1, words, self._value)
+        _softmax_gradient(one_hot, log_p, logits)
+        one_hot.scatter_(1, words, 0.0)  # zeros again, without a pass over them
+
+
+def _overwrite_with_gradient(
+    logits: Tensor, grad: Tensor, targets: Tensor, count: Tensor, half: torch.dtype | None
+) -> None:
+    """Put the gradient of all logits in their place, which has their log probabilities where it is fp32."""
+    wide = _wide_rows(logits)
+    selected = logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
+    for part, words in zip(*(torch.split(x, len(selected)) for x in (logits, targets)), strict=True):
+        log_p = part if wide is None else _log_softmax(part, wide)
+        one_hot = selected[: len(part)]
+        aten.nll_loss_backward.grad_input(grad, log_p, words, None, MEAN, NO_INDEX, count, grad_input=one_hot)
+        _softmax_gradient(one_hot, log_p, part)
+        _round(part, half)
 
 
 def _round(fp32: Tensor, half: torch.dtype | None) -> Tensor:
@@ -178,8 +274,13 @@ def _casts_within(logits: Tensor) -> bool:
 
 def _at_once(logits: Tensor) -> int:
     """Return how many rows a slice has: from one to all."""
-    size = CACHED_BYTES if logits.device.type == "cpu" else SLICE_BYTES
-    return min(len(logits), max(1, size // (4 * logits.size(1))))
+    row = 4 * logits.size(1)
+    size = torch.get_num_threads() * max(1, CACHED_BYTES // row) if logits.device.type == "cpu" else SLICE_BYTES // row
+    return min(len(logits), max(1, size))
+
+
+def _shape(logits: Tensor) -> tuple[int, int, torch.dtype]:
+    return len(logits), logits.size(1), logits.dtype
 
 
 def _wide_rows(logits: Tensor) -> Tensor | None:
@@ -187,8 +288,3 @@ def _wide_rows(logits: Tensor) -> Tensor | None:
     if logits.dtype is torch.float32:
         return None
     return logits.new_empty(_at_once(logits), logits.size(1), dtype=torch.float32)
-
-
-def _slices(logits: Tensor) -> Iterator[slice]:
-    size = _at_once(logits)
-    return (slice(start, start + size) for start in range(0, len(logits), size))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lm.data.corpus import get_batch
+from lm.model.decoder_loss import constant_weights
 from lm.model.language_model import RNNModel, next_word_loss
 from roundoff.precision import Precision
 from roundoff.terminal import progress_bar
@@ -29,7 +30,7 @@ def evaluate(
     starts = range(0, len(source) - 1, bptt)[:max_batches]
     losses = torch.empty(len(starts), device=source.device)  # one by one, they would lie in the holes that logits leave
     words = []
-    with precision.forward():
+    with precision.forward(), constant_weights():
         hidden = model.init_hidden(source.size(1))
         for k, i in enumerate(progress_bar(starts, "evaluation")):
             between()
