@@ -23,7 +23,7 @@ with this.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +78,9 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
     operands = [cast(input), *(_cast_once(x, cast) for x in (weight, bias))]
     logits = _new_logits(len(input), len(weight), operands[0].dtype, input.device)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    guess = foretold(_shape(logits)) if learns else None
-    loss: Tensor = _DecoderLoss.apply(*operands, targets, logits, half, guess)  # type: ignore[no-untyped-call]
+    origin = _Origin(weight.data_ptr(), *logits.shape, logits.dtype)
+    guess = foretold(origin) if learns else None
+    loss: Tensor = _DecoderLoss.apply(*operands, targets, logits, half, origin, guess)  # type: ignore[no-untyped-call]
     if not loss.requires_grad:  # so no backward pass will need them
         _keep_memory(logits)
     return loss
@@ -151,6 +152,7 @@ class _DecoderLoss(torch.autograd.Function):
         targets: Tensor,
         logits: Tensor,
         half: torch.dtype | None,
+        origin: "_Origin",
         guess: float | None,
     ) -> Tensor:
         log_p_of_targets = torch.empty((len(input), 1), dtype=torch.float32, device=input.device)
@@ -166,7 +168,7 @@ class _DecoderLoss(torch.autograd.Function):
         loss, count = aten.nll_loss_forward(log_p_of_targets, torch.zeros_like(targets), None, MEAN, NO_INDEX)
         # As saved tensors: attributes would live as long as somebody keeps the loss.
         ctx.save_for_backward(input, weight, bias, targets, count, logits)
-        ctx.half, ctx.guess, ctx.keep_memory = half, guess, True
+        ctx.half, ctx.origin, ctx.guess, ctx.keep_memory = half, origin, guess, True
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -174,7 +176,7 @@ class _DecoderLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, targets, count, logits = ctx.saved_tensors
-        if _is_right(ctx.guess, grad, count, logits):
+        if _is_right(ctx.guess, ctx.origin, grad, count):
             torch.autograd.graph.increment_version(logits)  # so that a second backward pass is refused here too
         else:
             if ctx.guess is not None:
@@ -184,7 +186,7 @@ class _DecoderLoss(torch.autograd.Function):
         grads = torch.mm(logits, weight), torch.mm(logits.t(), input), logits.sum(0)
         if ctx.keep_memory:
             _keep_memory(logits)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _log_probabilities(
@@ -200,12 +202,24 @@ def _log_probabilities(
         yield part, _log_softmax(_round(part, half), wide)
 
 
-def _is_right(guess: float | None, grad: Tensor, count: Tensor, logits: Tensor) -> bool:
-    """Return whether `logits` hold their gradient already; remember what the guess should have been, for the next."""
-    if logits.device.type != "cpu":  # to read a number there would be to wait
+class _Origin(NamedTuple):
+    """Tells losses apart by what they are multiplied by: a loss scale is of one model, and a part's weight of its rows.
+
+    A weight elsewhere in memory is another model's. Where it is that of a model which is gone, a guess may be wrong.
+    """
+
+    weight: int
+    rows: int
+    vocabulary: int
+    dtype: torch.dtype
+
+
+def _is_right(guess: float | None, origin: _Origin, grad: Tensor, count: Tensor) -> bool:
+    """Return whether logits hold their gradient already; remember what the guess should have been, for the next."""
+    if grad.device.type != "cpu":  # to read a number there would be to wait
         return False
     found = float(-(grad / count))
-    saw(_shape(logits), found)
+    saw(origin, found)
     return found == guess
 
 
@@ -277,10 +291,6 @@ def _at_once(logits: Tensor) -> int:
     row = 4 * logits.size(1)
     size = torch.get_num_threads() * max(1, CACHED_BYTES // row) if logits.device.type == "cpu" else SLICE_BYTES // row
     return min(len(logits), max(1, size))
-
-
-def _shape(logits: Tensor) -> tuple[int, int, torch.dtype]:
-    return len(logits), logits.size(1), logits.dtype
 
 
 def _wide_rows(logits: Tensor) -> Tensor | None:

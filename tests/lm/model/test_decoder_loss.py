@@ -1,5 +1,6 @@
 """The decoder and its loss in slices, against the same in two lines of torch."""
 
+import functools
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -17,10 +18,19 @@ from lm.model.foresight import KEPT, foretold, saw
 ROWS, SIZE, VOCABULARY = 23, 12, 40
 
 
-def operands(dtype: torch.dtype, rows: int = ROWS) -> tuple[list[Tensor], Tensor]:
+@functools.cache
+def drawn(dtype: torch.dtype, rows: int) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)
     shapes = ((rows, SIZE), (VOCABULARY, SIZE), (VOCABULARY,))
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes], torch.randint(VOCABULARY, (rows,))
+
+
+def operands(dtype: torch.dtype, rows: int = ROWS) -> tuple[list[Tensor], Tensor]:
+    """The same tensors at each call, since the gradient of a loss is foretold for its weight; without gradients."""
+    inputs, targets = drawn(dtype, rows)
+    for x in inputs:
+        x.grad = None
+    return inputs, targets
 
 
 def real_operands(dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
@@ -118,6 +128,21 @@ def test_the_forward_pass_takes_the_gradient_of_the_logits_once_it_came_twice(dt
     assert taken == [False, False, True, False, False, True]
 
 
+def test_two_models_in_turn_have_loss_scales_of_their_own(dtype) -> None:
+    models, taken = (
+        [operands(dtype), ([x.detach().clone().requires_grad_() for x in operands(dtype)[0]], operands(dtype)[1])],
+        [],
+    )
+    for _ in range(3):
+        for (inputs, targets), scale in zip(models, (1.0, 4.0), strict=True):
+            loss = decoder_loss(*inputs, targets)
+            logits = logits_of(loss)
+            before = logits.clone()
+            (loss * scale).backward()
+            taken.append(torch.equal(before, logits))
+    assert taken == [False, False, False, False, True, True]
+
+
 TOLD: dict[str, tuple[list[float], float | None]] = {
     "nothing": ([], None),
     "once": ([2.0], None),
@@ -178,9 +203,9 @@ def test_the_loss_scale_keeps_its_meaning(monkeypatch, instructions, scale, what
 
 
 def test_two_losses_before_their_backward_do_not_disturb_each_other(dtype) -> None:
-    inputs, targets = operands(dtype)
     for _ in range(2):  # from then on the gradient is foretold
         loss_and_grads(decoder_loss, dtype, None)
+    inputs, targets = operands(dtype)
     first, second = decoder_loss(*inputs, targets), decoder_loss(*inputs, targets.flip(0))
     (first + second).backward()
     sums = [x.grad.clone() for x in inputs]
