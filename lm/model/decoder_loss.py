@@ -78,7 +78,7 @@ def decoder_loss(input: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
     operands = [cast(input), *(_cast_once(x, cast) for x in (weight, bias))]
     logits = _new_logits(len(input), len(weight), operands[0].dtype, input.device)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    origin = _Origin(weight.data_ptr(), *logits.shape, logits.dtype)
+    origin = _Origin(weight.data_ptr(), len(logits), logits.size(1), logits.dtype)
     guess = foretold(origin) if learns else None
     loss: Tensor = _DecoderLoss.apply(*operands, targets, logits, half, origin, guess)  # type: ignore[no-untyped-call]
     if not loss.requires_grad:  # so no backward pass will need them
