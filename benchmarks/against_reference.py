@@ -8,13 +8,12 @@ are printed. Memory and start are measured in processes of their own. benchmarks
 import argparse
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
 from benchmarks.amp_cost import measure_amp
 from benchmarks.help_cost import measure_help
-from benchmarks.measure import Row, machine, show
+from benchmarks.measure import Row, machine, new_file, show
 from benchmarks.peaks import measure_peaks, share_of_peak
 from benchmarks.probe_cost import measure_probe
 from benchmarks.processes import STEPS, measure_memory, measure_start
@@ -46,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=whole, default=STEPS, metavar="N", help="of each run of the part memory")
     parser.add_argument("--threads", type=whole, default=torch.get_num_threads(), metavar="N", help="of torch")
     parser.add_argument("--device", default="cpu", help=f"cpu, cuda or cuda:N; {ON_CPU} stay on the CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and results there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write machine and results there")
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:

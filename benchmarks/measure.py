@@ -1,5 +1,6 @@
 """Interleaved timings, what is made of them, and the machine they were taken on."""
 
+import argparse
 import os
 import platform
 import statistics
@@ -102,6 +103,29 @@ def compared(part: str, size: int | None, times: dict[str, list[float]], *, fast
             }
         )
     return rows
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file to write, for argparse: what was measured for minutes must have a place to go.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such folder.
+    """
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is in no folder that is there; make {str(path.parent)!r} first")
+    return path
+
+
+def old_file(text: str) -> Path:
+    """Return the path of a file to read, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such file.
+    """
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}; give one that --json has written")
+    return Path(text)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -158,9 +158,18 @@ def test_growth(tiny, monkeypatch, tmp_path, capsys) -> None:
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
-def test_growth_along_no_axis() -> None:
-    with pytest.raises(UsageError, match=r"there is no axis 'size'; choose from vocabulary, hidden, batch, "):
-        command.main(["layers", "size"])
+GROWTH_MISTAKES = {
+    "layers size": "there is no axis 'size'; choose from vocabulary, hidden, batch, ",
+    "layers --json nowhere/x.json": "'nowhere/x.json' is in no folder that is there; make 'nowhere' first",
+    "layers --picture nowhere/x.png": "'nowhere/x.png' is in no folder that is there; make 'nowhere' first",
+    "--read nowhere.json": "there is no file 'nowhere.json'; give one that --json has written",
+}
+
+
+@pytest.mark.parametrize("words", GROWTH_MISTAKES)
+def test_a_mistake_is_said_before_anything_is_measured(words) -> None:
+    with pytest.raises(UsageError, match=GROWTH_MISTAKES[words]):
+        command.main(words.split())
 
 
 @pytest.mark.slow

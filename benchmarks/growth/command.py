@@ -7,13 +7,12 @@ few steps, and the peak memory. Comparisons and probes are measured once, in fre
 import argparse
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from benchmarks.growth import comparing, probing, training
 from benchmarks.growth.axes import GrowthAxis
-from benchmarks.measure import Row, machine, spread
+from benchmarks.measure import Row, machine, new_file, old_file, spread
 from roundoff.cli import OneLineParser, whole
 from roundoff.runs.json_text import to_json
 
@@ -25,9 +24,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m benchmarks growth", description=__doc__, allow_abbrev=False)
     parser.add_argument("axes", nargs="*", metavar="AXIS", help=f"of {', '.join(AXES)}; all if none is given")
     parser.add_argument("--threads", type=whole, default=torch.get_num_threads(), metavar="N", help="of torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and results there")
-    parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing; take the results of a --json FILE")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the results there, as PNG")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write machine and results there")
+    parser.add_argument("--read", type=old_file, metavar="FILE", help="measure nothing; take what --json has written")
+    parser.add_argument("--picture", type=new_file, metavar="FILE", help="draw the results there, as PNG")
     args = parser.parse_args(argv)
     for axis in args.axes:
         if axis not in AXES:
