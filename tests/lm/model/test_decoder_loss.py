@@ -115,32 +115,26 @@ def test_a_loss_without_backward_pass_and_one_of_another_shape_disturb_no_foreto
         assert jobs.bits(ours) == jobs.bits(plain)
 
 
+def gradient_was_there(given: tuple[list[Tensor], Tensor], scale: float) -> bool:
+    """Whether the backward pass found the gradient of the logits in their memory: what the loss is fast by on a CPU."""
+    inputs, targets = given
+    loss = decoder_loss(*inputs, targets)
+    logits = logits_of(loss)
+    before = logits.clone()
+    (loss * scale).backward()
+    return torch.equal(before, logits)
+
+
 def test_the_forward_pass_takes_the_gradient_of_the_logits_once_it_came_twice(dtype) -> None:
-    """What `decoder_loss` is fast by on a CPU; it shows in the memory of the logits."""
-    taken = []
-    for scale in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0):
-        inputs, targets = operands(dtype)
-        loss = decoder_loss(*inputs, targets)
-        logits = logits_of(loss)
-        before = logits.clone()
-        (loss * scale).backward()
-        taken.append(torch.equal(before, logits))
-    assert taken == [False, False, True, False, False, True]
+    found = [gradient_was_there(operands(dtype), scale) for scale in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0)]
+    assert found == [False, False, True, False, False, True]
 
 
 def test_two_models_in_turn_have_loss_scales_of_their_own(dtype) -> None:
-    models, taken = (
-        [operands(dtype), ([x.detach().clone().requires_grad_() for x in operands(dtype)[0]], operands(dtype)[1])],
-        [],
-    )
-    for _ in range(3):
-        for (inputs, targets), scale in zip(models, (1.0, 4.0), strict=True):
-            loss = decoder_loss(*inputs, targets)
-            logits = logits_of(loss)
-            before = logits.clone()
-            (loss * scale).backward()
-            taken.append(torch.equal(before, logits))
-    assert taken == [False, False, False, False, True, True]
+    inputs, targets = operands(dtype)
+    one, other = (inputs, targets), ([x.detach().clone().requires_grad_() for x in inputs], targets)
+    found = [gradient_was_there(given, scale) for _ in range(3) for given, scale in ((one, 1.0), (other, 4.0))]
+    assert found == [False, False, False, False, True, True]
 
 
 TOLD: dict[str, tuple[list[float], float | None]] = {
