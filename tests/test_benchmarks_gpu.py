@@ -205,6 +205,7 @@ def run(report, settings):
     ],
     ids=["killed", "hangs", "raises"],
 )
+@pytest.mark.slow
 def test_a_part_that_dies_leaves_what_it_had(settings, monkeypatch, end, seconds, error) -> None:
     (settings.scratch / "dying.py").write_text(DYING.format(end))
     monkeypatch.syspath_prepend(settings.scratch)

@@ -159,6 +159,7 @@ def test_half_weights_without_masters_train_a_table_worse(ran) -> None:
     assert table.row("bf16-weights")[1] > 10 * abs(table.row("masters-bf16")[1])
 
 
+@pytest.mark.slow
 def test_torch_amp_repeats_apex(ran) -> None:
     """O1 and autocast cast the same products of this model, and both loss scales move alike, overflows included."""
     example = ran("from_apex")

@@ -173,6 +173,7 @@ def test_resumed_with_another_number_of_processes(ranks, change):
 
 
 @pytest.mark.parametrize("mode", jobs.mostly_slow(("fp32", *HALF), "fp16-optimizer-dynamic"))
+@pytest.mark.slow
 def test_three_processes_are_resumed_to_the_bit(ranks, mode):
     """Of three terms the order matters, and torch chooses it anew when the run goes on."""
     script, *flags = jobs.MODES[mode]
@@ -231,6 +232,7 @@ def test_the_end_of_one_rank_ends_all(ranks, do):
 
 
 @pytest.mark.parametrize("mode", jobs.mostly_slow(["fp32", "manual"], "manual"))
+@pytest.mark.slow
 def test_kill_9_names_nobody_else(ranks, mode):
     """Neither those that waited for the one that has gone, nor those that waited for them."""
     script, *flags = jobs.MODES[mode]
@@ -394,6 +396,7 @@ def test_a_run_directory_that_is_taken(ranks):
     assert outcome(ranks.folder, "run", "run.pt") == before
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(faulty):
     """Both read the one before it, which rank 0 alone puts in its place; without that one, it is said once."""
     job = Command(2, "main", ())
